@@ -1,0 +1,156 @@
+"""Random probe directions.
+
+Every distribution has `E[u u^T] = I/d` on the space that it probes, d that space's dimension; so a probe's radius
+is the root mean square length of its step for all of them.
+
+| name | a direction u | d |
+| --- | --- | --- |
+| `rademacher` | entries ±1/√d with equal probability | size of beta |
+| `sphere` | uniform on the unit sphere: the paper's normalised Gaussian | size of beta |
+| `gaussian` | N(0, I/d) | size of beta |
+| `orthogonal` | m directions orthonormal among themselves | size of beta |
+| `simplex_orthogonal` | the same among vectors that sum to zero over the experts' axis | K - 1, or G(K - 1) |
+
+`simplex_orthogonal` leaves out the direction that a softmax does not see: its estimates are unbiased for the
+zero-sum part of a gradient, which under a softmax is all of it. Where more directions are asked for than there are
+dimensions, the orthogonal ones come in independent orthonormal blocks, the last one partial.
+"""
+
+import math
+from typing import Any, Literal, Protocol, TypeAlias, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from glue_jax.types import PyTree
+
+DirectionName = Literal["rademacher", "sphere", "gaussian", "orthogonal", "simplex_orthogonal"]
+
+
+class DirectionFn(Protocol):
+    """A distribution of one's own: `(key, beta, num_directions) -> u` with `E[u u^T] = I/d`, d the size of beta.
+
+    To probe a subspace, learn the coordinates of the subspace, and let `link_fn` lift them.
+    """
+
+    def __call__(self, key: jax.Array, beta: PyTree, num_directions: int, /) -> PyTree:
+        """Returns directions of beta's structure with leaves `[m, ...]`."""
+        ...
+
+
+Directions: TypeAlias = DirectionName | DirectionFn
+
+
+def dimension(beta: PyTree, directions: Directions = "rademacher") -> int:
+    """Returns d, the dimension of the space that `directions` probe around `beta`.
+
+    Args:
+        beta: any pytree of coefficients. For `simplex_orthogonal` a leaf's last axis runs over the experts; a leaf
+            of shape `[]` is one dimension of its own.
+        directions: a name of the module's table, or a function, which is taken to probe all of beta.
+
+    Raises:
+        ValueError: an unknown name, or nothing to probe (d = 0, as for `simplex_orthogonal` with one expert).
+    """
+    if isinstance(directions, str) and directions not in get_args(DirectionName):
+        raise ValueError(f"directions is {directions!r}; expected one of {get_args(DirectionName)} or a function")
+    probed = _without_last(beta) if directions == "simplex_orthogonal" else beta
+    d = sum(math.prod(np.shape(leaf)) for leaf in jax.tree.leaves(probed))
+    if d == 0:
+        shapes = jax.tree.map(np.shape, beta)
+        raise ValueError(f"beta of shape {shapes} leaves {directions} directions nothing to probe")
+    return d
+
+
+def sample_directions(
+    key: jax.Array, beta: PyTree, num_directions: int, directions: Directions = "rademacher"
+) -> PyTree:
+    """Draws m directions.
+
+    Args:
+        key: a `jax.random.key`.
+        beta: any pytree of floating-point coefficients.
+        num_directions: m.
+        directions: a name of the module's table, or a `DirectionFn`.
+
+    Returns:
+        A pytree of beta's structure and dtypes with leaves `[m, ...]`.
+
+    Raises:
+        ValueError: m below 1, an unknown name, nothing to probe, or a function's directions of a wrong shape.
+    """
+    if num_directions < 1:
+        raise ValueError(f"num_directions is {num_directions}; expected at least 1")
+    dimension(beta, directions)
+    if callable(directions):
+        return _checked(directions(key, beta, num_directions), beta, num_directions)
+    if directions == "simplex_orthogonal":
+        reduced = _flat_like(_orthogonal, key, _without_last(beta), num_directions)
+        return jax.tree.map(_to_zero_sum, reduced, beta)
+    sample = {
+        "rademacher": _rademacher,
+        "sphere": _sphere,
+        "gaussian": _gaussian,
+        "orthogonal": _orthogonal,
+    }[directions]
+    return _flat_like(sample, key, beta, num_directions)
+
+
+def _flat_like(sample: Any, key: jax.Array, tree: PyTree, num_directions: int) -> PyTree:
+    """Directions drawn as rows `[m, d]`, given the structure and dtypes of `tree`."""
+    flat, unravel = ravel_pytree(tree)
+    dtype = jnp.promote_types(flat.dtype, jnp.float32)
+    return jax.vmap(unravel)(sample(key, num_directions, flat.size, dtype).astype(flat.dtype))
+
+
+def _rademacher(key: jax.Array, m: int, d: int, dtype: Any) -> jax.Array:
+    return jax.random.rademacher(key, (m, d), dtype) / math.sqrt(d)
+
+
+def _gaussian(key: jax.Array, m: int, d: int, dtype: Any) -> jax.Array:
+    return jax.random.normal(key, (m, d), dtype) / math.sqrt(d)
+
+
+def _sphere(key: jax.Array, m: int, d: int, dtype: Any) -> jax.Array:
+    normal = jax.random.normal(key, (m, d), dtype)
+    return normal / jnp.linalg.norm(normal, axis=1, keepdims=True)
+
+
+def _orthogonal(key: jax.Array, m: int, d: int, dtype: Any) -> jax.Array:
+    # The signs that QR chooses need no correction: an estimate is the same for u and -u.
+    blocks = -(-m // d)
+    normal = jax.random.normal(key, (blocks, d, min(m, d)), dtype)
+    q, _ = jnp.linalg.qr(normal)
+    return q.mT.reshape(-1, d)[:m]
+
+
+def _without_last(beta: PyTree) -> PyTree:
+    """Coordinates of the zero-sum vectors: one fewer along the last axis."""
+    return jax.tree.map(lambda leaf: leaf if np.ndim(leaf) == 0 else leaf[..., 1:], beta)
+
+
+def _to_zero_sum(reduced: jax.Array, beta: jax.Array) -> jax.Array:
+    """From coordinates `[m, ..., K-1]` to vectors `[m, ..., K]` that sum to zero, lengths kept."""
+    if np.ndim(beta) == 0:
+        return reduced
+    basis = jnp.asarray(_zero_sum_basis(beta.shape[-1]), reduced.dtype)
+    return jnp.matmul(reduced, basis, precision=jax.lax.Precision.HIGHEST)
+
+
+def _zero_sum_basis(k: int) -> np.ndarray:
+    """Helmert's orthonormal basis of the vectors that sum to zero, rows `[K-1, K]`."""
+    rows = np.arange(1, k)[:, None]
+    columns = np.arange(k)[None, :]
+    helmert = np.where(columns < rows, 1.0, np.where(columns == rows, -rows, 0.0))
+    return helmert / np.sqrt(rows * (rows + 1.0))
+
+
+def _checked(sampled: PyTree, beta: PyTree, num_directions: int) -> PyTree:
+    """A function's directions, refused where their shapes do not fit."""
+    shapes = jax.tree.map(np.shape, sampled)
+    expected = jax.tree.map(lambda leaf: (num_directions, *np.shape(leaf)), beta)
+    if shapes != expected:
+        raise ValueError(f"the directions function returned shapes {shapes}; expected {expected}")
+    return sampled

@@ -1,0 +1,203 @@
+"""Three estimators of the gradient of a function of few coefficients, under one contract.
+
+`estimator(key, fun, beta, ...) -> Estimate`. `fun(beta) -> scalar` is any function; `beta` any pytree of
+floating-point coefficients.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from glue_jax.coefficients import check_floating
+from glue_jax.directions import Directions, dimension, sample_directions
+from glue_jax.types import PyTree, Scalar
+
+Scale = Literal["unbiased", "paper"]
+
+
+class Estimate(NamedTuple):
+    """A gradient estimate.
+
+    Attributes:
+        value: the function's value, `[]`; for SPSA the mean of its 2m probes.
+        gradient: of beta's structure.
+        probe_values: `[m, 2]`, the values at `beta + radius u` and `beta - radius u` (Eq. 3); None for the others.
+    """
+
+    value: jax.Array
+    gradient: PyTree
+    probe_values: jax.Array | None
+
+
+def spsa_gradient(
+    key: jax.Array,
+    fun: Callable[[PyTree], jax.Array],
+    beta: PyTree,
+    *,
+    radius: Scalar = 1e-2,
+    num_directions: int = 1,
+    directions: Directions = "rademacher",
+    scale: Scale = "unbiased",
+    probe_batch_size: int | None = None,
+) -> Estimate:
+    """Estimates a gradient from two evaluations a direction, without differentiating (Eq. 3-6).
+
+    The mean over m directions of `(L+ - L-) / (2 radius) u`, times d for `scale="unbiased"`: then the estimate's
+    mean is the gradient, up to O(radius²). The paper's literal Eq. (6), `scale="paper"`, has mean g/d.
+    `glue_jax.theory` has the mean squared errors.
+
+    Args:
+        key: a `jax.random.key`.
+        fun: `fun(beta) -> scalar`.
+        beta: where to estimate, any pytree of floating-point coefficients.
+        radius: the (root mean square) length of a probe's step, above 0, in the units of beta.
+        num_directions: m.
+        directions: a name (see `glue_jax.directions`) or a function.
+        scale: `unbiased`, or `paper` for the literal Eq. (5) and (6).
+        probe_batch_size: how many of the 2m probes are evaluated together, by `vmap`. The default is all of them
+            where the program is lowered for an accelerator, and one at a time where it is lowered for a CPU, on
+            which a convolution with a kernel for each probe is slow.
+
+    Returns:
+        An `Estimate` with `probe_values` `[m, 2]`.
+
+    Raises:
+        ValueError: an argument out of its range, or a `fun` whose value is no scalar.
+        TypeError: coefficients that are not floating point.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import glue_jax
+        >>> beta = jnp.array([1.0, 2.0])
+        >>> estimate = glue_jax.spsa_gradient(
+        ...     jax.random.key(0), lambda b: b @ b, beta, num_directions=2, directions="orthogonal"
+        ... )
+        >>> jnp.allclose(estimate.gradient, 2 * beta, atol=1e-3)
+        Array(True, dtype=bool)
+    """
+    check_floating(beta)
+    if isinstance(radius, int | float) and not (radius > 0 and math.isfinite(radius)):
+        raise ValueError(f"radius is {radius}; expected a finite number above 0")
+    factor = _scale_factor(scale, dimension(beta, directions))
+    u = sample_directions(key, beta, num_directions, directions)
+
+    def perturbed(leaf: jax.Array, directions: jax.Array) -> jax.Array:
+        step = (radius * directions).astype(leaf.dtype)
+        return jnp.stack([leaf[None] + step, leaf[None] - step], axis=1).reshape(-1, *leaf.shape)
+
+    probes = jax.tree.map(perturbed, jax.tree.map(jnp.asarray, beta), u)
+    values = _map_probes(_scalar_valued(fun), probes, probe_batch_size).reshape(-1, 2)
+    slopes = (values[:, 0] - values[:, 1]) / (2 * radius)
+    return Estimate(jnp.mean(values), _combine(slopes, u, factor), values)
+
+
+def forward_gradient(
+    key: jax.Array,
+    fun: Callable[[PyTree], jax.Array],
+    beta: PyTree,
+    *,
+    num_directions: int = 1,
+    directions: Directions = "rademacher",
+    scale: Scale = "unbiased",
+    probe_batch_size: int | None = None,
+) -> Estimate:
+    """Estimates a gradient from exact slopes along random directions, by forward-mode differentiation.
+
+    As `spsa_gradient` in the limit of radius 0: one `jax.jvp` a direction in place of two evaluations
+    (Baydin et al., 2022, https://arxiv.org/abs/2202.08587).
+
+    Args:
+        key: a `jax.random.key`.
+        fun: `fun(beta) -> scalar`, differentiable.
+        beta: where to estimate, any pytree of floating-point coefficients.
+        num_directions: m.
+        directions: as for `spsa_gradient`.
+        scale: as for `spsa_gradient`.
+        probe_batch_size: how many of the m slopes are computed together; the default as for `spsa_gradient`.
+
+    Returns:
+        An `Estimate` whose `value` is `fun(beta)`.
+
+    Raises:
+        ValueError: an argument out of its range, or a `fun` whose value is no scalar.
+        TypeError: coefficients that are not floating point.
+    """
+    check_floating(beta)
+    factor = _scale_factor(scale, dimension(beta, directions))
+    u = sample_directions(key, beta, num_directions, directions)
+    slope_along = functools.partial(jax.jvp, _scalar_valued(fun), (beta,))
+    values, slopes = _map_probes(lambda direction: slope_along((direction,)), u, probe_batch_size)
+    return Estimate(values[0], _combine(slopes, u, factor), None)
+
+
+def full_gradient(key: jax.Array | None, fun: Callable[[PyTree], jax.Array], beta: PyTree) -> Estimate:
+    """Computes a gradient by `jax.grad`, through the whole of `fun`: the paper's Config 3.
+
+    Args:
+        key: not used; the estimators share one contract.
+        fun: `fun(beta) -> scalar`, differentiable.
+        beta: where to differentiate, any pytree of floating-point coefficients.
+
+    Returns:
+        An `Estimate` whose `value` is `fun(beta)`.
+
+    Raises:
+        ValueError: a `fun` whose value is no scalar.
+        TypeError: coefficients that are not floating point.
+    """
+    del key
+    check_floating(beta)
+    value, gradient = jax.value_and_grad(_scalar_valued(fun))(beta)
+    return Estimate(value, gradient, None)
+
+
+def _map_probes(fun: Callable[[PyTree], Any], probes: PyTree, probe_batch_size: int | None) -> Any:
+    """`fun` over the leading axis of `probes`, all at once or some at a time."""
+    all_at_once = jax.vmap(fun)
+    num_probes = jax.tree.leaves(probes)[0].shape[0]
+    if probe_batch_size is None:
+        if num_probes == 1:
+            return all_at_once(probes)
+        return jax.lax.platform_dependent(probes, cpu=functools.partial(jax.lax.map, fun), default=all_at_once)
+    if probe_batch_size < 1:
+        raise ValueError(f"probe_batch_size is {probe_batch_size}; expected at least 1, or None")
+    if probe_batch_size >= num_probes:
+        return all_at_once(probes)
+    return jax.lax.map(fun, probes, batch_size=None if probe_batch_size == 1 else probe_batch_size)
+
+
+def _combine(slopes: jax.Array, directions: PyTree, factor: float) -> PyTree:
+    """Eq. (6): the mean of slope times direction, times the scale's factor."""
+
+    def combine(leaf: jax.Array) -> jax.Array:
+        mean = jnp.tensordot(slopes, leaf, axes=1, precision=jax.lax.Precision.HIGHEST) / slopes.shape[0]
+        return (factor * mean).astype(leaf.dtype)
+
+    return jax.tree.map(combine, directions)
+
+
+def _scale_factor(scale: Scale, d: int) -> float:
+    """What Eq. (6) is multiplied by."""
+    if scale not in get_args(Scale):
+        raise ValueError(f"scale is {scale!r}; expected one of {get_args(Scale)}")
+    return float(d) if scale == "unbiased" else 1.0
+
+
+def _scalar_valued(fun: Callable[[PyTree], jax.Array]) -> Callable[[PyTree], jax.Array]:
+    """`fun`, whose value must be a real scalar, in at least float32."""
+
+    def checked(beta: PyTree) -> jax.Array:
+        value = fun(beta)
+        if np.shape(value) != () or jnp.issubdtype(jnp.result_type(value), jnp.complexfloating):
+            raise ValueError(
+                f"the function of the coefficients returned {jax.tree.map(jnp.shape, value)}; expected one real "
+                "scalar (reduce the loss over the batch, and return nothing beside it)"
+            )
+        return jnp.asarray(value, jnp.promote_types(jnp.result_type(value), jnp.float32))
+
+    return checked

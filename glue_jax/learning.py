@@ -1,0 +1,328 @@
+"""Learning the coefficients to the validation plateau."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from glue_jax.batches import batched_mean, check_counts, minibatch_indices, num_examples
+from glue_jax.experts import blend, num_experts
+from glue_jax.steps import init, spsa_step
+from glue_jax.types import Batch, GlueMetrics, GlueState, LinkFn, LossFn, MergeFn, Params, PyTree
+
+
+class StepFn(Protocol):
+    """`spsa_step`, `full_gradient_step`, `forward_gradient_step`, or one of them with some words filled in."""
+
+    def __call__(
+        self,
+        key: jax.Array,
+        state: GlueState,
+        experts: Params,
+        batch: Batch,
+        /,
+        *,
+        loss_fn: LossFn,
+        optimizer: optax.GradientTransformation,
+        link_fn: LinkFn,
+        merge_fn: MergeFn,
+    ) -> tuple[GlueState, GlueMetrics]:
+        """Returns the next state, and the metrics of the state that went in."""
+        ...
+
+
+class History(NamedTuple):
+    """What `learn` saw, as NumPy arrays; S steps, V validations.
+
+    Attributes:
+        metrics: those of each step, stacked: `loss` `[S]`, `alpha` `[S, ...]`, and so on.
+        validation_steps: the steps taken before each validation, int `[V]`; the first is of the start.
+        validation_values: what each validation returned, `[V]`.
+    """
+
+    metrics: GlueMetrics
+    validation_steps: np.ndarray
+    validation_values: np.ndarray
+
+
+class LearnResult(NamedTuple):
+    """What `learn` found.
+
+    Attributes:
+        alpha: the coefficients of the best validation; without validation data, the last ones.
+        beta: what `alpha` comes from, a start for `init(..., beta=...)`.
+        last_alpha: the coefficients after the last step.
+        state: after the last step; `learn(..., state=state)` goes on from it.
+        history: what was seen on the way.
+    """
+
+    alpha: PyTree
+    beta: PyTree
+    last_alpha: PyTree
+    state: GlueState
+    history: History
+
+
+class Progress(NamedTuple):
+    """What a callback is told after each chunk of steps.
+
+    Attributes:
+        step: steps taken in this call.
+        max_steps: the most that it takes.
+        metrics: of the last step, as NumPy arrays.
+        validation_value: of the state after the last step; None without validation data.
+        best_value: the lowest so far; None without validation data.
+    """
+
+    step: int
+    max_steps: int
+    metrics: GlueMetrics
+    validation_value: float | None
+    best_value: float | None
+
+
+class NonFiniteLossError(FloatingPointError):
+    """A loss became infinite or not a number.
+
+    Attributes:
+        step: the step whose loss it was.
+        value: the loss.
+        result: the `LearnResult` up to the last chunk of steps before it.
+    """
+
+    def __init__(self, what: str, step: int, value: float, result: LearnResult):
+        """Builds the message from its parts."""
+        super().__init__(
+            f"the {what} is {value} at step {step}: expected a finite number (a smaller learning rate or radius may "
+            "help; the error's `result` holds what was learned before)"
+        )
+        self.step, self.value, self.result = step, value, result
+
+
+def learn(
+    key: jax.Array,
+    experts: Params,
+    data: Batch,
+    *,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    state: GlueState | None = None,
+    step_fn: StepFn = spsa_step,
+    link_fn: LinkFn = jax.nn.softmax,
+    merge_fn: MergeFn = blend,
+    validation_data: Batch | None = None,
+    validation_fn: LossFn | None = None,
+    batch_size: int = 64,
+    max_steps: int = 1000,
+    validate_every: int = 50,
+    patience: int | None = 10,
+    callback: Callable[[Progress], None] | None = None,
+) -> LearnResult:
+    """Learns the coefficients by minibatches until validation stops improving (section 3.3 of the paper).
+
+    The steps between two validations are one jitted `lax.scan` over minibatches of shuffled epochs; an epoch leaves
+    out the examples that fill no whole minibatch. The functions and the optimizer are static: build them once, and
+    a second call compiles nothing.
+
+    Args:
+        key: a `jax.random.key`. It decides the minibatches, whatever the `step_fn`, and the directions.
+        experts: stacked experts, each leaf `[K, ...]`.
+        data: a pytree of arrays `[N, ...]`.
+        loss_fn: `loss_fn(params, batch) -> scalar`, the mean over a batch of `data`.
+        optimizer: of beta.
+        state: where to go on from; the default is `init(K, optimizer)`, the uniform average.
+        step_fn: the step, hence the estimator: `spsa_step`, `full_gradient_step`, `forward_gradient_step`, or a
+            `functools.partial` of one, for instance with its `radius`.
+        link_fn: `link_fn(beta) -> alpha`.
+        merge_fn: `merge_fn(experts, alpha) -> params`.
+        validation_data: a pytree of arrays `[M, ...]` that judges the unperturbed blend.
+        validation_fn: `validation_fn(params, batch) -> scalar`, the mean over a batch, lower is better; the default
+            is `loss_fn`.
+        batch_size: examples in a minibatch, of `data` and of `validation_data`; a last smaller batch of the latter
+            counts by its size.
+        max_steps: the most steps of this call.
+        validate_every: steps between two validations, and between two callbacks.
+        patience: validations without a new best after which to stop; None never stops before `max_steps`.
+        callback: called with a `Progress` after each chunk of `validate_every` steps.
+
+    Returns:
+        The best coefficients by validation, the last ones, and the history.
+
+    Raises:
+        ValueError: an argument out of its range, or data of different lengths, before any work.
+        NonFiniteLossError: a loss that is infinite or not a number.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> import glue_jax
+        >>> experts = glue_jax.stack_experts([{"w": jnp.array(0.0)}, {"w": jnp.array(1.0)}])
+        >>> data = 0.25 + 0.1 * jax.random.normal(jax.random.key(0), (512,))
+        >>> result = glue_jax.learn(
+        ...     jax.random.key(1),
+        ...     experts,
+        ...     data[:448],
+        ...     loss_fn=lambda params, batch: jnp.mean((params["w"] - batch) ** 2),
+        ...     optimizer=optax.adam(0.1),
+        ...     validation_data=data[448:],
+        ...     max_steps=100,
+        ...     validate_every=10,
+        ... )
+        >>> bool(jnp.abs(result.alpha[1] - 0.25) < 0.05)
+        True
+    """
+    check_counts(batch_size=batch_size, max_steps=max_steps, validate_every=validate_every, patience=patience)
+    if batch_size > num_examples("data", data):
+        raise ValueError(f"batch_size is {batch_size}, but data holds {num_examples('data', data)} examples")
+    if validation_data is not None:
+        num_examples("validation_data", validation_data)
+    elif validation_fn is not None:
+        raise ValueError("validation_fn was given without validation_data")
+    k = num_experts(experts)
+    experts, data, validation_data = jax.tree.map(jnp.asarray, (experts, data, validation_data))
+    current = init(k, optimizer) if state is None else state
+    first_step = int(current.step)
+    functions: dict[str, Any] = {"link_fn": link_fn, "merge_fn": merge_fn, "batch_size": batch_size}
+    chunks: list[GlueMetrics] = []
+    validations: list[_Validation] = []
+
+    def result() -> LearnResult:
+        beta = min(validations, key=lambda validation: validation.value).beta if validations else current.beta
+        return LearnResult(link_fn(beta), beta, link_fn(current.beta), current, _history(chunks, validations))
+
+    def validate(state: GlueState, step: int) -> None:
+        if validation_data is None:
+            return
+        value = float(_validate(state.beta, experts, validation_data, function=validation_fn or loss_fn, **functions))
+        if not math.isfinite(value):
+            raise NonFiniteLossError("validation value", step, value, result())
+        validations.append(_Validation(step, value, state.beta))
+
+    validate(current, first_step)
+    done = 0
+    while done < max_steps and (patience is None or _validations_since_best(validations) < patience):
+        count = min(validate_every, max_steps - done)
+        next_state, metrics = _run_chunk(
+            key,
+            current,
+            experts,
+            data,
+            jnp.asarray(count, jnp.int32),
+            step_fn=step_fn,
+            loss_fn=loss_fn,
+            optimizer=optimizer,
+            num_steps=validate_every,
+            **functions,
+        )
+        metrics = _first(count, jax.device_get(metrics))
+        bad = np.flatnonzero(~np.isfinite(metrics.loss))
+        if bad.size:
+            step = int(bad[0])
+            raise NonFiniteLossError("loss", first_step + done + step, float(metrics.loss[step]), result())
+        current, done = next_state, done + count
+        chunks.append(metrics)
+        validate(current, first_step + done)
+        if callback is not None:
+            last = jax.tree.map(lambda leaf: leaf[-1], metrics)
+            values = [validation.value for validation in validations]
+            callback(Progress(done, max_steps, last, *((values[-1], min(values)) if values else (None, None))))
+    return result()
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("step_fn", "loss_fn", "optimizer", "link_fn", "merge_fn", "batch_size", "num_steps"),
+)
+def _run_chunk(
+    key: jax.Array,
+    state: GlueState,
+    experts: Params,
+    data: Batch,
+    count: jax.Array,
+    *,
+    step_fn: StepFn,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    link_fn: LinkFn,
+    merge_fn: MergeFn,
+    batch_size: int,
+    num_steps: int,
+) -> tuple[GlueState, GlueMetrics]:
+    """The first `count` of `num_steps` steps, so that a last shorter chunk compiles nothing; metrics `[num_steps]`."""
+    batch_key, step_key = jax.random.split(key)
+    indices = minibatch_indices(batch_key, state.step, num_steps, num_examples("data", data), batch_size)
+
+    @jax.jit  # traced once for its shapes and its use
+    def step(state: GlueState, rows: jax.Array) -> tuple[GlueState, GlueMetrics]:
+        batch = jax.tree.map(lambda leaf: leaf[rows], data)
+        return step_fn(
+            step_key,
+            state,
+            experts,
+            batch,
+            loss_fn=loss_fn,
+            optimizer=optimizer,
+            link_fn=link_fn,
+            merge_fn=merge_fn,
+        )
+
+    def skip(state: GlueState, rows: jax.Array) -> tuple[GlueState, GlueMetrics]:
+        _, metrics = jax.eval_shape(step, state, rows)
+        return state, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), metrics)
+
+    def body(state: GlueState, at: tuple[jax.Array, jax.Array]) -> tuple[GlueState, GlueMetrics]:
+        position, rows = at
+        return jax.lax.cond(position < count, step, skip, state, rows)
+
+    return jax.lax.scan(body, state, (jnp.arange(num_steps), indices))
+
+
+@functools.partial(jax.jit, static_argnames=("function", "link_fn", "merge_fn", "batch_size"))
+def _validate(
+    beta: PyTree,
+    experts: Params,
+    data: Batch,
+    *,
+    function: LossFn,
+    link_fn: LinkFn,
+    merge_fn: MergeFn,
+    batch_size: int,
+) -> jax.Array:
+    """The validation value of the unperturbed blend."""
+    return batched_mean(function, merge_fn(experts, link_fn(beta)), data, batch_size)
+
+
+class _Validation(NamedTuple):
+    """One judgement of the unperturbed blend."""
+
+    step: int
+    value: float
+    beta: PyTree
+
+
+def _validations_since_best(validations: list[_Validation]) -> int:
+    """How many validations came after the best one."""
+    values = [validation.value for validation in validations]
+    return len(values) - 1 - values.index(min(values)) if values else 0
+
+
+def _first(count: int, metrics: GlueMetrics) -> GlueMetrics:
+    """The steps of a chunk that were run."""
+    return jax.tree.map(lambda leaf: leaf[:count], metrics)
+
+
+def _history(chunks: list[GlueMetrics], validations: list[_Validation]) -> History:
+    """The chunks end to end."""
+    empty: Any = np.zeros((0,), np.float32)
+    metrics = GlueMetrics(loss=empty, alpha=empty, gradient_norm=empty, probe_losses=None)
+    if chunks:
+        metrics = jax.tree.map(lambda *parts: np.concatenate(parts), *chunks)
+    return History(
+        metrics=metrics,
+        validation_steps=np.array([validation.step for validation in validations], np.int64),
+        validation_values=np.array([validation.value for validation in validations], np.float64),
+    )

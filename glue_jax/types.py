@@ -1,0 +1,72 @@
+"""The types that the library's functions share."""
+
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import jax
+import optax
+
+PyTree: TypeAlias = Any
+"""Any pytree of arrays."""
+
+Params: TypeAlias = Any
+"""A model as a pytree: its parameters and, where it has them, its BatchNorm statistics."""
+
+Batch: TypeAlias = Any
+"""A minibatch as a pytree of arrays `[B, ...]`."""
+
+Scalar: TypeAlias = float | jax.Array
+
+
+class LossFn(Protocol):
+    """`loss_fn(params, batch) -> scalar`: all that the library asks of a model (Eq. 2)."""
+
+    def __call__(self, params: Params, batch: Batch, /) -> jax.Array:
+        """Returns the mean loss of `params` on `batch`, shape `[]`."""
+        ...
+
+
+class LinkFn(Protocol):
+    """`link_fn(beta) -> alpha`: from the coefficients that are learned to those that blend."""
+
+    def __call__(self, beta: PyTree, /) -> PyTree:
+        """Returns alpha; `[..., K]` from `[..., K]` for the default, a softmax."""
+        ...
+
+
+class MergeFn(Protocol):
+    """`merge_fn(experts, alpha) -> params`: one model from the stacked experts (Eq. 1)."""
+
+    def __call__(self, experts: Params, alpha: PyTree, /) -> Params:
+        """Returns the merged model."""
+        ...
+
+
+class GlueState(NamedTuple):
+    """What a step carries on.
+
+    Attributes:
+        step: steps taken, int32 `[]`.
+        beta: the learned coefficients, `[K]` or any pytree.
+        opt_state: the state of the optimizer of `beta`.
+    """
+
+    step: jax.Array
+    beta: PyTree
+    opt_state: optax.OptState
+
+
+class GlueMetrics(NamedTuple):
+    """What a step measured. All of it belongs to the state that went in.
+
+    Attributes:
+        loss: the loss on the minibatch, `[]`; for SPSA the mean of its probes, for the others the loss of the
+            unperturbed blend.
+        alpha: the blend's coefficients, `[K]` or any pytree.
+        gradient_norm: the Euclidean norm of the estimated gradient for `beta`, `[]`.
+        probe_losses: `[m, 2]`, the losses `L+` and `L-` of each direction (Eq. 3); None for the other estimators.
+    """
+
+    loss: jax.Array
+    alpha: PyTree
+    gradient_norm: jax.Array
+    probe_losses: jax.Array | None
