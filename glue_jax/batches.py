@@ -87,6 +87,11 @@ def num_examples(name: str, data: Any) -> int:
     return next(iter(shapes.values()))[0]
 
 
+def on_cpu(tree: PyTree) -> bool:
+    """Whether all arrays lie on CPUs."""
+    return all(device.platform == "cpu" for leaf in jax.tree.leaves(tree) for device in leaf.devices())
+
+
 def check_counts(**counts: int | None) -> None:
     """Refuses counts below 1."""
     for name, count in counts.items():

@@ -61,7 +61,9 @@ def spsa_gradient(
         scale: `unbiased`, or `paper` for the literal Eq. (5) and (6).
         probe_batch_size: how many of the 2m probes are evaluated together, by `vmap`. The default is all of them
             where the program is lowered for an accelerator, and one at a time where it is lowered for a CPU, on
-            which a convolution with a kernel for each probe is slow.
+            which a convolution with a kernel for each probe is slow. (The loop serves networks in JAX's usual layout,
+            images `[B, H, W, C]` and kernels `[H, W, in, out]`. In the layout of PyTorch, XLA:CPU runs a convolution
+            slowly within a loop: pass 2m there.)
 
     Returns:
         An `Estimate` with `probe_values` `[m, 2]`.

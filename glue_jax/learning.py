@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from glue_jax.batches import batched_mean, check_counts, minibatch_indices, num_examples
+from glue_jax.batches import batched_mean, check_counts, minibatch_indices, num_examples, on_cpu
 from glue_jax.experts import blend, num_experts
 from glue_jax.steps import init, spsa_step
 from glue_jax.types import Batch, GlueMetrics, GlueState, LinkFn, LossFn, MergeFn, Params, PyTree
@@ -125,7 +125,8 @@ def learn(
 ) -> LearnResult:
     """Learns the coefficients by minibatches until validation stops improving (section 3.3 of the paper).
 
-    The steps between two validations are one jitted `lax.scan` over minibatches of shuffled epochs; an epoch leaves
+    The steps between two validations are one jitted `lax.scan` over minibatches of shuffled epochs (on a CPU a jitted
+    step each: within a loop, XLA:CPU runs the backward pass of a convolution some 30 times slower). An epoch leaves
     out the examples that fill no whole minibatch. The functions and the optimizer are static: build them once, and
     a second call compiles nothing.
 
@@ -202,23 +203,19 @@ def learn(
             raise NonFiniteLossError("validation value", step, value, result())
         validations.append(_Validation(step, value, state.beta))
 
+    run = functools.partial(
+        _run_steps,
+        step_fn=step_fn,
+        loss_fn=loss_fn,
+        optimizer=optimizer,
+        num_steps=1 if on_cpu(data) else validate_every,
+        **functions,
+    )
     validate(current, first_step)
     done = 0
     while done < max_steps and (patience is None or _validations_since_best(validations) < patience):
         count = min(validate_every, max_steps - done)
-        next_state, metrics = _run_chunk(
-            key,
-            current,
-            experts,
-            data,
-            jnp.asarray(count, jnp.int32),
-            step_fn=step_fn,
-            loss_fn=loss_fn,
-            optimizer=optimizer,
-            num_steps=validate_every,
-            **functions,
-        )
-        metrics = _first(count, jax.device_get(metrics))
+        next_state, metrics = _run_chunk(run, key, current, experts, data, count)
         bad = np.flatnonzero(~np.isfinite(metrics.loss))
         if bad.size:
             step = int(bad[0])
@@ -237,7 +234,7 @@ def learn(
     jax.jit,
     static_argnames=("step_fn", "loss_fn", "optimizer", "link_fn", "merge_fn", "batch_size", "num_steps"),
 )
-def _run_chunk(
+def _run_steps(
     key: jax.Array,
     state: GlueState,
     experts: Params,
@@ -269,6 +266,10 @@ def _run_chunk(
             link_fn=link_fn,
             merge_fn=merge_fn,
         )
+
+    if num_steps == 1:
+        state, metrics = step(state, indices[0])
+        return state, jax.tree.map(lambda leaf: leaf[None], metrics)
 
     def skip(state: GlueState, rows: jax.Array) -> tuple[GlueState, GlueMetrics]:
         _, metrics = jax.eval_shape(step, state, rows)
@@ -310,19 +311,34 @@ def _validations_since_best(validations: list[_Validation]) -> int:
     return len(values) - 1 - values.index(min(values)) if values else 0
 
 
-def _first(count: int, metrics: GlueMetrics) -> GlueMetrics:
-    """The steps of a chunk that were run."""
-    return jax.tree.map(lambda leaf: leaf[:count], metrics)
+def _run_chunk(
+    run: functools.partial[tuple[GlueState, GlueMetrics]],
+    key: jax.Array,
+    state: GlueState,
+    experts: Params,
+    data: Batch,
+    count: int,
+) -> tuple[GlueState, GlueMetrics]:
+    """Some steps, by as many calls as it takes; their metrics as NumPy arrays."""
+    num_steps = run.keywords["num_steps"]
+    parts = []
+    for start in range(0, count, num_steps):
+        state, metrics = run(key, state, experts, data, jnp.asarray(count - start, jnp.int32))
+        parts.append(metrics)
+    metrics = _concatenated(jax.device_get(parts))
+    return state, jax.tree.map(lambda leaf: leaf[:count], metrics)
+
+
+def _concatenated(parts: list[GlueMetrics]) -> GlueMetrics:
+    """Metrics end to end."""
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
 
 def _history(chunks: list[GlueMetrics], validations: list[_Validation]) -> History:
     """The chunks end to end."""
     empty: Any = np.zeros((0,), np.float32)
-    metrics = GlueMetrics(loss=empty, alpha=empty, gradient_norm=empty, probe_losses=None)
-    if chunks:
-        metrics = jax.tree.map(lambda *parts: np.concatenate(parts), *chunks)
     return History(
-        metrics=metrics,
+        metrics=_concatenated(chunks) if chunks else GlueMetrics(empty, empty, empty, None),
         validation_steps=np.array([validation.step for validation in validations], np.int64),
         validation_values=np.array([validation.value for validation in validations], np.float64),
     )

@@ -1,0 +1,31 @@
+"""CIFAR-10 with ResNet-20: the paper's section 5.
+
+    python -m experiments.cifar10                     # the paper's scale, on a GPU or TPU
+    python -m experiments.cifar10 --preset quick      # the same protocol, small, on a CPU
+
+CIFAR-10 comes through tensorflow-datasets, from `--data-dir` or `TFDS_DATA_DIR`; where it is not prepared, it is
+downloaded and prepared, which needs `pip install -e '.[experiments,prepare]'` once.
+"""
+
+from experiments.cli import main
+from experiments.config import Config
+
+PRESETS = {
+    "paper": Config(),
+    "quick": Config(
+        num_experts=5,
+        expert_examples=1000,
+        expert_epochs=10,
+        validation_examples=256,
+        target_examples=1024,
+        alpha_steps=150,
+        validate_every=25,
+        patience=3,
+        fine_tuning_epochs=3,
+        test_examples=2000,
+        seeds=(0, 1),
+    ),
+}
+
+if __name__ == "__main__":
+    main("cifar10", __doc__ or "", PRESETS)

@@ -1,0 +1,125 @@
+"""Every number of the protocol, as frozen dataclasses: the paper's values, and what it leaves open with the reason.
+
+The parts follow the protocol's stages, so that the result of a stage depends on its own part and those before it.
+"""
+
+import dataclasses
+from typing import Any, Literal, get_args, get_origin
+
+from experiments.training import Augmentation
+from glue_jax.directions import DirectionName
+
+Initialization = Literal["common", "separate"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertFields:
+    """Data, splits and experts: one draw, as in the paper's Table 1."""
+
+    dataset: str = "cifar10"
+    """What experts are trained on, and the target is drawn from."""
+    network: str = "resnet20"
+    """The architecture of the experts (section 5)."""
+    num_experts: int = 10
+    """K (section 5)."""
+    expert_examples: int = 2000
+    """Images of each expert (section 5)."""
+    concentration: float = 0.5
+    """Of the Dirichlet distribution of an expert's class proportions (section 5)."""
+    expert_epochs: int = 40
+    """Section 5."""
+    expert_batch_size: int = 64
+    """Section 5."""
+    expert_learning_rate: float = 1e-3
+    """Of Adam (section 5)."""
+    expert_b1: float = 0.9
+    """Of Adam (section 5)."""
+    expert_b2: float = 0.999
+    """Of Adam (section 5)."""
+    augmentation: Augmentation = "crop_flip"
+    """Open in the paper; without it, experts of 2000 images stay well below its Table 1. Fine-tuning uses it too."""
+    initialization: Initialization = "common"
+    """Open in the paper; a common one is what averaging weights presumes (model soups, federated averaging)."""
+    validation_examples: int = 1000
+    """Open in the paper ('small'): target images that judge proxy accuracy and the plateau, and nothing else."""
+    expert_seed: int = 0
+    """Of validation images, experts' images, initialisation and training."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CoefficientFields:
+    """Target images, and how the coefficients are learned on them."""
+
+    target_examples: int = 10_000
+    """Images that learn the coefficients and fine-tune; at most what is left (section 5)."""
+    alpha_learning_rate: float = 1e-2
+    """Of Adam on beta (section 5)."""
+    alpha_b1: float = 0.9
+    """Of Adam on beta (section 5)."""
+    alpha_b2: float = 0.99
+    """Of Adam on beta (section 5)."""
+    alpha_batch_size: int = 64
+    """Open in the paper; the experts'."""
+    num_directions: int = 1
+    """m, directions of a step (section 5)."""
+    directions: DirectionName = "sphere"
+    """The paper normalises Gaussian or random-sign entries, 'e.g.' (section 3.2)."""
+    radius: float = 1e-2
+    """Open in the paper (mu): a step's probes, in beta."""
+    alpha_steps: int = 2000
+    """Open in the paper: the most steps; the plateau usually comes first."""
+    validate_every: int = 50
+    """Open in the paper: steps between two validations."""
+    patience: int = 10
+    """Open in the paper: validations without a new best that count as the plateau."""
+    matmul_precision: Literal["highest", "high", "default"] = "highest"
+    """Of the networks' own products while the coefficients are learned: an accelerator's default rounds the two
+    probes' weights to bfloat16 or TF32, and their small difference with them."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FineTuningFields:
+    """Fine-tuning of the blend on the target images."""
+
+    fine_tuning_epochs: int = 10
+    """Open in the paper ('lightweight')."""
+    fine_tuning_learning_rate: float = 1e-3
+    """Open in the paper; the experts'. Of Adam, with the experts' moments."""
+    fine_tuning_batch_size: int = 64
+    """Open in the paper; the experts'."""
+    test_examples: int | None = None
+    """Images of the test split that models are reported on; None is all of it (section 5)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(ExpertFields, CoefficientFields, FineTuningFields):
+    """One experiment of the paper's section 5."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of target images, minibatches, directions and fine-tuning; results are means over them (section 5)."""
+
+    def __post_init__(self) -> None:
+        """Refuses values out of their range.
+
+        Raises:
+            ValueError: with the field, its value, and what was expected.
+        """
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if get_origin(field.type) is Literal and value not in get_args(field.type):
+                raise ValueError(f"{field.name} is {value!r}; expected one of {get_args(field.type)}")
+            if field.name in ("seeds", "expert_seed"):
+                numbers, least = (value if field.name == "seeds" else (value,)), 0
+            elif isinstance(value, int | float):
+                numbers, least = (value,), 1 if isinstance(value, int) else 0
+            else:
+                continue
+            if not numbers or any(number < least for number in numbers):
+                raise ValueError(f"{field.name} is {value!r}; expected at least {least}")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds are {self.seeds}; expected each once")
+
+
+def part(config: Config, *parts: type) -> dict[str, Any]:
+    """Returns the fields of some parts of a config."""
+    return {field.name: getattr(config, field.name) for cls in parts for field in dataclasses.fields(cls)}

@@ -1,0 +1,131 @@
+"""What the stages of a run share: splits, data on the device, network, trainers."""
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import glue_jax
+from experiments import models
+from experiments.config import Config, ExpertFields, part
+from experiments.data import Dataset, Examples, channel_statistics
+from experiments.models.network import Variables
+from experiments.progress import Progress
+from experiments.splits import Indices, Splits, class_counts, draw_splits, draw_target
+from experiments.stages import Stages
+from experiments.training import Problem, Trainer, make_evaluate, make_trainer
+
+
+class Context(NamedTuple):
+    """What the stages share."""
+
+    config: Config
+    dataset: Dataset
+    splits: Splits
+    targets: dict[int, Indices]
+    train: Examples
+    test: Examples
+    validation: Examples
+    problem: Problem
+    training: Trainer
+    tuning: Trainer
+    alpha_optimizer: optax.GradientTransformation
+    step_fns: Mapping[int, Any]
+    evaluate: Callable[[Variables, Examples], dict[str, float]]
+    stages: Stages
+    progress: Progress
+
+    @property
+    def expert_fields(self) -> dict[str, Any]:
+        """What an expert depends on, beside its number; the number of its fellows is not of it."""
+        fields = part(self.config, ExpertFields)
+        del fields["num_experts"]
+        return {**fields, "data": self.dataset.name, "checksum": self.dataset.checksum}
+
+
+def prepare(config: Config, dataset: Dataset, folder: Path, progress: Progress) -> Context:
+    """Draws the splits and builds the network; all that can be refused is refused here."""
+    splits = draw_splits(
+        dataset.train.labels,
+        seed=config.expert_seed,
+        num_validation=config.validation_examples,
+        num_experts=config.num_experts,
+        num_examples=config.expert_examples,
+        concentration=config.concentration,
+    )
+    targets = {seed: draw_target(splits.rest, seed=seed, num_target=config.target_examples) for seed in config.seeds}
+    for field, batch_size, count in (
+        ("expert_batch_size", config.expert_batch_size, config.expert_examples),
+        ("alpha_batch_size", config.alpha_batch_size, len(targets[config.seeds[0]])),
+        ("fine_tuning_batch_size", config.fine_tuning_batch_size, len(targets[config.seeds[0]])),
+    ):
+        if batch_size > count:
+            raise ValueError(f"{field} is {batch_size}, but there are {count} images to draw from")
+    num_channels = dataset.train.images.shape[-1]
+    network = models.build(config.network, num_channels=num_channels, num_classes=dataset.num_classes)
+    problem = Problem(network, *channel_statistics(dataset.train.images))
+    adam = functools.partial(optax.adam, b1=config.expert_b1, b2=config.expert_b2)
+    train_split = jax.tree.map(jnp.asarray, dataset.train)
+    return Context(
+        config=config,
+        dataset=dataset,
+        splits=splits,
+        targets=targets,
+        train=train_split,
+        test=jax.tree.map(lambda array: jnp.asarray(array[: config.test_examples]), dataset.test),
+        validation=take(train_split, splits.validation),
+        problem=problem,
+        training=make_trainer(
+            problem,
+            adam(config.expert_learning_rate),
+            batch_size=config.expert_batch_size,
+            augmentation=config.augmentation,
+        ),
+        tuning=make_trainer(
+            problem,
+            adam(config.fine_tuning_learning_rate),
+            batch_size=config.fine_tuning_batch_size,
+            augmentation=config.augmentation,
+        ),
+        alpha_optimizer=optax.adam(config.alpha_learning_rate, b1=config.alpha_b1, b2=config.alpha_b2),
+        step_fns={
+            3: glue_jax.full_gradient_step,
+            4: functools.partial(
+                glue_jax.spsa_step,
+                radius=config.radius,
+                num_directions=config.num_directions,
+                directions=config.directions,
+            ),
+        },
+        evaluate=make_evaluate(problem),
+        stages=Stages(folder),
+        progress=progress,
+    )
+
+
+def counts(context: Context) -> dict[str, Any]:
+    """What was drawn: images of each class."""
+    labels, num_classes = context.dataset.train.labels, context.dataset.num_classes
+    drawn = {
+        "validation": context.splits.validation,
+        **{f"expert {index}": rows for index, rows in enumerate(context.splits.experts)},
+        **{f"target, seed {seed}": rows for seed, rows in context.targets.items()},
+    }
+    return {
+        "name": context.dataset.name,
+        "checksum": context.dataset.checksum,
+        "train": len(labels),
+        "test": len(context.test.labels),
+        "validation": len(context.splits.validation),
+        "target": len(context.targets[context.config.seeds[0]]),
+        "drawn by class": {name: class_counts(labels[rows], num_classes) for name, rows in drawn.items()},
+    }
+
+
+def take(examples: Examples, rows: Indices) -> Examples:
+    """Some examples."""
+    return jax.tree.map(lambda array: array[rows], examples)

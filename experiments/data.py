@@ -1,0 +1,142 @@
+"""Data sets as uint8 images and int32 labels: tensorflow-datasets' on ArrayRecord, and scikit-learn's digits."""
+
+import contextlib
+import logging
+import zlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+# The names of tensorflow-datasets, and the splits to train on and to test on.
+_TFDS_SPLITS = {"cifar10": ("train", "test")}
+DATASETS = ("digits", *_TFDS_SPLITS)
+_BLOCK = 1000
+
+
+class Examples(NamedTuple):
+    """Labelled images, a pytree with leading axis N.
+
+    Attributes:
+        images: uint8 `[N, H, W, C]`.
+        labels: int32 `[N]`.
+    """
+
+    images: Any
+    labels: Any
+
+
+class Dataset(NamedTuple):
+    """A data set in memory.
+
+    Attributes:
+        name: with its version.
+        train: the split that experts, target and validation images are drawn from.
+        test: the split that is for reporting alone.
+        num_classes: labels lie in `range(num_classes)`.
+        checksum: of all images and labels.
+    """
+
+    name: str
+    train: Examples
+    test: Examples
+    num_classes: int
+    checksum: int
+
+
+class DatasetNotFoundError(RuntimeError):
+    """A data set is not prepared, and could not be prepared here."""
+
+
+def load(name: str, data_dir: str | None = None) -> Dataset:
+    """Loads a data set; prepares it first as tensorflow-datasets does, where it is not and the network allows.
+
+    Args:
+        name: one of `DATASETS`.
+        data_dir: tensorflow-datasets' data directory. None is its own default: `TFDS_DATA_DIR`, or
+            `~/tensorflow_datasets`.
+
+    Raises:
+        ValueError: an unknown name.
+        DatasetNotFoundError: a set that is not there and cannot be prepared.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"dataset is {name!r}; expected one of {DATASETS}")
+    if name == "digits":
+        full_name, train, test, num_classes = _digits()
+    else:
+        full_name, train, test, num_classes = _tfds(name, data_dir)
+    checksum = 0
+    for array in (*train, *test):
+        checksum = zlib.crc32(array.tobytes(), checksum)
+    return Dataset(full_name, train, test, num_classes, checksum)
+
+
+def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the mean and the standard deviation of each channel of uint8 images, as fractions, float32 `[C]`."""
+    counts = [np.bincount(images[..., channel].ravel(), minlength=256) for channel in range(images.shape[-1])]
+    levels = np.arange(256) / 255
+    mean = np.array([np.average(levels, weights=count) for count in counts])
+    second = np.array([np.average(levels**2, weights=count) for count in counts])
+    return mean.astype(np.float32), np.sqrt(second - mean**2).astype(np.float32)
+
+
+def _digits() -> tuple[str, Examples, Examples, int]:
+    """scikit-learn's 1797 digits, 8 x 8, every fourth one for the test."""
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    images = np.round(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
+    examples = Examples(images, labels.astype(np.int32))
+    is_test = np.arange(len(images)) % 4 == 3
+    train, test = (Examples(*(array[rows] for array in examples)) for rows in (~is_test, is_test))
+    return "digits (scikit-learn)", train, test, 10
+
+
+def _tfds(name: str, data_dir: str | None) -> tuple[str, Examples, Examples, int]:
+    """A set of tensorflow-datasets."""
+    import tensorflow_datasets as tfds
+
+    with _quiet():
+        builder: Any = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+        if not builder.is_prepared():
+            _prepare(builder)
+        train, test = (_decode(builder, split) for split in _TFDS_SPLITS[name])
+    return builder.info.full_name, train, test, builder.info.features["label"].num_classes
+
+
+def _prepare(builder: Any) -> None:
+    """Downloads and prepares, or says what to do instead."""
+    try:
+        builder.download_and_prepare()
+    except Exception as error:
+        raise DatasetNotFoundError(
+            f"{builder.info.full_name} is not prepared: looked for its ArrayRecord files in {builder.data_path}, and "
+            f"preparing it there failed ({type(error).__name__}: {error}).\n"
+            "To prepare it, install what that needs (pip install -e '.[experiments,prepare]') and run this command "
+            "again where the network allows; or point --data-dir (or TFDS_DATA_DIR) at a directory that holds it.\n"
+            "python -m experiments.digits needs no download."
+        ) from error
+
+
+def _decode(builder: Any, split: str) -> Examples:
+    """A whole split as arrays, read in blocks."""
+    source = builder.as_data_source(split=split)
+    images, labels = [], []
+    for start in range(0, len(source), _BLOCK):
+        for record in source.__getitems__(range(start, min(start + _BLOCK, len(source)))):
+            images.append(record["image"])
+            labels.append(record["label"])
+    return Examples(np.stack(images), np.array(labels, np.int32))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps tensorflow-datasets' advice on faster decoders out of a run's output."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,24 @@
+"""scikit-learn's handwritten digits with a small convolutional network: the protocol with nothing to download.
+
+python -m experiments.digits
+"""
+
+from experiments.cli import main
+from experiments.config import Config
+
+PRESETS = {
+    "quick": Config(
+        dataset="digits",
+        network="convnet",
+        expert_examples=100,
+        expert_batch_size=20,
+        augmentation="none",
+        validation_examples=200,
+        target_examples=400,
+        alpha_steps=300,
+        validate_every=10,
+    ),
+}
+
+if __name__ == "__main__":
+    main("digits", __doc__ or "", PRESETS)

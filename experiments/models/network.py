@@ -1,0 +1,54 @@
+"""A Flax NNX module as pure functions of its variables."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+from flax import nnx
+
+Variables: TypeAlias = dict[str, Any]
+"""`{"params": ..., "batch_stats": ...}`, nested dicts of arrays: what an expert is, and what is blended."""
+
+
+class Network(NamedTuple):
+    """A network as pure functions.
+
+    Attributes:
+        init: `init(key) -> variables`.
+        apply: `apply(variables, images) -> logits [B, classes]`, BatchNorm by its running statistics.
+        apply_training: `apply_training(variables, images) -> (logits, batch_stats)`, BatchNorm by the minibatch; the
+            statistics returned are the updated running ones.
+    """
+
+    init: Callable[[jax.Array], Variables]
+    apply: Callable[[Variables, jax.Array], jax.Array]
+    apply_training: Callable[[Variables, jax.Array], tuple[jax.Array, Any]]
+
+
+def as_functions(build: Callable[[nnx.Rngs], Any]) -> Network:
+    """Returns the pure functions of the module that `build(rngs)` makes.
+
+    Args:
+        build: makes a module of `nnx.Param` and `nnx.BatchStat` variables alone, called with images `[B, H, W, C]`.
+    """
+    abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+
+    def graph(*, use_running_average: bool) -> nnx.GraphDef[Any]:
+        view = nnx.view(abstract, use_running_average=use_running_average, raise_if_not_found=False)
+        return nnx.graphdef(view)
+
+    evaluation, training = graph(use_running_average=True), graph(use_running_average=False)
+
+    def init(key: jax.Array) -> Variables:
+        _, params, batch_stats = nnx.split(build(nnx.Rngs(params=key)), nnx.Param, nnx.BatchStat)
+        return {"params": nnx.to_pure_dict(params), "batch_stats": nnx.to_pure_dict(batch_stats)}
+
+    def apply(variables: Variables, images: jax.Array) -> jax.Array:
+        return nnx.merge(evaluation, variables["params"], variables["batch_stats"])(images)
+
+    def apply_training(variables: Variables, images: jax.Array) -> tuple[jax.Array, Any]:
+        module = nnx.merge(training, variables["params"], variables["batch_stats"])
+        logits = module(images)
+        return logits, nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
+
+    return Network(init, apply, apply_training)

@@ -1,0 +1,62 @@
+"""Progress on the terminal: a bar a stage with the time left, and a line for each result."""
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+
+class Stage:
+    """One bar."""
+
+    def __init__(self, bars: RichProgress, name: str, total: int):
+        """Shows a bar of `total` units."""
+        self._bars, self._total = bars, total
+        self._task = bars.add_task(name, total=total)
+
+    def advance(self, units: int = 1) -> None:
+        """Counts units of work as done."""
+        self._bars.advance(self._task, units)
+
+    def skip(self, units: int) -> None:
+        """Takes units off the work to do: they were done by an earlier run, or are not needed."""
+        self._total -= units
+        self._bars.update(self._task, total=self._total)
+
+
+class Progress:
+    """The bars of a run, a context manager."""
+
+    def __init__(self, console: Console):
+        """Shows bars on `console`, where that is a terminal."""
+        self.console = console
+        self._bars = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+
+    def __enter__(self) -> "Progress":
+        """Starts showing."""
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Stops showing."""
+        self._bars.stop()
+
+    def stage(self, name: str, total: int) -> Stage:
+        """Returns a new bar."""
+        return Stage(self._bars, name, total)
+
+    def say(self, text: str) -> None:
+        """Prints a line above the bars."""
+        self._bars.console.print(text, highlight=False)

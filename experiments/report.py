@@ -1,0 +1,222 @@
+"""The report of a run: tables, pictures, and the same table for the terminal."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from rich.console import Console
+from rich.table import Table
+
+from experiments.paper import EXPERT_ACCURACY, LARGEST_GAIN
+from experiments.protocol import CONFIGS
+from experiments.stages import write_json, write_whole
+
+_COLORS = {1: "#999999", 2: "#e69f00", 3: "#0072b2", 4: "#d55e00"}
+_STYLE: dict[Any, Any] = {
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+}
+
+
+def write(results: Mapping[str, Any], folder: Path) -> None:
+    """Writes `config.json`, `results.json`, `report.md`, `figure1.png` and `alpha.png`, each whole or not at all.
+
+    Args:
+        results: of a run, with its `title` and `machine`.
+        folder: where to.
+    """
+    write_whole(folder / "figure1.png", lambda path: _accuracy_figure(results).savefig(path, dpi=150))
+    write_whole(folder / "alpha.png", lambda path: _alpha_figure(results).savefig(path, dpi=150))
+    write_whole(folder / "report.md", lambda path: path.write_text(_markdown(results)))
+    write_json(folder / "config.json", results["config"])
+    write_json(folder / "results.json", results)
+
+
+def print_table(results: Mapping[str, Any], folder: Path, console: Console) -> None:
+    """Prints the table of the four Configs, and where the report lies."""
+    headers, rows = _config_table(results)
+    table = Table(title=results["title"], caption=_caption(results))
+    for header in headers:
+        table.add_column(header, justify="left" if header == headers[0] else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    console.print(f"report: {folder / 'report.md'}", highlight=False, soft_wrap=True)
+
+
+def _by_config(results: Mapping[str, Any], field: str) -> dict[int, np.ndarray]:
+    """A field of the runs, `[seeds, ...]` by Config."""
+    return {number: np.array([run[field] for run in results["runs"] if run["config"] == number]) for number in CONFIGS}
+
+
+def _config_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The four Configs: accuracy and loss on the test split, before fine-tuning and after."""
+    accuracy, loss = _by_config(results, "test_accuracy"), _by_config(results, "test_loss")
+    headers = ["Config", "prior, %", "prior, loss", "tuned, %", "tuned, loss"]
+    rows = []
+    for number, name in CONFIGS.items():
+        row = [f"{number} {name}"]
+        for epoch in (0, -1):
+            row += [_spread(100 * accuracy[number][:, epoch], 1), _spread(loss[number][:, epoch], 3)]
+        rows.append(row)
+    return headers, rows
+
+
+def _caption(results: Mapping[str, Any]) -> str:
+    """What the table's figures are."""
+    seeds = results["config"]["seeds"]
+    over = f"mean ± standard deviation over {len(seeds)} seeds" if len(seeds) > 1 else "one seed"
+    epochs = results["config"]["fine_tuning_epochs"]
+    return f"test accuracy and test loss (cross-entropy, nats) of the blend, and after {epochs} epochs of tuning it; {over}"
+
+
+def _markdown(results: Mapping[str, Any]) -> str:
+    """The report."""
+    config, data, machine = results["config"], results["data"], results["machine"]
+    test = np.array([row["test_accuracy"] for row in results["experts"]])
+    sections = [
+        f"# {results['title']}",
+        f"{data['name']}, {config['network']}, {config['num_experts']} experts of {config['expert_examples']} images "
+        f"each ({config['initialization']} initialisation, Dirichlet({config['concentration']:g}) classes), "
+        f"{data['target']} target images, {data['validation']} validation images, {data['test']} test images.\n\n"
+        f"Run on {machine}.",
+        "## The four Configs",
+        f"{_caption(results)[0].upper()}{_caption(results)[1:]}.",
+        _table(*_config_table(results)),
+        f"The experts' own test accuracy: {100 * test.mean():.1f} % on average, {100 * test.max():.1f} % the best. All "
+        "experts have as many images, so Config 1 is the uniform average, where Configs 3 and 4 start.",
+        "![test accuracy by fine-tuning epoch](figure1.png)",
+        *_gains(results),
+        "## The experts (Table 1)",
+        "Accuracy in percent and loss in nats. The target images are the first seed's. "
+        + _paper_note(config["dataset"]),
+        _table(*_expert_table(results)),
+        "## The coefficients",
+        "Means over seeds. Configs 3 and 4 take their best by validation loss; 'steps' is how many they learned for.",
+        _table(*_alpha_table(results)),
+        "![coefficients by step](alpha.png)",
+        "## Time",
+        _table(["stage", "seconds"], [[name, f"{value:.1f}"] for name, value in results["seconds"].items()]),
+        "## Config",
+        _table(["field", "value"], [[name, json.dumps(value)] for name, value in config.items()]),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _gains(results: Mapping[str, Any]) -> Iterable[str]:
+    """By how much GLUE leads the other Configs, and the paper's figures where it has them."""
+    accuracy = {number: 100 * values.mean(axis=0) for number, values in _by_config(results, "test_accuracy").items()}
+    paper = LARGEST_GAIN.get(results["config"]["dataset"], {})
+    rows = []
+    for number in (1, 2, 3):
+        gain = accuracy[4] - accuracy[number]
+        epoch = int(np.argmax(gain))
+        row = [f"Config {number} ({CONFIGS[number]})", f"{gain[epoch]:+.1f}", str(epoch), f"{gain.mean():+.1f}"]
+        rows.append([*row, f"{paper[number]:+.1f}" if number in paper else "-"])
+    yield "GLUE (Config 4) against the others, points of test accuracy, means over seeds; epoch 0 is the prior:"
+    yield _table(["against", "largest", "at epoch", "mean over epochs", "paper's largest"], rows)
+
+
+def _expert_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Table 1, with the paper's row beside it."""
+    paper = EXPERT_ACCURACY.get(results["config"]["dataset"], ())
+    splits = ("test", "target", "validation")
+    values = [
+        [scale * row[f"{split}_{what}"] for split in splits for what, scale in (("accuracy", 100), ("loss", 1))]
+        for row in results["experts"]
+    ]
+    rows = [
+        [str(index), *_numbers(row), f"{paper[index]:.2f}" if index < len(paper) else "-"]
+        for index, row in enumerate(values)
+    ]
+    rows.append(["mean", *_numbers(np.mean(values, axis=0)), f"{np.mean(paper):.2f}" if paper else "-"])
+    return ["expert", *(f"{split}, {unit}" for split in splits for unit in ("%", "loss")), "paper, %"], rows
+
+
+def _numbers(row: Sequence[float] | np.ndarray) -> list[str]:
+    """Accuracies and losses in turn."""
+    return [f"{value:.1f}" if column % 2 == 0 else f"{value:.3f}" for column, value in enumerate(row)]
+
+
+def _paper_note(dataset: str) -> str:
+    """What the paper's column is."""
+    if dataset not in EXPERT_ACCURACY:
+        return "The paper has no such data set."
+    return (
+        "The paper's Table 1 says 'evaluated on the target training dataset' in its caption, test accuracy in its text."
+    )
+
+
+def _alpha_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Each Config's coefficients."""
+    headers = ["Config", *(str(index) for index in range(results["config"]["num_experts"])), "steps"]
+    rows = []
+    for number, alpha in _by_config(results, "alpha").items():
+        steps = [run["validation_steps"][-1] for run in results["runs"] if run["config"] == number and number > 2]
+        mean_steps = f"{np.mean(steps):.0f}" if steps else "-"
+        rows.append([f"{number} {CONFIGS[number]}", *(f"{value:.3f}" for value in alpha.mean(axis=0)), mean_steps])
+    return headers, rows
+
+
+def _accuracy_figure(results: Mapping[str, Any]) -> Figure:
+    """Figure 1: test accuracy by fine-tuning epoch."""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        axes = figure.subplots()
+        for number, values in _by_config(results, "test_accuracy").items():
+            mean, deviation = 100 * values.mean(axis=0), 100 * values.std(axis=0)
+            epochs = np.arange(len(mean))
+            color = _COLORS[number]
+            axes.plot(epochs, mean, color=color, marker="o", markersize=4, label=f"{number} {CONFIGS[number]}")
+            axes.fill_between(epochs, mean - deviation, mean + deviation, color=color, alpha=0.2, linewidth=0)
+        axes.set_xlabel("fine-tuning epoch (0: the prior)")
+        axes.set_ylabel("test accuracy, %")
+        axes.set_title(results["title"])
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(title="mean and standard deviation over seeds" if len(results["config"]["seeds"]) > 1 else None)
+    return figure
+
+
+def _alpha_figure(results: Mapping[str, Any]) -> Figure:
+    """The learned coefficients by step, a panel for each of Configs 3 and 4."""
+    colors = mpl.colormaps["tab10"]
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(9, 4.2), layout="constrained")
+        panels = figure.subplots(1, 2, sharey=True)
+        for axes, number in zip(panels, (3, 4), strict=True):
+            for index, run in enumerate(run for run in results["runs"] if run["config"] == number):
+                steps, alphas = np.array(run["validation_steps"]), np.array(run["alpha_at_validations"])
+                best = int(np.argmin(run["validation_loss"]))
+                for expert, alpha in enumerate(alphas.T):
+                    color = colors(expert % colors.N)
+                    label = f"expert {expert}" if index == 0 else None
+                    axes.plot(steps, alpha, color=color, linewidth=1.2, alpha=0.8, label=label)
+                    axes.plot(steps[best], alpha[best], color=color, marker="o", markersize=4)
+            axes.axhline(1 / results["config"]["num_experts"], color="black", linestyle=":", linewidth=1)
+            axes.set_title(f"Config {number}: {CONFIGS[number]}")
+            axes.set_xlabel("step")
+        panels[0].set_ylabel("coefficient α")
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right center")
+        figure.suptitle(f"{results['title']}: a line a seed, dots the best by validation, dotted 1/K", fontsize=11)
+    return figure
+
+
+def _spread(values: np.ndarray, digits: int) -> str:
+    """Mean and standard deviation."""
+    deviation = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
+    return f"{values.mean():.{digits}f}{deviation}"
+
+
+def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, numbers to the right."""
+    lines = [headers, ["---", *["---:"] * (len(headers) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,72 @@
+"""The stages of a run, kept on disk, so that none is done twice."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+class Stages:
+    """Results of stages under one folder.
+
+    A result is filed under its stage's name and a fingerprint of all that it depends on: a run that was interrupted
+    goes on, one that is repeated has nothing to do, and one with another setting does anew just what the setting
+    touches, beside the old results.
+    """
+
+    def __init__(self, folder: Path):
+        """Keeps results under `folder`."""
+        self._folder = folder
+
+    def path(self, name: str, depends_on: Any) -> Path:
+        """Returns the place of a stage's result, without a suffix.
+
+        Args:
+            name: of the stage; may contain slashes.
+            depends_on: anything that JSON holds.
+        """
+        text = json.dumps(depends_on, sort_keys=True)
+        return self._folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+    def read(self, name: str, depends_on: Any) -> dict[str, Any] | None:
+        """Returns a stage's result, or None where it is not done."""
+        path = self.path(name, depends_on).with_suffix(".json")
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def write(self, name: str, depends_on: Any, result: dict[str, Any]) -> None:
+        """Keeps a stage's result, a dict that JSON holds, with finite numbers alone."""
+        write_json(self.path(name, depends_on).with_suffix(".json"), result)
+
+    def run(self, name: str, depends_on: Any, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Returns a stage's result with the `seconds` that it took, from disk where it is done."""
+        result = self.read(name, depends_on)
+        if result is None:
+            start = time.perf_counter()
+            result = compute()
+            result["seconds"] = time.perf_counter() - start
+            self.write(name, depends_on, result)
+        return result
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file, whole or not at all; refuses numbers that are not finite."""
+    write_whole(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n"))
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Lets `write` make a file beside `path`, and then moves it there.
+
+    Args:
+        path: the file; its parents are made.
+        write: writes the path that it is given, which has the same suffix.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

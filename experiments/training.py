@@ -1,0 +1,230 @@
+"""Supervised training of a network and its evaluation, an epoch at a time under one jit."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import glue_jax
+from experiments.data import Examples
+from experiments.models import Network
+from experiments.models.network import Variables
+from glue_jax.batches import on_cpu
+
+Augmentation = Literal["crop_flip", "none"]
+_EVALUATION_BATCH = 256
+
+
+class TrainingState(NamedTuple):
+    """What training carries on; every leaf has a leading axis of the M models that are trained at once.
+
+    Attributes:
+        variables: the networks', each leaf `[M, ...]`.
+        opt_state: of `variables["params"]`.
+    """
+
+    variables: Variables
+    opt_state: optax.OptState
+
+
+class EpochFn(Protocol):
+    """One epoch of training of M models at once."""
+
+    def __call__(
+        self, keys: jax.Array, epoch: int, state: TrainingState, examples: Examples, rows: jax.Array, /
+    ) -> tuple[TrainingState, np.ndarray]:
+        """Trains model i on `examples[rows[i]]`; returns the next state and the mean training losses, `[M]`."""
+        ...
+
+
+class Trainer(NamedTuple):
+    """How models are trained.
+
+    Attributes:
+        init: `init(variables) -> state`, of variables `[M, ...]`.
+        epoch: one epoch.
+    """
+
+    init: Callable[[Variables], TrainingState]
+    epoch: EpochFn
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Problem:
+    """A network with the preparation of its images.
+
+    Attributes:
+        network: as pure functions.
+        mean: of each channel of the training split, float32 `[C]`.
+        std: of each channel of the training split, float32 `[C]`.
+    """
+
+    network: Network
+    mean: np.ndarray
+    std: np.ndarray
+
+    def normalize(self, images: jax.Array) -> jax.Array:
+        """Returns uint8 images as float32 with mean 0 and standard deviation 1 over the training split."""
+        return (images.astype(jnp.float32) / 255 - self.mean) / self.std
+
+    def loss(self, variables: Variables, batch: Examples) -> jax.Array:
+        """The mean cross-entropy in evaluation mode: what the coefficients are learned by (Eq. 2)."""
+        return cross_entropy(self.network.apply(variables, self.normalize(batch.images)), batch.labels)
+
+    def measures(self, variables: Variables, batch: Examples) -> dict[str, jax.Array]:
+        """The mean cross-entropy and the accuracy (a fraction) in evaluation mode."""
+        logits = self.network.apply(variables, self.normalize(batch.images))
+        accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == batch.labels)
+        return {"loss": cross_entropy(logits, batch.labels), "accuracy": accuracy}
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Returns the mean cross-entropy in nats, `[]`, of logits `[B, C]` and labels `[B]`."""
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+
+def make_trainer(
+    problem: Problem, optimizer: optax.GradientTransformation, *, batch_size: int, augmentation: Augmentation
+) -> Trainer:
+    """Returns a trainer, which compiles itself once for each number of models and of examples.
+
+    An epoch is one `lax.scan` under one jit. On a CPU it is a jitted call a step: within a loop, XLA:CPU runs the
+    backward pass of a convolution some 30 times slower.
+
+    Args:
+        problem: what to train.
+        optimizer: of the parameters.
+        batch_size: examples in a minibatch; an epoch leaves out those that fill no whole one.
+        augmentation: of each minibatch.
+    """
+
+    def loss_fn(params: Any, batch_stats: Any, batch: Examples) -> tuple[jax.Array, Any]:
+        variables = {"params": params, "batch_stats": batch_stats}
+        logits, batch_stats = problem.network.apply_training(variables, problem.normalize(batch.images))
+        return cross_entropy(logits, batch.labels), batch_stats
+
+    def step(key: jax.Array, state: TrainingState, batch: Examples) -> tuple[TrainingState, jax.Array]:
+        if augmentation == "crop_flip":
+            batch = batch._replace(images=crop_and_flip(key, batch.images))
+        params, batch_stats = state.variables["params"], state.variables["batch_stats"]
+        (loss, batch_stats), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params, batch_stats, batch)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, params)
+        variables = {"params": optax.apply_updates(params, updates), "batch_stats": batch_stats}
+        return TrainingState(variables, opt_state), loss
+
+    def steps(
+        num_steps: int, key: jax.Array, first_step: jax.Array, state: TrainingState, examples: Examples, rows: jax.Array
+    ) -> tuple[TrainingState, jax.Array]:
+        batch_key, augmentation_key = jax.random.split(key)
+        indices = glue_jax.minibatch_indices(batch_key, first_step, num_steps, len(rows), batch_size)
+
+        def body(state: TrainingState, at: tuple[jax.Array, jax.Array]) -> tuple[TrainingState, jax.Array]:
+            number, chosen = at
+            batch = jax.tree.map(lambda array: array[rows[chosen]], examples)
+            return step(jax.random.fold_in(augmentation_key, number), state, batch)
+
+        if num_steps == 1:
+            return body(state, (first_step, indices[0]))
+        state, losses = jax.lax.scan(body, state, (first_step + jnp.arange(num_steps), indices))
+        return state, jnp.mean(losses)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def steps_of_all(num_steps: int, *arguments: Any) -> tuple[TrainingState, jax.Array]:
+        return jax.vmap(functools.partial(steps, num_steps), in_axes=(0, None, 0, None, 0))(*arguments)
+
+    def epoch_fn(
+        keys: jax.Array, epoch: int, state: TrainingState, examples: Examples, rows: jax.Array
+    ) -> tuple[TrainingState, np.ndarray]:
+        steps_per_epoch = rows.shape[1] // batch_size
+        if not steps_per_epoch:
+            raise ValueError(f"{rows.shape[1]} examples do not fill a minibatch of {batch_size}")
+        num_steps = 1 if on_cpu(examples) else steps_per_epoch
+        losses = []
+        for offset in range(0, steps_per_epoch, num_steps):
+            first_step = jnp.asarray(epoch * steps_per_epoch + offset, jnp.int32)
+            state, loss = steps_of_all(num_steps, keys, first_step, state, examples, rows)
+            losses.append(loss)
+        return state, np.mean(jax.device_get(losses), axis=0)
+
+    def init(variables: Variables) -> TrainingState:
+        return TrainingState(variables, jax.vmap(optimizer.init)(variables["params"]))
+
+    return Trainer(init, epoch_fn)
+
+
+def train(
+    trainer: Trainer,
+    keys: jax.Array,
+    variables: Variables,
+    examples: Examples,
+    rows: jax.Array,
+    *,
+    num_epochs: int,
+    what: str,
+    after_epoch: Callable[[Variables, np.ndarray], None],
+) -> Variables:
+    """Trains M models at once for some epochs.
+
+    Args:
+        trainer: of `make_trainer`.
+        keys: a `jax.random.key` for each model, `[M]`.
+        variables: the start, each leaf `[M, ...]`.
+        examples: on the device.
+        rows: the examples that each model is trained on, int `[M, n]`.
+        num_epochs: of all of them.
+        what: the models' name in an error.
+        after_epoch: called with the variables and the epoch's mean losses `[M]`.
+
+    Returns:
+        The trained variables, each leaf `[M, ...]`.
+
+    Raises:
+        ValueError: fewer examples than a minibatch holds.
+        FloatingPointError: a training loss that is infinite or not a number.
+    """
+    state = trainer.init(variables)
+    for epoch in range(num_epochs):
+        state, loss = trainer.epoch(keys, epoch, state, examples, rows)
+        if not np.isfinite(loss).all():
+            raise FloatingPointError(
+                f"the training loss of {what} is {loss} in epoch {epoch + 1}: a smaller learning rate may help; what "
+                "was finished before is kept"
+            )
+        after_epoch(state.variables, loss)
+    return state.variables
+
+
+def make_evaluate(problem: Problem) -> Callable[[Variables, Examples], dict[str, float]]:
+    """Returns `evaluate(variables, examples) -> {"loss", "accuracy"}`, the means over all examples."""
+
+    @jax.jit
+    def measures(variables: Variables, examples: Examples) -> dict[str, jax.Array]:
+        return glue_jax.batched_mean(problem.measures, variables, examples, _EVALUATION_BATCH)
+
+    def evaluate(variables: Variables, examples: Examples) -> dict[str, float]:
+        return {name: float(value) for name, value in measures(variables, examples).items()}
+
+    return evaluate
+
+
+def crop_and_flip(key: jax.Array, images: jax.Array, padding: int = 4) -> jax.Array:
+    """Returns images `[B, H, W, C]` shifted at random by up to `padding` pixels, and mirrored with probability 1/2.
+
+    What a shift uncovers is black. The augmentation is that of He et al., 2016, section 4.2.
+    """
+    crop_key, flip_key = jax.random.split(key)
+    batch, *shape = images.shape
+    padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    corners = jax.random.randint(crop_key, (batch, 2), 0, 2 * padding + 1)
+
+    def crop(image: jax.Array, corner: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), shape)
+
+    cropped = jax.vmap(crop)(padded, corners)
+    flipped = jax.random.bernoulli(flip_key, shape=(batch, 1, 1, 1))
+    return jnp.where(flipped, cropped[:, :, ::-1], cropped)
