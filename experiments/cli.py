@@ -59,6 +59,7 @@ def main(
             f"{name}: {dataset.name}, {len(dataset.train.labels)} training and {len(dataset.test.labels)} test images; "
             f"{machine()}",
             highlight=False,
+            soft_wrap=True,
         )
         with Progress(console) as progress:
             results = protocol.run(config, dataset, parsed.out_dir / "stages", progress)

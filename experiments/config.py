@@ -4,6 +4,7 @@ The parts follow the protocol's stages, so that the result of a stage depends on
 """
 
 import dataclasses
+import math
 from typing import Any, Literal, get_args, get_origin
 
 from experiments.training import Augmentation
@@ -65,7 +66,8 @@ class CoefficientFields:
     directions: DirectionName = "sphere"
     """The paper normalises Gaussian or random-sign entries, 'e.g.' (section 3.2)."""
     radius: float = 1e-2
-    """Open in the paper (mu): a step's probes, in beta."""
+    """Open in the paper (mu): the length of a probe's step in beta, between what float32 rounds away and what the loss
+    curves over."""
     alpha_steps: int = 2000
     """Open in the paper: the most steps; the plateau usually comes first."""
     validate_every: int = 50
@@ -114,8 +116,8 @@ class Config(ExpertFields, CoefficientFields, FineTuningFields):
                 numbers, least = (value,), 1 if isinstance(value, int) else 0
             else:
                 continue
-            if not numbers or any(number < least for number in numbers):
-                raise ValueError(f"{field.name} is {value!r}; expected at least {least}")
+            if not numbers or not all(least <= number < math.inf for number in numbers):
+                raise ValueError(f"{field.name} is {value!r}; expected a finite number of at least {least}")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds are {self.seeds}; expected each once")
 

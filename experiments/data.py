@@ -98,7 +98,14 @@ def _tfds(name: str, data_dir: str | None) -> tuple[str, Examples, Examples, int
     import tensorflow_datasets as tfds
 
     with _quiet():
-        builder: Any = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+        try:
+            builder: Any = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+        except ValueError as error:
+            raise DatasetNotFoundError(
+                f"{name} is not kept as ArrayRecord in {data_dir or 'the default data directory'}: {error}.\n"
+                "Point --data-dir at another directory to prepare it there as ArrayRecord, which needs no TensorFlow "
+                "to read; python -m experiments.digits needs no download."
+            ) from error
         if not builder.is_prepared():
             _prepare(builder)
         train, test = (_decode(builder, split) for split in _TFDS_SPLITS[name])

@@ -15,7 +15,7 @@ PRESETS = {
         augmentation="none",
         validation_examples=200,
         target_examples=400,
-        alpha_steps=300,
+        alpha_steps=600,
         validate_every=10,
     ),
 }

@@ -4,11 +4,10 @@ Each stage's result is kept on disk (`experiments.stages`). Configs 3 and 4 see 
 fine-tunings of a seed.
 """
 
-import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from experiments.context import Context, counts, prepare, take
 from experiments.data import Dataset, Examples
 from experiments.models.network import Variables
 from experiments.progress import Progress, Stage
+from experiments.stages import naming
 from experiments.training import train
 
 CONFIGS: Mapping[int, str] = {1: "Data size", 2: "Proxy accuracy", 3: "Full gradient", 4: "GLUE (SPSA)"}
@@ -95,7 +95,8 @@ def _experts(context: Context) -> tuple[list[Variables], list[dict[str, Any]]]:
     groups = [[index] for index in missing] if jax.default_backend() == "cpu" else [missing] if missing else []
     for group in groups:
         start = time.perf_counter()
-        trained, losses = _train_experts(context, group, stage)
+        with naming(f"experts {group}"):
+            trained, losses = _train_experts(context, group, stage)
         for position, index in enumerate(group):
             place = stages.path(names[index], fields[index])
             checkpoints.save(place, _model(trained, position))
@@ -131,7 +132,6 @@ def _train_experts(context: Context, group: list[int], stage: Stage) -> tuple[Va
         context.train,
         jnp.asarray(np.stack([context.splits.experts[index] for index in group])),
         num_epochs=config.expert_epochs,
-        what=f"experts {group}",
         after_epoch=after_epoch,
     )
     for index, loss in zip(group, losses[-1], strict=True):
@@ -191,7 +191,7 @@ def _coefficients(
         steps_done = progress.step
 
     def compute() -> dict[str, Any]:
-        with jax.default_matmul_precision(config.matmul_precision), _naming(f"Config {number} with seed {seed}"):
+        with jax.default_matmul_precision(config.matmul_precision):
             result = glue_jax.learn(
                 jax.random.fold_in(jax.random.key(seed), _COEFFICIENTS),
                 experts,
@@ -249,7 +249,6 @@ def _fine_tune(
             context.train,
             jnp.asarray(context.targets[seed])[None],
             num_epochs=config.fine_tuning_epochs,
-            what=f"Config {number} with seed {seed}",
             after_epoch=after_epoch,
         )
         return {
@@ -271,15 +270,6 @@ def _fine_tune(
     if context.stages.read(name, depends_on) is not None:
         stage.skip(config.fine_tuning_epochs)
     return context.stages.run(name, depends_on, compute)
-
-
-@contextlib.contextmanager
-def _naming(what: str) -> Iterator[None]:
-    """Says in the error of a loss that is not finite which stage it stopped."""
-    try:
-        yield
-    except glue_jax.NonFiniteLossError as error:
-        raise FloatingPointError(f"learning the coefficients of {what}: {error}") from error
 
 
 def _model(variables: Variables, index: int) -> Variables:

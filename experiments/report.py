@@ -75,7 +75,8 @@ def _caption(results: Mapping[str, Any]) -> str:
     seeds = results["config"]["seeds"]
     over = f"mean ± standard deviation over {len(seeds)} seeds" if len(seeds) > 1 else "one seed"
     epochs = results["config"]["fine_tuning_epochs"]
-    return f"test accuracy and test loss (cross-entropy, nats) of the blend, and after {epochs} epochs of tuning it; {over}"
+    what = f"of the blend, and after {epochs} epochs of fine-tuning it"
+    return f"test accuracy and test loss (cross-entropy, nats) {what}; {over}"
 
 
 def _markdown(results: Mapping[str, Any]) -> str:

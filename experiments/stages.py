@@ -1,10 +1,11 @@
 """The stages of a run, kept on disk, so that none is done twice."""
 
+import contextlib
 import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,20 @@ class Stages:
         result = self.read(name, depends_on)
         if result is None:
             start = time.perf_counter()
-            result = compute()
+            with naming(name):
+                result = compute()
             result["seconds"] = time.perf_counter() - start
             self.write(name, depends_on, result)
         return result
+
+
+@contextlib.contextmanager
+def naming(stage: str) -> Iterator[None]:
+    """Says which stage a loss that is not finite stopped."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{stage}: {error}; the stages that were finished before are kept") from error
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -70,7 +70,8 @@ class Problem:
 
     def normalize(self, images: jax.Array) -> jax.Array:
         """Returns uint8 images as float32 with mean 0 and standard deviation 1 over the training split."""
-        return (images.astype(jnp.float32) / 255 - self.mean) / self.std
+        mean, std = (jnp.expand_dims(values, (0, 1, 2)) for values in (self.mean, self.std))
+        return (images.astype(jnp.float32) / 255 - mean) / std
 
     def loss(self, variables: Variables, batch: Examples) -> jax.Array:
         """The mean cross-entropy in evaluation mode: what the coefficients are learned by (Eq. 2)."""
@@ -120,7 +121,7 @@ def make_trainer(
     def steps(
         num_steps: int, key: jax.Array, first_step: jax.Array, state: TrainingState, examples: Examples, rows: jax.Array
     ) -> tuple[TrainingState, jax.Array]:
-        batch_key, augmentation_key = jax.random.split(key)
+        batch_key, augmentation_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
         indices = glue_jax.minibatch_indices(batch_key, first_step, num_steps, len(rows), batch_size)
 
         def body(state: TrainingState, at: tuple[jax.Array, jax.Array]) -> tuple[TrainingState, jax.Array]:
@@ -165,7 +166,6 @@ def train(
     rows: jax.Array,
     *,
     num_epochs: int,
-    what: str,
     after_epoch: Callable[[Variables, np.ndarray], None],
 ) -> Variables:
     """Trains M models at once for some epochs.
@@ -177,7 +177,6 @@ def train(
         examples: on the device.
         rows: the examples that each model is trained on, int `[M, n]`.
         num_epochs: of all of them.
-        what: the models' name in an error.
         after_epoch: called with the variables and the epoch's mean losses `[M]`.
 
     Returns:
@@ -191,23 +190,26 @@ def train(
     for epoch in range(num_epochs):
         state, loss = trainer.epoch(keys, epoch, state, examples, rows)
         if not np.isfinite(loss).all():
-            raise FloatingPointError(
-                f"the training loss of {what} is {loss} in epoch {epoch + 1}: a smaller learning rate may help; what "
-                "was finished before is kept"
-            )
+            raise FloatingPointError(f"the training loss is {loss} in epoch {epoch + 1}: expected finite numbers")
         after_epoch(state.variables, loss)
     return state.variables
 
 
 def make_evaluate(problem: Problem) -> Callable[[Variables, Examples], dict[str, float]]:
-    """Returns `evaluate(variables, examples) -> {"loss", "accuracy"}`, the means over all examples."""
+    """Returns `evaluate(variables, examples) -> {"loss", "accuracy"}`, the means over all examples.
+
+    It raises a FloatingPointError where one of them is infinite or not a number.
+    """
 
     @jax.jit
     def measures(variables: Variables, examples: Examples) -> dict[str, jax.Array]:
         return glue_jax.batched_mean(problem.measures, variables, examples, _EVALUATION_BATCH)
 
     def evaluate(variables: Variables, examples: Examples) -> dict[str, float]:
-        return {name: float(value) for name, value in measures(variables, examples).items()}
+        values = {name: float(value) for name, value in measures(variables, examples).items()}
+        if not np.isfinite(list(values.values())).all():
+            raise FloatingPointError(f"a model has {values} on {len(examples.labels)} images: expected finite numbers")
+        return values
 
     return evaluate
 

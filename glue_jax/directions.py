@@ -119,10 +119,11 @@ def _sphere(key: jax.Array, m: int, d: int, dtype: Any) -> jax.Array:
 
 
 def _orthogonal(key: jax.Array, m: int, d: int, dtype: Any) -> jax.Array:
-    # The signs that QR chooses need no correction: an estimate is the same for u and -u.
     blocks = -(-m // d)
     normal = jax.random.normal(key, (blocks, d, min(m, d)), dtype)
-    q, _ = jnp.linalg.qr(normal)
+    q, r = jnp.linalg.qr(normal)
+    # QR's own signs would favour some directions over their opposites.
+    q *= jnp.sign(jnp.diagonal(r, axis1=-2, axis2=-1))[:, None, :]
     return q.mT.reshape(-1, d)[:m]
 
 

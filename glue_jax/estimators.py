@@ -12,10 +12,11 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from glue_jax.coefficients import check_floating
 from glue_jax.directions import Directions, dimension, sample_directions
-from glue_jax.types import PyTree, Scalar
+from glue_jax.types import PyTree
 
 Scale = Literal["unbiased", "paper"]
 
@@ -39,7 +40,7 @@ def spsa_gradient(
     fun: Callable[[PyTree], jax.Array],
     beta: PyTree,
     *,
-    radius: Scalar = 1e-2,
+    radius: ArrayLike = 1e-2,
     num_directions: int = 1,
     directions: Directions = "rademacher",
     scale: Scale = "unbiased",
@@ -83,10 +84,11 @@ def spsa_gradient(
         Array(True, dtype=bool)
     """
     check_floating(beta)
-    if isinstance(radius, int | float) and not (radius > 0 and math.isfinite(radius)):
+    if isinstance(radius, int | float | np.number) and not 0 < radius < math.inf:
         raise ValueError(f"radius is {radius}; expected a finite number above 0")
     factor = _scale_factor(scale, dimension(beta, directions))
     u = sample_directions(key, beta, num_directions, directions)
+    radius = jnp.asarray(radius)
 
     def perturbed(leaf: jax.Array, directions: jax.Array) -> jax.Array:
         step = (radius * directions).astype(leaf.dtype)
@@ -195,7 +197,7 @@ def _scalar_valued(fun: Callable[[PyTree], jax.Array]) -> Callable[[PyTree], jax
 
     def checked(beta: PyTree) -> jax.Array:
         value = fun(beta)
-        if np.shape(value) != () or jnp.issubdtype(jnp.result_type(value), jnp.complexfloating):
+        if not jax.tree_util.all_leaves([value]) or np.shape(value) != () or jnp.iscomplexobj(value):
             raise ValueError(
                 f"the function of the coefficients returned {jax.tree.map(jnp.shape, value)}; expected one real "
                 "scalar (reduce the loss over the batch, and return nothing beside it)"

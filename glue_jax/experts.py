@@ -42,10 +42,10 @@ def stack_experts(experts: Sequence[Params], *, take_first: Sequence[str] = ()) 
         raise ValueError("stack_experts got no experts: expected a sequence of at least one pytree")
     flattened = [jax.tree_util.tree_flatten_with_path(expert) for expert in experts]
     trees = [_checked_leaves(index, leaves) for index, (leaves, _) in enumerate(flattened)]
-    first, treedef = trees[0], flattened[0][1]
+    first, (first_leaves, treedef) = trees[0], flattened[0]
     if not first:
         raise ValueError("the experts hold no arrays: expected pytrees with at least one leaf")
-    kept = _resolve_take_first(first, take_first)
+    kept = _resolve_take_first(first_leaves, take_first)
 
     differences = []
     for index, (leaves, (_, other_treedef)) in enumerate(zip(trees, flattened, strict=True)):
@@ -145,21 +145,20 @@ def _checked_leaves(index: int, leaves: list[tuple[Any, Any]]) -> dict[str, np.n
     return arrays
 
 
-def _resolve_take_first(leaves: dict[str, Any], take_first: Sequence[str]) -> set[str]:
+def _resolve_take_first(leaves: list[tuple[Any, Any]], take_first: Sequence[str]) -> set[str]:
     """The paths that `take_first` names."""
     if isinstance(take_first, str):
         raise TypeError(f"take_first is the string {take_first!r}; expected a sequence of paths")
+    names = {_name(path): {jax.tree_util.keystr((key,), simple=True) for key in path} for path, _ in leaves}
+    averaged = {_name(path) for path, leaf in leaves if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)}
     kept = set()
     for entry in take_first:
-        named = [path for path in leaves if path == entry or f"[{entry!r}]" in path or f".{entry}" in path]
+        named = {name for name, keys in names.items() if entry == name or entry in keys}
         if not named:
-            raise ValueError(f"take_first names {entry!r}, but no leaf is there; the paths are {list(leaves)}")
-        averaged = [path for path in named if jnp.issubdtype(leaves[path].dtype, jnp.inexact)]
-        if averaged:
-            raise ValueError(
-                f"take_first names {entry!r}, but floating-point leaves are blended, not taken: {averaged}"
-            )
-        kept.update(named)
+            raise ValueError(f"take_first names {entry!r}, but no leaf is there; the paths are {list(names)}")
+        if wrong := sorted(named & averaged):
+            raise ValueError(f"take_first names {entry!r}, but floating-point leaves are blended, not taken: {wrong}")
+        kept |= named
     return kept
 
 
@@ -180,6 +179,7 @@ def _difference(first: Any, other: Any, *, kept: bool) -> str | None:
 
 def _blend_leaf(alpha: jax.Array, leaf: jax.Array) -> jax.Array:
     """Eq. (1) for one leaf."""
+    leaf = jnp.asarray(leaf)
     if not jnp.issubdtype(leaf.dtype, jnp.inexact):
         return leaf[0]
     blended = jnp.tensordot(

@@ -250,7 +250,7 @@ def _run_steps(
     num_steps: int,
 ) -> tuple[GlueState, GlueMetrics]:
     """The first `count` of `num_steps` steps, so that a last shorter chunk compiles nothing; metrics `[num_steps]`."""
-    batch_key, step_key = jax.random.split(key)
+    batch_key, step_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
     indices = minibatch_indices(batch_key, state.step, num_steps, num_examples("data", data), batch_size)
 
     @jax.jit  # traced once for its shapes and its use

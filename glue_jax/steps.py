@@ -11,12 +11,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from glue_jax.coefficients import check_floating
 from glue_jax.directions import Directions
 from glue_jax.estimators import Estimate, Scale, forward_gradient, full_gradient, spsa_gradient
 from glue_jax.experts import blend
-from glue_jax.types import Batch, GlueMetrics, GlueState, LinkFn, LossFn, MergeFn, Params, PyTree, Scalar
+from glue_jax.types import Batch, GlueMetrics, GlueState, LinkFn, LossFn, MergeFn, Params, PyTree
 
 
 def init(num_experts: int, optimizer: optax.GradientTransformation, *, beta: PyTree | None = None) -> GlueState:
@@ -36,8 +37,8 @@ def init(num_experts: int, optimizer: optax.GradientTransformation, *, beta: PyT
         raise ValueError(f"num_experts is {num_experts}; expected at least 1")
     start: PyTree = jnp.zeros((num_experts,), jnp.float32) if beta is None else beta
     check_floating(start)
-    # A weak type would change in the first step, and a jitted step be traced twice.
-    start = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), start)
+    # A copy, since steps may donate their state; of no weak type, which would change in the first step and retrace.
+    start = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.result_type(leaf)), start)
     return GlueState(step=jnp.zeros((), jnp.int32), beta=start, opt_state=optimizer.init(start))
 
 
@@ -61,7 +62,7 @@ def spsa_step(
     optimizer: optax.GradientTransformation,
     link_fn: LinkFn = jax.nn.softmax,
     merge_fn: MergeFn = blend,
-    radius: Scalar | Callable[[jax.Array], Scalar] = 1e-2,
+    radius: ArrayLike | optax.Schedule = 1e-2,
     num_directions: int = 1,
     directions: Directions = "rademacher",
     scale: Scale = "unbiased",

@@ -14,8 +14,6 @@ Params: TypeAlias = Any
 Batch: TypeAlias = Any
 """A minibatch as a pytree of arrays `[B, ...]`."""
 
-Scalar: TypeAlias = float | jax.Array
-
 
 class LossFn(Protocol):
     """`loss_fn(params, batch) -> scalar`: all that the library asks of a model (Eq. 2)."""

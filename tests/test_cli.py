@@ -1,0 +1,80 @@
+import dataclasses
+import json
+
+import pytest
+
+from experiments import cifar10, cli, digits
+from experiments.config import Config
+from tests.test_protocol import TINY
+
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+
+FILES = {"config.json", "results.json", "report.md", "figure1.png", "alpha.png", "stages"}
+
+
+def test_a_run_ends_with_its_report_and_says_where_it_lies(tmp_path, capsys):
+    results = cli.main("digits", "", {"tiny": TINY}, ["--out-dir", str(tmp_path), "--seeds", "0"])
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+    assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert json.loads((tmp_path / "config.json").read_text())["seeds"] == [0]
+    report = (tmp_path / "report.md").read_text()
+    assert "| 4 GLUE (SPSA) |" in report
+    assert "nan" not in report
+    printed = capsys.readouterr().out
+    assert "4 GLUE (SPSA)" in printed
+    assert printed.rstrip().splitlines()[-1] == f"report: {tmp_path / 'report.md'}"
+
+
+def test_every_field_of_a_config_is_an_option_over_its_preset():
+    presets = {"paper": Config(), "quick": TINY}
+    parsed = cli._parse("x", "", presets, ["--preset", "quick", "--radius", "0.5", "--initialization", "separate"])
+    assert parsed.config == dataclasses.replace(TINY, radius=0.5, initialization="separate")
+    assert str(parsed.out_dir) == "runs/x"
+    assert cli._parse("x", "", presets, []).config == Config()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "huge"], "invalid choice: 'huge'"),
+        (["--radius", "zero"], "zero"),
+        (["--radius", "-1"], "radius is -1.0; expected a finite number of at least 0"),
+        (["--radiuss", "1"], "radiuss"),
+    ],
+)
+def test_a_bad_command_line_is_refused_by_name(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli._parse("x", "", {"paper": Config()}, arguments)
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    assert message.lower() in (printed.err + printed.out).lower()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset", "mnist"], "dataset is 'mnist'"),
+        (["--network", "vgg"], "network is 'vgg'"),
+    ],
+)
+def test_a_bad_value_ends_with_one_clear_line(arguments, message, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main("digits", "", {"tiny": TINY}, ["--out-dir", str(tmp_path), *arguments])
+    assert message in str(stopped.value.code)
+
+
+def test_the_papers_numbers_are_the_defaults():
+    # Section 5 of the paper.
+    config = cifar10.PRESETS["paper"]
+    assert next(iter(cifar10.PRESETS)) == "paper"
+    assert (config.dataset, config.network, config.num_experts) == ("cifar10", "resnet20", 10)
+    assert (config.expert_examples, config.concentration, config.expert_epochs) == (2000, 0.5, 40)
+    assert (config.expert_batch_size, config.expert_learning_rate) == (64, 1e-3)
+    assert (config.expert_b1, config.expert_b2) == (0.9, 0.999)
+    assert (config.target_examples, config.num_directions, len(config.seeds)) == (10_000, 1, 3)
+    assert (config.alpha_learning_rate, config.alpha_b1, config.alpha_b2) == (1e-2, 0.9, 0.99)
+    assert config.test_examples is None
+
+
+def test_every_experiment_has_a_quick_preset():
+    assert all("quick" in presets for presets in (cifar10.PRESETS, digits.PRESETS))

@@ -1,0 +1,208 @@
+import copy
+import dataclasses
+import io
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+import glue_jax
+from experiments import checkpoints, data, protocol
+from experiments.config import Config
+from experiments.progress import Progress
+from experiments.stages import Stages
+
+TINY = Config(
+    dataset="digits",
+    network="convnet",
+    num_experts=2,
+    expert_examples=24,
+    expert_epochs=2,
+    expert_batch_size=8,
+    augmentation="none",
+    validation_examples=20,
+    target_examples=64,
+    alpha_batch_size=16,
+    alpha_steps=5,
+    validate_every=2,
+    patience=3,
+    fine_tuning_epochs=2,
+    fine_tuning_batch_size=32,
+    test_examples=30,
+    seeds=(0, 1),
+)
+
+
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits")
+
+
+def _run(config, dataset, folder):
+    with Progress(Console(file=io.StringIO())) as progress:
+        return protocol.run(config, dataset, folder, progress)
+
+
+def _without_times(results):
+    results = copy.deepcopy(results)
+    del results["seconds"]
+    return results
+
+
+@pytest.fixture(scope="module")
+def done(digits, tmp_path_factory, compilation_cache):
+    folder = tmp_path_factory.mktemp("run")
+    return _run(TINY, digits, folder), folder
+
+
+def _of(results, number, seed=0):
+    return next(run for run in results["runs"] if (run["config"], run["seed"]) == (number, seed))
+
+
+def test_results_hold_each_seed_and_config_and_are_json(done):
+    results, _ = done
+    assert [(run["seed"], run["config"]) for run in results["runs"]] == [(s, c) for s in (0, 1) for c in (1, 2, 3, 4)]
+    assert json.loads(json.dumps(results)) == results | {"config": results["config"] | {"seeds": [0, 1]}}
+    for run in results["runs"]:
+        assert len(run["test_accuracy"]) == len(run["test_loss"]) == 1 + TINY.fine_tuning_epochs
+        assert sum(run["alpha"]) == pytest.approx(1, abs=1e-5)
+
+
+def test_config_1_is_uniform_and_config_2_proportional_to_validation_accuracy(done):
+    results, _ = done
+    np.testing.assert_allclose(_of(results, 1)["alpha"], [0.5, 0.5])
+    accuracy = np.array([row["validation_accuracy"] for row in results["experts"]])
+    np.testing.assert_allclose(_of(results, 2)["alpha"], accuracy / accuracy.sum(), rtol=1e-6)
+
+
+def test_configs_3_and_4_are_validated_from_the_same_start_and_keep_their_best(done):
+    results, _ = done
+    for seed in (0, 1):
+        full, spsa = _of(results, 3, seed), _of(results, 4, seed)
+        assert full["validation_loss"][0] == spsa["validation_loss"][0]
+        for run in (full, spsa):
+            assert run["validation_steps"][:2] == [0, 2]
+            best = int(np.argmin(run["validation_loss"]))
+            np.testing.assert_allclose(run["alpha"], run["alpha_at_validations"][best])
+
+
+def test_the_prior_is_the_blend_tested_before_fine_tuning(done, digits):
+    results, folder = done
+    network = protocol.prepare(TINY, digits, folder, Progress(Console(file=io.StringIO()))).problem
+    like = jax.eval_shape(network.network.init, jax.random.key(0))
+    places = [
+        next(path for path in (folder / "experts").iterdir() if path.is_dir() and path.name.startswith(f"{index}-"))
+        for index in range(2)
+    ]
+    experts = glue_jax.stack_experts([checkpoints.load(place, like) for place in places])
+    run = _of(results, 3, 1)
+    prior = glue_jax.blend(experts, jnp.array(run["alpha"]))
+    test = jax.tree.map(lambda array: jnp.asarray(array[:30]), digits.test)
+    logits = network.network.apply(prior, network.normalize(test.images))
+    assert run["test_accuracy"][0] == pytest.approx(float(jnp.mean(jnp.argmax(logits, -1) == test.labels)))
+
+
+def test_a_repeated_run_does_nothing_and_ends_with_the_same_results(done, digits, monkeypatch):
+    results, folder = done
+    monkeypatch.setattr(Stages, "write", lambda *_: pytest.fail("a stage was done again"))
+    assert _run(TINY, digits, folder) == results
+
+
+def test_a_run_killed_before_any_of_its_stages_was_kept_ends_with_the_same_results(done, digits, tmp_path, monkeypatch):
+    results, _ = done
+    write = Stages.write
+    kills = 0
+
+    def write_one_and_die(self, name, depends_on, result):
+        nonlocal kills
+        if budget.pop() == 0:
+            kills += 1
+            raise KeyboardInterrupt
+        write(self, name, depends_on, result)
+
+    monkeypatch.setattr(Stages, "write", write_one_and_die)
+    while True:
+        # Each attempt keeps five more stages and dies as it would keep the sixth: after its work, before its result.
+        budget = [0, 1, 1, 1, 1, 1]
+        try:
+            again = _run(TINY, digits, tmp_path)
+            break
+        except KeyboardInterrupt:
+            continue
+    assert kills == 2
+    assert _without_times(again) == _without_times(results)
+
+
+def test_another_radius_learns_and_tunes_anew_but_keeps_the_experts(done, digits, monkeypatch):
+    _, folder = done
+    written = []
+    write = Stages.write
+    monkeypatch.setattr(Stages, "write", lambda self, name, *rest: (written.append(name), write(self, name, *rest)))
+    _run(dataclasses.replace(TINY, radius=0.5, seeds=(0,)), digits, folder)
+    assert "coefficients/seed0-config4" in written
+    assert not [name for name in written if name.startswith("experts") or name.endswith(("config1", "config2"))]
+
+
+def test_separate_initialisations_differ_and_common_ones_do_not(digits, tmp_path):
+    def spread(initialization):
+        config = dataclasses.replace(TINY, initialization=initialization, expert_learning_rate=1e-9, seeds=(0,))
+        context = protocol.prepare(config, digits, tmp_path / initialization, Progress(Console(file=io.StringIO())))
+        experts, _ = protocol._experts(context)
+        kernels = [expert["params"]["conv2"]["kernel"] for expert in experts]
+        return float(jnp.abs(kernels[0] - kernels[1]).max())
+
+    assert spread("common") < 1e-6 < 1e-2 < spread("separate")
+
+
+def test_all_experts_at_once_are_those_of_one_after_another(done, digits, tmp_path, monkeypatch):
+    results, _ = done
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    context = protocol.prepare(TINY, digits, tmp_path, Progress(Console(file=io.StringIO())))
+    _, records = protocol._experts(context)
+    for record, row in zip(records, results["experts"], strict=True):
+        np.testing.assert_allclose(record["training_loss"], row["training_loss"], rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"expert_batch_size": 25}, "expert_batch_size is 25, but there are 24 images"),
+        ({"fine_tuning_batch_size": 65}, "fine_tuning_batch_size is 65, but there are 64"),
+        ({"alpha_batch_size": 65}, "alpha_batch_size is 65, but there are 64"),
+        ({"expert_examples": 1400}, "exceed the 1348 training images"),
+    ],
+)
+def test_a_config_that_does_not_fit_the_data_is_refused_before_training(digits, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        _run(dataclasses.replace(TINY, **changes), digits, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_stage_and_step(digits, tmp_path):
+    config = dataclasses.replace(TINY, alpha_learning_rate=3e38, patience=100, seeds=(1,))
+    with pytest.raises(FloatingPointError, match=r"coefficients/seed1-config3: the .* is nan at step \d"):
+        _run(config, digits, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_experts": 0}, "num_experts is 0; expected a finite number of at least 1"),
+        ({"radius": -1.0}, "radius is -1.0"),
+        ({"radius": float("nan")}, "radius is nan"),
+        ({"augmentation": "blur"}, "augmentation is 'blur'; expected one of"),
+        ({"directions": "east"}, "directions is 'east'; expected one of"),
+        ({"seeds": ()}, r"seeds is \(\)"),
+        ({"seeds": (1, 1)}, r"seeds are \(1, 1\); expected each once"),
+        ({"expert_seed": -1}, "expert_seed is -1"),
+    ],
+)
+def test_a_config_refuses_values_out_of_range(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**changes)
