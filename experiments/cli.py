@@ -2,20 +2,19 @@
 
 import argparse
 import dataclasses
-import os
-import platform
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import tyro
 from rich.console import Console
 
 from experiments import data, protocol, report
 from experiments.config import Config
-from experiments.progress import Progress
+from experiments.context import Context, prepare
+from experiments.progress import ProgressBars
+from experiments.stages import machine
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +22,7 @@ class Arguments:
     """What a command line says.
 
     Attributes:
-        preset: a set of defaults for all that follows; see above.
+        preset: a set of defaults for all that follows; its choices stand above.
         out_dir: the run's folder: its report, and what it goes on from.
         data_dir: the data directory of tensorflow-datasets; the default is its own (TFDS_DATA_DIR, or
             ~/tensorflow_datasets).
@@ -51,33 +50,46 @@ def main(
         The results.
     """
     parsed = _parse(name, description, presets, arguments)
-    config = parsed.config
-    console = Console()
-    try:
-        dataset = data.load(config.dataset, parsed.data_dir)
-        console.print(
-            f"{name}: {dataset.name}, {len(dataset.train.labels)} training and {len(dataset.test.labels)} test images; "
-            f"{machine()}",
-            highlight=False,
-            soft_wrap=True,
-        )
-        with Progress(console) as progress:
-            results = protocol.run(config, dataset, parsed.out_dir / "stages", progress)
-    except (ValueError, FloatingPointError, data.DatasetNotFoundError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    results |= {"title": f"{name}, preset {parsed.preset}", "machine": machine()}
+    config, console = parsed.config, Console()
+    with ProgressBars(console) as progress:
+        try:
+            parsed.out_dir.mkdir(parents=True, exist_ok=True)
+            context = prepare(config, data.load(config.dataset, parsed.data_dir), parsed.out_dir / "stages", progress)
+        except (ValueError, OSError, data.DatasetNotFoundError) as error:
+            sys.exit(f"{type(error).__name__}: {error}")
+        progress.say(_plan(context))
+        try:
+            results = protocol.run(context)
+        except FloatingPointError as error:
+            sys.exit(f"{type(error).__name__}: {error}")
+    results["title"] = _title(name, parsed.preset, presets[parsed.preset], config)
     report.write(results, parsed.out_dir)
     report.print_table(results, parsed.out_dir, console)
     return results
 
 
-def machine() -> str:
-    """Returns what this process computes on."""
-    devices = jax.devices()
-    kind = (
-        f"{os.cpu_count()} CPU cores" if devices[0].platform == "cpu" else f"{len(devices)} x {devices[0].device_kind}"
+def _plan(context: Context) -> str:
+    """What a run is going to do."""
+    config, dataset = context.config, context.dataset
+    expert_steps = config.expert_epochs * (config.expert_examples // config.expert_batch_size)
+    target = len(context.targets[config.seeds[0]])
+    tuning_steps = config.fine_tuning_epochs * (target // config.fine_tuning_batch_size)
+    images = f"{len(dataset.train.labels)} training and {len(context.test.labels)} test images"
+    return (
+        f"{dataset.name}, {images}; {machine()}\n"
+        f"training steps: {config.num_experts} experts x {expert_steps}; coefficients: 2 Configs x {len(config.seeds)} "
+        f"seeds x at most {config.alpha_steps}; fine-tuning: 4 Configs x {len(config.seeds)} seeds x {tuning_steps}"
     )
-    return f"{kind}, JAX {jax.__version__}, Python {platform.python_version()}"
+
+
+def _title(name: str, preset: str, defaults: Config, config: Config) -> str:
+    """The experiment, its preset, and what differs from that."""
+    changed = [
+        f"{field.name} {getattr(config, field.name)}"
+        for field in dataclasses.fields(config)
+        if getattr(config, field.name) != getattr(defaults, field.name)
+    ]
+    return ", ".join([name, f"preset {preset}", *changed])
 
 
 def _parse(name: str, description: str, presets: Mapping[str, Config], arguments: Sequence[str] | None) -> Arguments:
@@ -89,7 +101,7 @@ def _parse(name: str, description: str, presets: Mapping[str, Config], arguments
     return tyro.cli(
         Arguments,
         prog=first_pass.prog,
-        description=description,
+        description=f"{description.strip()}\n\nPresets: {', '.join(presets)}.",
         args=list(arguments),
         default=Arguments(preset=preset, out_dir=Path("runs") / name, config=presets[preset]),
     )

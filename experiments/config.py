@@ -7,8 +7,10 @@ import dataclasses
 import math
 from typing import Any, Literal, get_args, get_origin
 
+import numpy as np
+
 from experiments.training import Augmentation
-from glue_jax.directions import DirectionName
+from glue_jax.directions import DirectionName, dimension
 
 Initialization = Literal["common", "separate"]
 
@@ -94,7 +96,7 @@ class FineTuningFields:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(ExpertFields, CoefficientFields, FineTuningFields):
+class Config(FineTuningFields, CoefficientFields, ExpertFields):
     """One experiment of the paper's section 5."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -110,16 +112,19 @@ class Config(ExpertFields, CoefficientFields, FineTuningFields):
             value = getattr(self, field.name)
             if get_origin(field.type) is Literal and value not in get_args(field.type):
                 raise ValueError(f"{field.name} is {value!r}; expected one of {get_args(field.type)}")
-            if field.name in ("seeds", "expert_seed"):
-                numbers, least = (value if field.name == "seeds" else (value,)), 0
-            elif isinstance(value, int | float):
-                numbers, least = (value,), 1 if isinstance(value, int) else 0
+            if field.name.endswith(("_b1", "_b2")):
+                valid, expected = 0 <= value < 1, "a number of at least 0 and below 1"
+            elif isinstance(value, float):
+                valid, expected = 0 < value < math.inf, "a finite number above 0"
+            elif field.name.endswith("seed"):
+                valid, expected = value >= 0, "at least 0"
             else:
-                continue
-            if not numbers or not all(least <= number < math.inf for number in numbers):
-                raise ValueError(f"{field.name} is {value!r}; expected a finite number of at least {least}")
-        if len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"seeds are {self.seeds}; expected each once")
+                valid, expected = not isinstance(value, int) or value >= 1, "at least 1"
+            if not valid:
+                raise ValueError(f"{field.name} is {value!r}; expected {expected}")
+        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds are {self.seeds}; expected at least one, each at least 0 and given once")
+        dimension(np.zeros(self.num_experts), self.directions)
 
 
 def part(config: Config, *parts: type) -> dict[str, Any]:

@@ -14,10 +14,11 @@ from experiments import models
 from experiments.config import Config, ExpertFields, part
 from experiments.data import Dataset, Examples, channel_statistics
 from experiments.models.network import Variables
-from experiments.progress import Progress
+from experiments.progress import ProgressBars
 from experiments.splits import Indices, Splits, class_counts, draw_splits, draw_target
 from experiments.stages import Stages
 from experiments.training import Problem, Trainer, make_evaluate, make_trainer
+from glue_jax.batches import on_cpu
 
 
 class Context(NamedTuple):
@@ -37,18 +38,35 @@ class Context(NamedTuple):
     step_fns: Mapping[int, Any]
     evaluate: Callable[[Variables, Examples], dict[str, float]]
     stages: Stages
-    progress: Progress
+    progress: ProgressBars
+
+    @property
+    def trained_together(self) -> int:
+        """How many experts are trained at once: all fill an accelerator, one fills a CPU."""
+        return 1 if on_cpu(self.train) else self.config.num_experts
 
     @property
     def expert_fields(self) -> dict[str, Any]:
-        """What an expert depends on, beside its number; the number of its fellows is not of it."""
+        """What an expert depends on, beside its number."""
         fields = part(self.config, ExpertFields)
-        del fields["num_experts"]
-        return {**fields, "data": self.dataset.name, "checksum": self.dataset.checksum}
+        # On its fellows it depends by the program that trains them together, to the last bits.
+        fields["num_experts"] = self.trained_together
+        origin = {"data": self.dataset.name, "checksum": self.dataset.checksum, "version": glue_jax.__version__}
+        return {**fields, **origin}
 
 
-def prepare(config: Config, dataset: Dataset, folder: Path, progress: Progress) -> Context:
-    """Draws the splits and builds the network; all that can be refused is refused here."""
+def prepare(config: Config, dataset: Dataset, folder: Path, progress: ProgressBars) -> Context:
+    """Draws the splits and builds the network; a config that does not fit the data is refused here.
+
+    Args:
+        config: every number of the protocol.
+        dataset: the config's, in memory.
+        folder: where the stages are kept.
+        progress: what is shown meanwhile.
+
+    Raises:
+        ValueError: more images or larger minibatches asked for than there are.
+    """
     splits = draw_splits(
         dataset.train.labels,
         seed=config.expert_seed,
@@ -117,6 +135,7 @@ def counts(context: Context) -> dict[str, Any]:
     }
     return {
         "name": context.dataset.name,
+        "description": context.dataset.description,
         "checksum": context.dataset.checksum,
         "train": len(labels),
         "test": len(context.test.labels),

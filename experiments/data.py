@@ -31,6 +31,7 @@ class Dataset(NamedTuple):
 
     Attributes:
         name: with its version.
+        description: where it comes from, as its keeper words it.
         train: the split that experts, target and validation images are drawn from.
         test: the split that is for reporting alone.
         num_classes: labels lie in `range(num_classes)`.
@@ -38,6 +39,7 @@ class Dataset(NamedTuple):
     """
 
     name: str
+    description: str
     train: Examples
     test: Examples
     num_classes: int
@@ -63,13 +65,13 @@ def load(name: str, data_dir: str | None = None) -> Dataset:
     if name not in DATASETS:
         raise ValueError(f"dataset is {name!r}; expected one of {DATASETS}")
     if name == "digits":
-        full_name, train, test, num_classes = _digits()
+        full_name, description, train, test, num_classes = _digits()
     else:
-        full_name, train, test, num_classes = _tfds(name, data_dir)
+        full_name, description, train, test, num_classes = _tfds(name, data_dir)
     checksum = 0
     for array in (*train, *test):
         checksum = zlib.crc32(array.tobytes(), checksum)
-    return Dataset(full_name, train, test, num_classes, checksum)
+    return Dataset(full_name, description, train, test, num_classes, checksum)
 
 
 def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -81,7 +83,7 @@ def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean.astype(np.float32), np.sqrt(second - mean**2).astype(np.float32)
 
 
-def _digits() -> tuple[str, Examples, Examples, int]:
+def _digits() -> tuple[str, str, Examples, Examples, int]:
     """scikit-learn's 1797 digits, 8 x 8, every fourth one for the test."""
     from sklearn.datasets import load_digits
 
@@ -90,10 +92,13 @@ def _digits() -> tuple[str, Examples, Examples, int]:
     examples = Examples(images, labels.astype(np.int32))
     is_test = np.arange(len(images)) % 4 == 3
     train, test = (Examples(*(array[rows] for array in examples)) for rows in (~is_test, is_test))
-    return "digits (scikit-learn)", train, test, 10
+    description = (
+        "The 1797 handwritten digits that scikit-learn bundles, 8 x 8 pixels; every fourth one is for the test."
+    )
+    return "digits (scikit-learn)", description, train, test, 10
 
 
-def _tfds(name: str, data_dir: str | None) -> tuple[str, Examples, Examples, int]:
+def _tfds(name: str, data_dir: str | None) -> tuple[str, str, Examples, Examples, int]:
     """A set of tensorflow-datasets."""
     import tensorflow_datasets as tfds
 
@@ -109,7 +114,8 @@ def _tfds(name: str, data_dir: str | None) -> tuple[str, Examples, Examples, int
         if not builder.is_prepared():
             _prepare(builder)
         train, test = (_decode(builder, split) for split in _TFDS_SPLITS[name])
-    return builder.info.full_name, train, test, builder.info.features["label"].num_classes
+    info = builder.info
+    return info.full_name, info.description, train, test, info.features["label"].num_classes
 
 
 def _prepare(builder: Any) -> None:

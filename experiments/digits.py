@@ -15,7 +15,6 @@ PRESETS = {
         augmentation="none",
         validation_examples=200,
         target_examples=400,
-        alpha_steps=600,
         validate_every=10,
     ),
 }

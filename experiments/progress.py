@@ -25,12 +25,11 @@ class Stage:
         self._bars.update(self._task, total=self._total)
 
 
-class Progress:
+class ProgressBars:
     """The bars of a run, a context manager."""
 
     def __init__(self, console: Console):
         """Shows bars on `console`, where that is a terminal."""
-        self.console = console
         self._bars = RichProgress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -40,9 +39,11 @@ class Progress:
             TimeRemainingColumn(),
             console=console,
             transient=True,
+            # An epoch may take minutes; the default forgets after 30 seconds.
+            speed_estimate_period=24 * 3600,
         )
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "ProgressBars":
         """Starts showing."""
         self._bars.start()
         return self

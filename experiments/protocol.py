@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,43 +16,42 @@ import numpy as np
 
 import glue_jax
 from experiments import checkpoints
-from experiments.config import CoefficientFields, Config, FineTuningFields, part
-from experiments.context import Context, counts, prepare, take
-from experiments.data import Dataset, Examples
+from experiments.config import CoefficientFields, FineTuningFields, part
+from experiments.context import Context, counts, take
+from experiments.data import Examples
 from experiments.models.network import Variables
-from experiments.progress import Progress, Stage
+from experiments.progress import Stage
 from experiments.stages import naming
 from experiments.training import train
 
 CONFIGS: Mapping[int, str] = {1: "Data size", 2: "Proxy accuracy", 3: "Full gradient", 4: "GLUE (SPSA)"}
 """The paper's four ways to coefficients, by its numbers."""
 
+# Of the coefficients by step, so many at most are kept, evenly spaced.
+_MOST_ALPHAS = 201
 # What a seed's key is folded with, so that no two uses share one.
 _INITIALIZATION, _EXPERT_TRAINING, _COEFFICIENTS, _FINE_TUNING = range(4)
 
 
-def run(config: Config, dataset: Dataset, folder: Path, progress: Progress) -> dict[str, Any]:
+def run(context: Context) -> dict[str, Any]:
     """Does what is not done yet, and returns the results.
 
     Args:
-        config: every number of the protocol.
-        dataset: the config's, in memory.
-        folder: where the stages are kept.
-        progress: what is shown meanwhile.
+        context: of `experiments.context.prepare`.
 
     Returns:
         A dict that JSON holds: `config`, `data` (names and the counts drawn), `experts` (a row each), `runs` (a row for
-        each seed and Config), `seconds` (of each stage).
+        each seed and Config), `seconds` (of each stage), `machine` (all that the stages were made on).
 
     Raises:
-        ValueError: a config that does not fit the data set, before any training.
         FloatingPointError: a loss that is infinite or not a number, with its stage and step.
     """
-    context = prepare(config, dataset, folder, progress)
+    config, progress = context.config, context.progress
     drawn = counts(context)
     experts, training = _experts(context)
     measured = _measure_experts(context, experts)
     stacked = glue_jax.stack_experts(experts)
+    machines = {record["machine"] for record in (*training, measured)}
     seconds = {"Experts": sum(record["seconds"] for record in training), "Experts' accuracies": measured["seconds"]}
     runs = []
     coefficients = progress.stage("Coefficients", 2 * len(config.seeds) * config.alpha_steps)
@@ -65,7 +63,8 @@ def run(config: Config, dataset: Dataset, folder: Path, progress: Progress) -> d
             tuned = _fine_tune(context, number, seed, stacked, learned["alpha"], tuning)
             for what, record in (("Coefficients", learned), ("Fine-tuning", tuned)):
                 name = f"{what}, Config {number}"
-                seconds[name] = seconds.get(name, 0.0) + record.pop("seconds")
+                seconds[name] = seconds.get(name, 0.0) + record.pop("seconds", 0.0)
+                machines |= {record.pop("machine")} if "machine" in record else set()
             runs.append({"seed": seed, "config": number, **learned, **tuned})
             progress.say(
                 f"seed {seed}, Config {number}: test accuracy {100 * tuned['test_accuracy'][0]:.1f} % before "
@@ -80,6 +79,7 @@ def run(config: Config, dataset: Dataset, folder: Path, progress: Progress) -> d
         ],
         "runs": runs,
         "seconds": seconds,
+        "machine": "; ".join(sorted(machines)),
     }
 
 
@@ -88,29 +88,32 @@ def _experts(context: Context) -> tuple[list[Variables], list[dict[str, Any]]]:
     config, stages = context.config, context.stages
     fields = [{**context.expert_fields, "expert": index} for index in range(config.num_experts)]
     names = [f"experts/{index}" for index in range(config.num_experts)]
-    missing = [index for index in range(config.num_experts) if stages.read(names[index], fields[index]) is None]
+    places = [stages.path(name, depends_on) for name, depends_on in zip(names, fields, strict=True)]
+    missing = [
+        index for index, place in enumerate(places) if not (place.is_dir() and stages.read(names[index], fields[index]))
+    ]
     stage = context.progress.stage("Experts", config.num_experts * config.expert_epochs)
-    stage.skip((config.num_experts - len(missing)) * config.expert_epochs)
-    # All at once fills an accelerator; one fills a CPU.
-    groups = [[index] for index in missing] if jax.default_backend() == "cpu" else [missing] if missing else []
+    # A group is trained anew if any of it is missing, so that the missing ones come out as they would have.
+    together = context.trained_together
+    groups = [list(range(first, first + together)) for first in range(0, config.num_experts, together)]
+    groups = [group for group in groups if set(group) & set(missing)]
+    stage.skip((config.num_experts - sum(map(len, groups))) * config.expert_epochs)
     for group in groups:
         start = time.perf_counter()
         with naming(f"experts {group}"):
             trained, losses = _train_experts(context, group, stage)
         for position, index in enumerate(group):
-            place = stages.path(names[index], fields[index])
-            checkpoints.save(place, _model(trained, position))
+            if index not in missing:
+                continue
+            checkpoints.save(places[index], _model(trained, position))
             result = {
                 "training_loss": [float(loss[position]) for loss in losses],
                 "seconds": (time.perf_counter() - start) / len(group),
             }
             stages.write(names[index], fields[index], result)
     like = jax.eval_shape(context.problem.network.init, jax.random.key(0))
-    loaded, records = [], []
-    for name, depends_on in zip(names, fields, strict=True):
-        loaded.append(checkpoints.load(stages.path(name, depends_on), like))
-        records.append(stages.read(name, depends_on))
-    return loaded, records
+    records = [stages.read(name, depends_on) or {} for name, depends_on in zip(names, fields, strict=True)]
+    return [checkpoints.load(place, like) for place in places], records
 
 
 def _train_experts(context: Context, group: list[int], stage: Stage) -> tuple[Variables, list[np.ndarray]]:
@@ -158,7 +161,7 @@ def _measure_experts(context: Context, experts: list[Variables]) -> dict[str, An
 
     depends_on = {
         **context.expert_fields,
-        "num_experts": config.num_experts,
+        "experts": config.num_experts,
         "seed": first_seed,
         "target_examples": config.target_examples,
         "test_examples": config.test_examples,
@@ -179,10 +182,10 @@ def _coefficients(
     config = context.config
     if number == 1:
         weights = glue_jax.data_size_weights([len(rows) for rows in context.splits.experts])
-        return {"alpha": np.asarray(weights).tolist(), "seconds": 0.0}
+        return {"alpha": np.asarray(weights).tolist()}
     if number == 2:
         weights = glue_jax.proxy_accuracy_weights([row["validation_accuracy"] for row in measured["experts"]])
-        return {"alpha": np.asarray(weights).tolist(), "seconds": 0.0}
+        return {"alpha": np.asarray(weights).tolist()}
     steps_done = 0
 
     def callback(progress: glue_jax.Progress) -> None:
@@ -208,19 +211,20 @@ def _coefficients(
             )
         history = result.history
         alphas = np.concatenate([history.metrics.alpha, np.asarray(result.last_alpha)[None]])
+        kept = np.unique(np.linspace(0, len(alphas) - 1, _MOST_ALPHAS).round().astype(int))
         return {
             "alpha": np.asarray(result.alpha).tolist(),
             "validation_steps": history.validation_steps.tolist(),
             "validation_loss": history.validation_values.tolist(),
-            "alpha_at_validations": alphas[history.validation_steps].tolist(),
+            "alpha_steps": kept.tolist(),
+            "alphas": alphas[kept].tolist(),
         }
 
-    depends_on = {
-        **context.expert_fields,
-        **part(config, CoefficientFields),
-        "num_experts": config.num_experts,
-        "seed": seed,
-    }
+    fields = part(config, CoefficientFields)
+    if number == 3:
+        for only_of_spsa in ("radius", "num_directions", "directions"):
+            del fields[only_of_spsa]
+    depends_on = {**context.expert_fields, **fields, "experts": config.num_experts, "seed": seed}
     learned = context.stages.run(f"coefficients/seed{seed}-config{number}", depends_on, compute)
     stage.skip(config.alpha_steps - steps_done)
     return learned
@@ -261,7 +265,7 @@ def _fine_tune(
     depends_on = {
         **context.expert_fields,
         **part(config, FineTuningFields),
-        "num_experts": config.num_experts,
+        "experts": config.num_experts,
         "target_examples": config.target_examples,
         "seed": seed,
         "alpha": alpha,

@@ -1,5 +1,7 @@
 """The report of a run: tables, pictures, and the same table for the terminal."""
 
+import functools
+import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 
+from experiments.config import Config
 from experiments.paper import EXPERT_ACCURACY, LARGEST_GAIN
 from experiments.protocol import CONFIGS
 from experiments.stages import write_json, write_whole
@@ -33,11 +36,14 @@ def write(results: Mapping[str, Any], folder: Path) -> None:
         results: of a run, with its `title` and `machine`.
         folder: where to.
     """
-    write_whole(folder / "figure1.png", lambda path: _accuracy_figure(results).savefig(path, dpi=150))
-    write_whole(folder / "alpha.png", lambda path: _alpha_figure(results).savefig(path, dpi=150))
-    write_whole(folder / "report.md", lambda path: path.write_text(_markdown(results)))
+    # All is made before any of it is written, and the report, which points to the rest, last.
+    pictures = {"figure1.png": _png(_accuracy_figure(results)), "alpha.png": _png(_alpha_figure(results))}
+    markdown = _markdown(results)
     write_json(folder / "config.json", results["config"])
     write_json(folder / "results.json", results)
+    for name, content in pictures.items():
+        write_whole(folder / name, functools.partial(Path.write_bytes, data=content))
+    write_whole(folder / "report.md", functools.partial(Path.write_text, data=markdown))
 
 
 def print_table(results: Mapping[str, Any], folder: Path, console: Console) -> None:
@@ -73,7 +79,8 @@ def _config_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]
 def _caption(results: Mapping[str, Any]) -> str:
     """What the table's figures are."""
     seeds = results["config"]["seeds"]
-    over = f"mean ± standard deviation over {len(seeds)} seeds" if len(seeds) > 1 else "one seed"
+    over = f"mean ± standard deviation over {len(seeds)} seeds (of target images, minibatches, directions)"
+    over = over if len(seeds) > 1 else "one seed"
     epochs = results["config"]["fine_tuning_epochs"]
     what = f"of the blend, and after {epochs} epochs of fine-tuning it"
     return f"test accuracy and test loss (cross-entropy, nats) {what}; {over}"
@@ -87,7 +94,8 @@ def _markdown(results: Mapping[str, Any]) -> str:
         f"# {results['title']}",
         f"{data['name']}, {config['network']}, {config['num_experts']} experts of {config['expert_examples']} images "
         f"each ({config['initialization']} initialisation, Dirichlet({config['concentration']:g}) classes), "
-        f"{data['target']} target images, {data['validation']} validation images, {data['test']} test images.\n\n"
+        f"{data['target']} target images, {data['validation']} validation images, {data['test']} test images.",
+        f"> {' '.join(data['description'].split())}",
         f"Run on {machine}.",
         "## The four Configs",
         f"{_caption(results)[0].upper()}{_caption(results)[1:]}.",
@@ -97,11 +105,11 @@ def _markdown(results: Mapping[str, Any]) -> str:
         "![test accuracy by fine-tuning epoch](figure1.png)",
         *_gains(results),
         "## The experts (Table 1)",
-        "Accuracy in percent and loss in nats. The target images are the first seed's. "
-        + _paper_note(config["dataset"]),
+        "Accuracy in percent and loss in nats. The target images are the first seed's. " + _paper_note(config),
         _table(*_expert_table(results)),
         "## The coefficients",
-        "Means over seeds. Configs 3 and 4 take their best by validation loss; 'steps' is how many they learned for.",
+        "Means over seeds. Configs 3 and 4 keep their best by validation loss: at which of how many steps, for each "
+        "seed. 'Limit' is a run that reached the most steps before its plateau.",
         _table(*_alpha_table(results)),
         "![coefficients by step](alpha.png)",
         "## Time",
@@ -127,19 +135,15 @@ def _gains(results: Mapping[str, Any]) -> Iterable[str]:
 
 
 def _expert_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Table 1, with the paper's row beside it."""
-    paper = EXPERT_ACCURACY.get(results["config"]["dataset"], ())
+    """Table 1."""
     splits = ("test", "target", "validation")
     values = [
         [scale * row[f"{split}_{what}"] for split in splits for what, scale in (("accuracy", 100), ("loss", 1))]
         for row in results["experts"]
     ]
-    rows = [
-        [str(index), *_numbers(row), f"{paper[index]:.2f}" if index < len(paper) else "-"]
-        for index, row in enumerate(values)
-    ]
-    rows.append(["mean", *_numbers(np.mean(values, axis=0)), f"{np.mean(paper):.2f}" if paper else "-"])
-    return ["expert", *(f"{split}, {unit}" for split in splits for unit in ("%", "loss")), "paper, %"], rows
+    rows = [[str(index), *_numbers(row)] for index, row in enumerate(values)]
+    rows.append(["mean", *_numbers(np.mean(values, axis=0))])
+    return ["expert", *(f"{split}, {unit}" for split in splits for unit in ("%", "loss"))], rows
 
 
 def _numbers(row: Sequence[float] | np.ndarray) -> list[str]:
@@ -147,24 +151,44 @@ def _numbers(row: Sequence[float] | np.ndarray) -> list[str]:
     return [f"{value:.1f}" if column % 2 == 0 else f"{value:.3f}" for column, value in enumerate(row)]
 
 
-def _paper_note(dataset: str) -> str:
-    """What the paper's column is."""
-    if dataset not in EXPERT_ACCURACY:
+def _paper_note(config: Mapping[str, Any]) -> str:
+    """The paper's experts, and whether this run's are trained as they are."""
+    paper = EXPERT_ACCURACY.get(config["dataset"])
+    if paper is None:
         return "The paper has no such data set."
-    return (
-        "The paper's Table 1 says 'evaluated on the target training dataset' in its caption, test accuracy in its text."
+    note = (
+        f"The paper's ten experts reach {min(paper):.1f} to {max(paper):.1f} %, {np.mean(paper):.1f} on average "
+        "('evaluated on the target training dataset' by its Table 1's caption, test accuracy by its text)."
     )
+    ours = [config[field] for field in ("num_experts", "expert_examples", "expert_epochs")]
+    if ours != [getattr(Config(), field) for field in ("num_experts", "expert_examples", "expert_epochs")]:
+        note += " This run is of another scale: see its config."
+    return note
 
 
 def _alpha_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Each Config's coefficients."""
-    headers = ["Config", *(str(index) for index in range(results["config"]["num_experts"])), "steps"]
+    headers = ["Config", *(str(index) for index in range(results["config"]["num_experts"])), "best step"]
     rows = []
     for number, alpha in _by_config(results, "alpha").items():
-        steps = [run["validation_steps"][-1] for run in results["runs"] if run["config"] == number and number > 2]
-        mean_steps = f"{np.mean(steps):.0f}" if steps else "-"
-        rows.append([f"{number} {CONFIGS[number]}", *(f"{value:.3f}" for value in alpha.mean(axis=0)), mean_steps])
+        learned = [run for run in results["runs"] if run["config"] == number and "validation_steps" in run]
+        ends = ", ".join(_end(run, results["config"]) for run in learned) or "-"
+        rows.append([f"{number} {CONFIGS[number]}", *(f"{value:.3f}" for value in alpha.mean(axis=0)), ends])
     return headers, rows
+
+
+def _end(run: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """After how many steps a run was at its best, and what stopped it."""
+    steps = run["validation_steps"]
+    best = steps[int(np.argmin(run["validation_loss"]))]
+    return f"{best} of {steps[-1]}" + ("" if steps[-1] < config["alpha_steps"] else " (limit)")
+
+
+def _png(figure: Figure) -> bytes:
+    """A picture as it is written."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=150, format="png")
+    return buffer.getvalue()
 
 
 def _accuracy_figure(results: Mapping[str, Any]) -> Figure:
@@ -173,7 +197,7 @@ def _accuracy_figure(results: Mapping[str, Any]) -> Figure:
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         axes = figure.subplots()
         for number, values in _by_config(results, "test_accuracy").items():
-            mean, deviation = 100 * values.mean(axis=0), 100 * values.std(axis=0)
+            mean, deviation = 100 * values.mean(axis=0), 100 * values.std(axis=0, ddof=min(1, len(values) - 1))
             epochs = np.arange(len(mean))
             color = _COLORS[number]
             axes.plot(epochs, mean, color=color, marker="o", markersize=4, label=f"{number} {CONFIGS[number]}")
@@ -194,13 +218,13 @@ def _alpha_figure(results: Mapping[str, Any]) -> Figure:
         panels = figure.subplots(1, 2, sharey=True)
         for axes, number in zip(panels, (3, 4), strict=True):
             for index, run in enumerate(run for run in results["runs"] if run["config"] == number):
-                steps, alphas = np.array(run["validation_steps"]), np.array(run["alpha_at_validations"])
-                best = int(np.argmin(run["validation_loss"]))
+                steps, alphas = np.array(run["alpha_steps"]), np.array(run["alphas"])
+                best = run["validation_steps"][int(np.argmin(run["validation_loss"]))]
                 for expert, alpha in enumerate(alphas.T):
                     color = colors(expert % colors.N)
                     label = f"expert {expert}" if index == 0 else None
                     axes.plot(steps, alpha, color=color, linewidth=1.2, alpha=0.8, label=label)
-                    axes.plot(steps[best], alpha[best], color=color, marker="o", markersize=4)
+                    axes.plot(best, run["alpha"][expert], color=color, marker="o", markersize=4)
             axes.axhline(1 / results["config"]["num_experts"], color="black", linestyle=":", linewidth=1)
             axes.set_title(f"Config {number}: {CONFIGS[number]}")
             axes.set_xlabel("step")
@@ -212,8 +236,8 @@ def _alpha_figure(results: Mapping[str, Any]) -> Figure:
 
 
 def _spread(values: np.ndarray, digits: int) -> str:
-    """Mean and standard deviation."""
-    deviation = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
+    """Mean and standard deviation; no deviation where all are equal, as where nothing depends on the seed."""
+    deviation = f" ± {values.std(ddof=1):.{digits}f}" if np.ptp(values) > 0 else ""
     return f"{values.mean():.{digits}f}{deviation}"
 
 

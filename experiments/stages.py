@@ -4,10 +4,13 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import jax
 
 
 class Stages:
@@ -38,19 +41,25 @@ class Stages:
         return json.loads(path.read_text()) if path.exists() else None
 
     def write(self, name: str, depends_on: Any, result: dict[str, Any]) -> None:
-        """Keeps a stage's result, a dict that JSON holds, with finite numbers alone."""
-        write_json(self.path(name, depends_on).with_suffix(".json"), result)
+        """Keeps a stage's result, a dict that JSON holds, with finite numbers alone, and the machine it was made on."""
+        write_json(self.path(name, depends_on).with_suffix(".json"), {**result, "machine": machine()})
 
     def run(self, name: str, depends_on: Any, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Returns a stage's result with the `seconds` that it took, from disk where it is done."""
-        result = self.read(name, depends_on)
-        if result is None:
+        """Returns a stage's result, with its `seconds` and its `machine`, from disk where it is done."""
+        if not self.path(name, depends_on).with_suffix(".json").exists():
             start = time.perf_counter()
             with naming(name):
                 result = compute()
-            result["seconds"] = time.perf_counter() - start
-            self.write(name, depends_on, result)
-        return result
+            self.write(name, depends_on, {**result, "seconds": time.perf_counter() - start})
+        return self.read(name, depends_on) or {}
+
+
+def machine() -> str:
+    """Returns what this process computes on."""
+    devices = jax.devices()
+    on_cpu = devices[0].platform == "cpu"
+    kind = f"{os.cpu_count()} CPU cores" if on_cpu else f"{len(devices)} x {devices[0].device_kind}"
+    return f"{kind}, JAX {jax.__version__}, Python {platform.python_version()}"
 
 
 @contextlib.contextmanager
@@ -75,7 +84,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         write: writes the path that it is given, which has the same suffix.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.new{path.suffix}")
     try:
         write(temporary)
         os.replace(temporary, path)

@@ -1,7 +1,6 @@
 """Supervised training of a network and its evaluation, an epoch at a time under one jit."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -18,6 +17,8 @@ from glue_jax.batches import on_cpu
 
 Augmentation = Literal["crop_flip", "none"]
 _EVALUATION_BATCH = 256
+# What a model's key is folded with, so that minibatches and augmentation share none.
+_MINIBATCHES, _AUGMENTATION = range(2)
 
 
 class TrainingState(NamedTuple):
@@ -38,7 +39,10 @@ class EpochFn(Protocol):
     def __call__(
         self, keys: jax.Array, epoch: int, state: TrainingState, examples: Examples, rows: jax.Array, /
     ) -> tuple[TrainingState, np.ndarray]:
-        """Trains model i on `examples[rows[i]]`; returns the next state and the mean training losses, `[M]`."""
+        """Trains model i on `examples[rows[i]]`; returns the next state and the mean training losses, `[M]`.
+
+        The state that goes in is donated.
+        """
         ...
 
 
@@ -116,44 +120,48 @@ def make_trainer(
         (loss, batch_stats), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params, batch_stats, batch)
         updates, opt_state = optimizer.update(gradient, state.opt_state, params)
         variables = {"params": optax.apply_updates(params, updates), "batch_stats": batch_stats}
-        return TrainingState(variables, opt_state), loss
+        return TrainingState(variables=variables, opt_state=opt_state), loss
 
     def steps(
-        num_steps: int, key: jax.Array, first_step: jax.Array, state: TrainingState, examples: Examples, rows: jax.Array
+        key: jax.Array, first_step: jax.Array, state: TrainingState, examples: Examples, batches: jax.Array
     ) -> tuple[TrainingState, jax.Array]:
-        batch_key, augmentation_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
-        indices = glue_jax.minibatch_indices(batch_key, first_step, num_steps, len(rows), batch_size)
-
         def body(state: TrainingState, at: tuple[jax.Array, jax.Array]) -> tuple[TrainingState, jax.Array]:
-            number, chosen = at
-            batch = jax.tree.map(lambda array: array[rows[chosen]], examples)
-            return step(jax.random.fold_in(augmentation_key, number), state, batch)
+            number, rows = at
+            batch = jax.tree.map(lambda array: array[rows], examples)
+            return step(jax.random.fold_in(jax.random.fold_in(key, _AUGMENTATION), number), state, batch)
 
-        if num_steps == 1:
-            return body(state, (first_step, indices[0]))
-        state, losses = jax.lax.scan(body, state, (first_step + jnp.arange(num_steps), indices))
+        if len(batches) == 1:
+            return body(state, (first_step, batches[0]))
+        state, losses = jax.lax.scan(body, state, (first_step + jnp.arange(len(batches)), batches))
         return state, jnp.mean(losses)
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def steps_of_all(num_steps: int, *arguments: Any) -> tuple[TrainingState, jax.Array]:
-        return jax.vmap(functools.partial(steps, num_steps), in_axes=(0, None, 0, None, 0))(*arguments)
+    def draw(key: jax.Array, epoch: jax.Array, rows: jax.Array) -> jax.Array:
+        per_epoch = len(rows) // batch_size
+        key = jax.random.fold_in(key, _MINIBATCHES)
+        return rows[glue_jax.minibatch_indices(key, epoch * per_epoch, per_epoch, len(rows), batch_size)]
+
+    steps_of_all = jax.jit(jax.vmap(steps, in_axes=(0, None, 0, None, 0)), donate_argnums=2)
+    draw_of_all = jax.jit(jax.vmap(draw, in_axes=(0, None, 0)))
 
     def epoch_fn(
         keys: jax.Array, epoch: int, state: TrainingState, examples: Examples, rows: jax.Array
     ) -> tuple[TrainingState, np.ndarray]:
-        steps_per_epoch = rows.shape[1] // batch_size
-        if not steps_per_epoch:
+        if rows.shape[1] < batch_size:
             raise ValueError(f"{rows.shape[1]} examples do not fill a minibatch of {batch_size}")
-        num_steps = 1 if on_cpu(examples) else steps_per_epoch
+        batches = np.asarray(draw_of_all(keys, np.int32(epoch), rows))
+        per_epoch = batches.shape[1]
+        num_steps = 1 if on_cpu(examples) else per_epoch
         losses = []
-        for offset in range(0, steps_per_epoch, num_steps):
-            first_step = jnp.asarray(epoch * steps_per_epoch + offset, jnp.int32)
-            state, loss = steps_of_all(num_steps, keys, first_step, state, examples, rows)
+        for offset in range(0, per_epoch, num_steps):
+            first_step = np.int32(epoch * per_epoch + offset)
+            state, loss = steps_of_all(keys, first_step, state, examples, batches[:, offset : offset + num_steps])
             losses.append(loss)
         return state, np.mean(jax.device_get(losses), axis=0)
 
     def init(variables: Variables) -> TrainingState:
-        return TrainingState(variables, jax.vmap(optimizer.init)(variables["params"]))
+        # A copy, since an epoch donates its state.
+        variables = jax.tree.map(jnp.copy, variables)
+        return TrainingState(variables=variables, opt_state=jax.vmap(optimizer.init)(variables["params"]))
 
     return Trainer(init, epoch_fn)
 
@@ -177,7 +185,7 @@ def train(
         examples: on the device.
         rows: the examples that each model is trained on, int `[M, n]`.
         num_epochs: of all of them.
-        after_epoch: called with the variables and the epoch's mean losses `[M]`.
+        after_epoch: called with the variables, which the next epoch donates, and the epoch's mean losses `[M]`.
 
     Returns:
         The trained variables, each leaf `[M, ...]`.

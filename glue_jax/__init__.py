@@ -13,29 +13,38 @@ from glue_jax.coefficients import (
     uniform,
     weights_to_logits,
 )
-from glue_jax.directions import sample_directions
+from glue_jax.directions import Directions, sample_directions
 from glue_jax.estimators import Estimate, forward_gradient, full_gradient, spsa_gradient
 from glue_jax.experts import blend, num_experts, stack_experts
-from glue_jax.learning import (
+from glue_jax.learning import NonFiniteLossError, learn
+from glue_jax.steps import alpha, forward_gradient_step, full_gradient_step, init, spsa_step
+from glue_jax.types import (
+    GlueMetrics,
+    GlueState,
     History,
     LearnResult,
-    NonFiniteLossError,
+    LinkFn,
+    LossFn,
+    MergeFn,
     Progress,
-    learn,
+    StepFn,
 )
-from glue_jax.steps import alpha, forward_gradient_step, full_gradient_step, init, spsa_step
-from glue_jax.types import GlueMetrics, GlueState
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Directions",
     "Estimate",
     "GlueMetrics",
     "GlueState",
     "History",
     "LearnResult",
+    "LinkFn",
+    "LossFn",
+    "MergeFn",
     "NonFiniteLossError",
     "Progress",
+    "StepFn",
     "alpha",
     "batched_mean",
     "blend",

@@ -28,7 +28,13 @@ def minibatch_indices(
 
     Returns:
         Indices into the examples, int32 `[S, B]`.
+
+    Raises:
+        ValueError: a count below 1, or a batch size above the number of examples.
     """
+    check_counts(num_steps=num_steps, num_examples=num_examples, batch_size=batch_size)
+    if batch_size > num_examples:
+        raise ValueError(f"batch_size is {batch_size}, but there are {num_examples} examples")
     steps_per_epoch = num_examples // batch_size
     num_epochs = (num_steps + 2 * steps_per_epoch - 2) // steps_per_epoch
     epochs = first_step // steps_per_epoch + jnp.arange(num_epochs)

@@ -149,9 +149,9 @@ def _zero_sum_basis(k: int) -> np.ndarray:
 
 
 def _checked(sampled: PyTree, beta: PyTree, num_directions: int) -> PyTree:
-    """A function's directions, refused where their shapes do not fit."""
+    """A function's directions in beta's dtypes, refused where their shapes do not fit."""
     shapes = jax.tree.map(np.shape, sampled)
     expected = jax.tree.map(lambda leaf: (num_directions, *np.shape(leaf)), beta)
     if shapes != expected:
         raise ValueError(f"the directions function returned shapes {shapes}; expected {expected}")
-    return sampled
+    return jax.tree.map(lambda u, leaf: jnp.asarray(u, jnp.result_type(leaf)), sampled, beta)

@@ -97,7 +97,7 @@ def spsa_gradient(
     probes = jax.tree.map(perturbed, jax.tree.map(jnp.asarray, beta), u)
     values = _map_probes(_scalar_valued(fun), probes, probe_batch_size).reshape(-1, 2)
     slopes = (values[:, 0] - values[:, 1]) / (2 * radius)
-    return Estimate(jnp.mean(values), _combine(slopes, u, factor), values)
+    return Estimate(value=jnp.mean(values), gradient=_combine(slopes, u, factor), probe_values=values)
 
 
 def forward_gradient(
@@ -136,7 +136,7 @@ def forward_gradient(
     u = sample_directions(key, beta, num_directions, directions)
     slope_along = functools.partial(jax.jvp, _scalar_valued(fun), (beta,))
     values, slopes = _map_probes(lambda direction: slope_along((direction,)), u, probe_batch_size)
-    return Estimate(values[0], _combine(slopes, u, factor), None)
+    return Estimate(value=values[0], gradient=_combine(slopes, u, factor), probe_values=None)
 
 
 def full_gradient(key: jax.Array | None, fun: Callable[[PyTree], jax.Array], beta: PyTree) -> Estimate:
@@ -157,7 +157,7 @@ def full_gradient(key: jax.Array | None, fun: Callable[[PyTree], jax.Array], bet
     del key
     check_floating(beta)
     value, gradient = jax.value_and_grad(_scalar_valued(fun))(beta)
-    return Estimate(value, gradient, None)
+    return Estimate(value=value, gradient=gradient, probe_values=None)
 
 
 def _map_probes(fun: Callable[[PyTree], Any], probes: PyTree, probe_batch_size: int | None) -> Any:

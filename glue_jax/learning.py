@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,93 +13,38 @@ import optax
 from glue_jax.batches import batched_mean, check_counts, minibatch_indices, num_examples, on_cpu
 from glue_jax.experts import blend, num_experts
 from glue_jax.steps import init, spsa_step
-from glue_jax.types import Batch, GlueMetrics, GlueState, LinkFn, LossFn, MergeFn, Params, PyTree
+from glue_jax.types import (
+    Batch,
+    GlueMetrics,
+    GlueState,
+    History,
+    LearnResult,
+    LinkFn,
+    LossFn,
+    MergeFn,
+    Params,
+    Progress,
+    PyTree,
+    StepFn,
+)
 
-
-class StepFn(Protocol):
-    """`spsa_step`, `full_gradient_step`, `forward_gradient_step`, or one of them with some words filled in."""
-
-    def __call__(
-        self,
-        key: jax.Array,
-        state: GlueState,
-        experts: Params,
-        batch: Batch,
-        /,
-        *,
-        loss_fn: LossFn,
-        optimizer: optax.GradientTransformation,
-        link_fn: LinkFn,
-        merge_fn: MergeFn,
-    ) -> tuple[GlueState, GlueMetrics]:
-        """Returns the next state, and the metrics of the state that went in."""
-        ...
-
-
-class History(NamedTuple):
-    """What `learn` saw, as NumPy arrays; S steps, V validations.
-
-    Attributes:
-        metrics: those of each step, stacked: `loss` `[S]`, `alpha` `[S, ...]`, and so on.
-        validation_steps: the steps taken before each validation, int `[V]`; the first is of the start.
-        validation_values: what each validation returned, `[V]`.
-    """
-
-    metrics: GlueMetrics
-    validation_steps: np.ndarray
-    validation_values: np.ndarray
-
-
-class LearnResult(NamedTuple):
-    """What `learn` found.
-
-    Attributes:
-        alpha: the coefficients of the best validation; without validation data, the last ones.
-        beta: what `alpha` comes from, a start for `init(..., beta=...)`.
-        last_alpha: the coefficients after the last step.
-        state: after the last step; `learn(..., state=state)` goes on from it.
-        history: what was seen on the way.
-    """
-
-    alpha: PyTree
-    beta: PyTree
-    last_alpha: PyTree
-    state: GlueState
-    history: History
-
-
-class Progress(NamedTuple):
-    """What a callback is told after each chunk of steps.
-
-    Attributes:
-        step: steps taken in this call.
-        max_steps: the most that it takes.
-        metrics: of the last step, as NumPy arrays.
-        validation_value: of the state after the last step; None without validation data.
-        best_value: the lowest so far; None without validation data.
-    """
-
-    step: int
-    max_steps: int
-    metrics: GlueMetrics
-    validation_value: float | None
-    best_value: float | None
+# What a call's key is folded with, so that minibatches and directions share none.
+_MINIBATCHES, _STEPS = range(2)
 
 
 class NonFiniteLossError(FloatingPointError):
-    """A loss became infinite or not a number.
+    """A loss, or the norm of its gradient, became infinite or not a number.
 
     Attributes:
         step: the step whose loss it was.
-        value: the loss.
+        value: what it was.
         result: the `LearnResult` up to the last chunk of steps before it.
     """
 
     def __init__(self, what: str, step: int, value: float, result: LearnResult):
         """Builds the message from its parts."""
         super().__init__(
-            f"the {what} is {value} at step {step}: expected a finite number (a smaller learning rate or radius may "
-            "help; the error's `result` holds what was learned before)"
+            f"the {what} is {value} at step {step}: expected a finite number (a smaller learning rate may help)"
         )
         self.step, self.value, self.result = step, value, result
 
@@ -136,7 +81,8 @@ def learn(
         data: a pytree of arrays `[N, ...]`.
         loss_fn: `loss_fn(params, batch) -> scalar`, the mean over a batch of `data`.
         optimizer: of beta.
-        state: where to go on from; the default is `init(K, optimizer)`, the uniform average.
+        state: where to go on from. The default is `init(K, optimizer)`: beta 0, under a softmax the uniform average.
+            For `unconstrained`, start from `init(K, optimizer, beta=uniform(K))`.
         step_fn: the step, hence the estimator: `spsa_step`, `full_gradient_step`, `forward_gradient_step`, or a
             `functools.partial` of one, for instance with its `radius`.
         link_fn: `link_fn(beta) -> alpha`.
@@ -156,7 +102,7 @@ def learn(
 
     Raises:
         ValueError: an argument out of its range, or data of different lengths, before any work.
-        NonFiniteLossError: a loss that is infinite or not a number.
+        NonFiniteLossError: a loss or a gradient that is infinite or not a number.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -187,58 +133,69 @@ def learn(
     experts, data, validation_data = jax.tree.map(jnp.asarray, (experts, data, validation_data))
     current = init(k, optimizer) if state is None else state
     first_step = int(current.step)
-    functions: dict[str, Any] = {"link_fn": link_fn, "merge_fn": merge_fn, "batch_size": batch_size}
+    blending: dict[str, Any] = {"link_fn": link_fn, "merge_fn": merge_fn}
+    run = functools.partial(_run_steps, step_fn=step_fn, loss_fn=loss_fn, optimizer=optimizer, **blending)
+    judge = functools.partial(_validate, function=validation_fn or loss_fn, batch_size=batch_size, **blending)
     chunks: list[GlueMetrics] = []
     validations: list[_Validation] = []
 
     def result() -> LearnResult:
         beta = min(validations, key=lambda validation: validation.value).beta if validations else current.beta
-        return LearnResult(link_fn(beta), beta, link_fn(current.beta), current, _history(chunks, validations))
+        return LearnResult(
+            alpha=link_fn(beta),
+            beta=beta,
+            last_alpha=link_fn(current.beta),
+            state=current,
+            history=_history(chunks, validations),
+        )
 
-    def validate(state: GlueState, step: int) -> None:
+    def validate(step: int) -> None:
         if validation_data is None:
             return
-        value = float(_validate(state.beta, experts, validation_data, function=validation_fn or loss_fn, **functions))
+        value = float(judge(current.beta, experts, validation_data))
         if not math.isfinite(value):
             raise NonFiniteLossError("validation value", step, value, result())
-        validations.append(_Validation(step, value, state.beta))
+        validations.append(_Validation(step, value, current.beta))
 
-    run = functools.partial(
-        _run_steps,
-        step_fn=step_fn,
-        loss_fn=loss_fn,
-        optimizer=optimizer,
-        num_steps=1 if on_cpu(data) else validate_every,
-        **functions,
-    )
-    validate(current, first_step)
+    validate(first_step)
     done = 0
     while done < max_steps and (patience is None or _validations_since_best(validations) < patience):
         count = min(validate_every, max_steps - done)
-        next_state, metrics = _run_chunk(run, key, current, experts, data, count)
-        bad = np.flatnonzero(~np.isfinite(metrics.loss))
-        if bad.size:
-            step = int(bad[0])
-            raise NonFiniteLossError("loss", first_step + done + step, float(metrics.loss[step]), result())
+        rows = _chunk_rows(
+            jax.random.fold_in(key, _MINIBATCHES), current.step, validate_every, num_examples("data", data), batch_size
+        )
+        next_state, metrics = _run_chunk(run, jax.random.fold_in(key, _STEPS), current, experts, data, rows, count)
+        for name in ("loss", "gradient_norm"):
+            values = getattr(metrics, name)
+            if (bad := np.flatnonzero(~np.isfinite(values))).size:
+                step = int(bad[0])
+                raise NonFiniteLossError(name, first_step + done + step, float(values[step]), result())
         current, done = next_state, done + count
         chunks.append(metrics)
-        validate(current, first_step + done)
+        validate(first_step + done)
         if callback is not None:
-            last = jax.tree.map(lambda leaf: leaf[-1], metrics)
-            values = [validation.value for validation in validations]
-            callback(Progress(done, max_steps, last, *((values[-1], min(values)) if values else (None, None))))
+            callback(
+                Progress(
+                    step=done,
+                    max_steps=max_steps,
+                    metrics=jax.tree.map(lambda leaf: leaf[-1], metrics),
+                    validation_value=validations[-1].value if validations else None,
+                    best_value=min(validation.value for validation in validations) if validations else None,
+                )
+            )
     return result()
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("step_fn", "loss_fn", "optimizer", "link_fn", "merge_fn", "batch_size", "num_steps"),
-)
+_chunk_rows = jax.jit(minibatch_indices, static_argnums=(2, 3, 4))
+
+
+@functools.partial(jax.jit, static_argnames=("step_fn", "loss_fn", "optimizer", "link_fn", "merge_fn"))
 def _run_steps(
     key: jax.Array,
     state: GlueState,
     experts: Params,
     data: Batch,
+    rows: jax.Array,
     count: jax.Array,
     *,
     step_fn: StepFn,
@@ -246,18 +203,17 @@ def _run_steps(
     optimizer: optax.GradientTransformation,
     link_fn: LinkFn,
     merge_fn: MergeFn,
-    batch_size: int,
-    num_steps: int,
 ) -> tuple[GlueState, GlueMetrics]:
-    """The first `count` of `num_steps` steps, so that a last shorter chunk compiles nothing; metrics `[num_steps]`."""
-    batch_key, step_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
-    indices = minibatch_indices(batch_key, state.step, num_steps, num_examples("data", data), batch_size)
+    """A step on each of the minibatches `rows` `[S, B]`, the first `count` of which count; metrics `[S]`.
 
-    @jax.jit  # traced once for its shapes and its use
-    def step(state: GlueState, rows: jax.Array) -> tuple[GlueState, GlueMetrics]:
-        batch = jax.tree.map(lambda leaf: leaf[rows], data)
-        return step_fn(
-            step_key,
+    So a last shorter chunk compiles nothing.
+    """
+
+    def step(state: GlueState, at: tuple[jax.Array, jax.Array]) -> tuple[GlueState, GlueMetrics]:
+        position, indices = at
+        batch = jax.tree.map(lambda leaf: leaf[indices], data)
+        next_state, metrics = step_fn(
+            key,
             state,
             experts,
             batch,
@@ -266,20 +222,13 @@ def _run_steps(
             link_fn=link_fn,
             merge_fn=merge_fn,
         )
+        return jax.tree.map(functools.partial(jnp.where, position < count), next_state, state), metrics
 
-    if num_steps == 1:
-        state, metrics = step(state, indices[0])
+    positions = jnp.arange(len(rows))
+    if len(rows) == 1:
+        state, metrics = step(state, (positions[0], rows[0]))
         return state, jax.tree.map(lambda leaf: leaf[None], metrics)
-
-    def skip(state: GlueState, rows: jax.Array) -> tuple[GlueState, GlueMetrics]:
-        _, metrics = jax.eval_shape(step, state, rows)
-        return state, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), metrics)
-
-    def body(state: GlueState, at: tuple[jax.Array, jax.Array]) -> tuple[GlueState, GlueMetrics]:
-        position, rows = at
-        return jax.lax.cond(position < count, step, skip, state, rows)
-
-    return jax.lax.scan(body, state, (jnp.arange(num_steps), indices))
+    return jax.lax.scan(step, state, (positions, rows))
 
 
 @functools.partial(jax.jit, static_argnames=("function", "link_fn", "merge_fn", "batch_size"))
@@ -312,21 +261,24 @@ def _validations_since_best(validations: list[_Validation]) -> int:
 
 
 def _run_chunk(
-    run: functools.partial[tuple[GlueState, GlueMetrics]],
+    run: Callable[..., tuple[GlueState, GlueMetrics]],
     key: jax.Array,
     state: GlueState,
     experts: Params,
     data: Batch,
+    rows: jax.Array,
     count: int,
 ) -> tuple[GlueState, GlueMetrics]:
-    """Some steps, by as many calls as it takes; their metrics as NumPy arrays."""
-    num_steps = run.keywords["num_steps"]
+    """A step on each of the first `count` minibatches, in one call or, on a CPU, in one each; metrics in NumPy."""
     parts = []
-    for start in range(0, count, num_steps):
-        state, metrics = run(key, state, experts, data, jnp.asarray(count - start, jnp.int32))
-        parts.append(metrics)
-    metrics = _concatenated(jax.device_get(parts))
-    return state, jax.tree.map(lambda leaf: leaf[:count], metrics)
+    if on_cpu(data):
+        for indices in np.asarray(rows)[:count]:
+            state, metrics = run(key, state, experts, data, indices[None], np.int32(1))
+            parts.append(metrics)
+    else:
+        state, metrics = run(key, state, experts, data, rows, np.int32(count))
+        parts.append(jax.tree.map(lambda leaf: leaf[:count], metrics))
+    return state, _concatenated(jax.device_get(parts))
 
 
 def _concatenated(parts: list[GlueMetrics]) -> GlueMetrics:

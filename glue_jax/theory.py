@@ -17,7 +17,8 @@ has mean Pg and error V(m, d) ||Pg||² about it:
 The paper's estimate is the unbiased one over d: its mean is Pg/d, its variance V/d² ||Pg||². So Eq. (18) is the mean
 squared error of one direction, not a variance, and Eq. (19), which divides all of it by m, also divides the bias,
 which averaging does not lower: with d = K = 10 the error relative to ||g||² is 0.90, 0.855, 0.819 for m = 1, 2, 10,
-not 0.90, 0.45, 0.09. Eq. (13) follows from (19) and (20), and its slack in (20) may still cover the true error.
+not 0.90, 0.45, 0.09. Eq. (13) rests on (19) and (20): for m > 1 it is not proved, though the slack of (20) may still
+cover the true error.
 """
 
 import numpy as np

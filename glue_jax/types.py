@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
+import numpy as np
 import optax
 
 PyTree: TypeAlias = Any
@@ -68,3 +69,73 @@ class GlueMetrics(NamedTuple):
     alpha: PyTree
     gradient_norm: jax.Array
     probe_losses: jax.Array | None
+
+
+class StepFn(Protocol):
+    """`spsa_step`, `full_gradient_step`, `forward_gradient_step`, or one of them with some words filled in."""
+
+    def __call__(
+        self,
+        key: jax.Array,
+        state: GlueState,
+        experts: Params,
+        batch: Batch,
+        /,
+        *,
+        loss_fn: LossFn,
+        optimizer: optax.GradientTransformation,
+        link_fn: LinkFn,
+        merge_fn: MergeFn,
+    ) -> tuple[GlueState, GlueMetrics]:
+        """Returns the next state, and the metrics of the state that went in."""
+        ...
+
+
+class History(NamedTuple):
+    """What `learn` saw, as NumPy arrays; S steps, V validations.
+
+    Attributes:
+        metrics: those of each step, stacked: `loss` `[S]`, `alpha` `[S, ...]`, and so on.
+        validation_steps: the steps taken before each validation, int `[V]`; the first is of the start.
+        validation_values: what each validation returned, `[V]`.
+    """
+
+    metrics: GlueMetrics
+    validation_steps: np.ndarray
+    validation_values: np.ndarray
+
+
+class LearnResult(NamedTuple):
+    """What `learn` found.
+
+    Attributes:
+        alpha: the coefficients of the best validation; without validation data, the last ones.
+        beta: what `alpha` comes from, a start for `init(..., beta=...)`.
+        last_alpha: the coefficients after the last step.
+        state: after the last step; `learn(..., state=state)` goes on from it.
+        history: what was seen on the way.
+    """
+
+    alpha: PyTree
+    beta: PyTree
+    last_alpha: PyTree
+    state: GlueState
+    history: History
+
+
+class Progress(NamedTuple):
+    """What a callback is told after each chunk of steps.
+
+    Attributes:
+        step: steps taken in this call.
+        max_steps: the most that it takes.
+        metrics: of the last step, as NumPy arrays.
+        validation_value: of the state after the last step; None without validation data.
+        best_value: the lowest so far; None without validation data.
+    """
+
+    step: int
+    max_steps: int
+    metrics: GlueMetrics
+    validation_value: float | None
+    best_value: float | None

@@ -38,7 +38,7 @@ def test_every_field_of_a_config_is_an_option_over_its_preset():
     [
         (["--preset", "huge"], "invalid choice: 'huge'"),
         (["--radius", "zero"], "zero"),
-        (["--radius", "-1"], "radius is -1.0; expected a finite number of at least 0"),
+        (["--radius", "-1"], "radius is -1.0; expected a finite number above 0"),
         (["--radiuss", "1"], "radiuss"),
     ],
 )
@@ -61,6 +61,17 @@ def test_a_bad_value_ends_with_one_clear_line(arguments, message, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         cli.main("digits", "", {"tiny": TINY}, ["--out-dir", str(tmp_path), *arguments])
     assert message in str(stopped.value.code)
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_any_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stopped:
+        cli.main("digits", "", {"tiny": TINY}, ["--out-dir", str(tmp_path / "file")])
+    assert str(tmp_path / "file") in str(stopped.value.code)
+
+
+def test_a_title_names_what_differs_from_the_preset():
+    assert cli._title("x", "quick", TINY, dataclasses.replace(TINY, radius=0.5)) == "x, preset quick, radius 0.5"
 
 
 def test_the_papers_numbers_are_the_defaults():

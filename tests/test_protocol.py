@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import io
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,8 @@ from rich.console import Console
 import glue_jax
 from experiments import checkpoints, data, protocol
 from experiments.config import Config
-from experiments.progress import Progress
+from experiments.context import prepare
+from experiments.progress import ProgressBars
 from experiments.stages import Stages
 
 TINY = Config(
@@ -44,9 +46,12 @@ def digits():
     return data.load("digits")
 
 
+def _prepare(config, dataset, folder):
+    return prepare(config, dataset, folder, ProgressBars(Console(file=io.StringIO())))
+
+
 def _run(config, dataset, folder):
-    with Progress(Console(file=io.StringIO())) as progress:
-        return protocol.run(config, dataset, folder, progress)
+    return protocol.run(_prepare(config, dataset, folder))
 
 
 def _without_times(results):
@@ -81,20 +86,39 @@ def test_config_1_is_uniform_and_config_2_proportional_to_validation_accuracy(do
     np.testing.assert_allclose(_of(results, 2)["alpha"], accuracy / accuracy.sum(), rtol=1e-6)
 
 
-def test_configs_3_and_4_are_validated_from_the_same_start_and_keep_their_best(done):
+def test_configs_3_and_4_keep_their_best_by_validation(done):
     results, _ = done
     for seed in (0, 1):
-        full, spsa = _of(results, 3, seed), _of(results, 4, seed)
-        assert full["validation_loss"][0] == spsa["validation_loss"][0]
-        for run in (full, spsa):
+        for number in (3, 4):
+            run = _of(results, number, seed)
             assert run["validation_steps"][:2] == [0, 2]
-            best = int(np.argmin(run["validation_loss"]))
-            np.testing.assert_allclose(run["alpha"], run["alpha_at_validations"][best])
+            best = run["validation_steps"][int(np.argmin(run["validation_loss"]))]
+            np.testing.assert_allclose(run["alpha"], run["alphas"][run["alpha_steps"].index(best)])
+
+
+def test_configs_3_and_4_differ_by_their_step_alone_and_learn_in_full_precision(digits, tmp_path, monkeypatch):
+    calls = []
+    learn = glue_jax.learn
+
+    def spy(key, experts, data, **words):
+        precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+        calls.append((precision, jax.random.key_data(key).tolist(), words.pop("step_fn"), data, words))
+        del words["callback"]
+        return learn(key, experts, data, step_fn=calls[-1][2], **words)
+
+    monkeypatch.setattr(glue_jax, "learn", spy)
+    _run(dataclasses.replace(TINY, seeds=(5,)), digits, tmp_path)
+    (precision, key, first, data, words), (_, other_key, second, other_data, other_words) = calls
+    assert precision == "highest"
+    assert key == other_key
+    assert first != second
+    assert words == other_words
+    np.testing.assert_array_equal(data.images, other_data.images)
 
 
 def test_the_prior_is_the_blend_tested_before_fine_tuning(done, digits):
     results, folder = done
-    network = protocol.prepare(TINY, digits, folder, Progress(Console(file=io.StringIO()))).problem
+    network = _prepare(TINY, digits, folder).problem
     like = jax.eval_shape(network.network.init, jax.random.key(0))
     places = [
         next(path for path in (folder / "experts").iterdir() if path.is_dir() and path.name.startswith(f"{index}-"))
@@ -114,45 +138,58 @@ def test_a_repeated_run_does_nothing_and_ends_with_the_same_results(done, digits
     assert _run(TINY, digits, folder) == results
 
 
-def test_a_run_killed_before_any_of_its_stages_was_kept_ends_with_the_same_results(done, digits, tmp_path, monkeypatch):
-    results, _ = done
+@pytest.mark.parametrize("together", [False, True])
+def test_a_run_killed_anywhere_ends_with_the_same_results(done, digits, tmp_path, monkeypatch, together):
+    if together:
+        monkeypatch.setattr("experiments.context.on_cpu", lambda tree: False)
+        expected = _run(TINY, digits, tmp_path / "whole")
+    else:
+        expected, _ = done
     write = Stages.write
-    kills = 0
 
-    def write_one_and_die(self, name, depends_on, result):
-        nonlocal kills
-        if budget.pop() == 0:
-            kills += 1
-            raise KeyboardInterrupt
-        write(self, name, depends_on, result)
+    def dying(keeps):
+        """Keeps some stages, and dies as it would keep the next: after its work, before its result."""
+        written = []
 
-    monkeypatch.setattr(Stages, "write", write_one_and_die)
-    while True:
-        # Each attempt keeps five more stages and dies as it would keep the sixth: after its work, before its result.
-        budget = [0, 1, 1, 1, 1, 1]
-        try:
-            again = _run(TINY, digits, tmp_path)
-            break
-        except KeyboardInterrupt:
-            continue
-    assert kills == 2
-    assert _without_times(again) == _without_times(results)
+        def write_or_die(self, name, depends_on, result):
+            if len(written) == keeps:
+                raise KeyboardInterrupt
+            written.append(name)
+            write(self, name, depends_on, result)
+
+        return write_or_die
+
+    for keeps in (0, 1, 2, 3, 5):
+        monkeypatch.setattr(Stages, "write", dying(keeps))
+        with pytest.raises(KeyboardInterrupt):
+            _run(TINY, digits, tmp_path / "killed")
+    monkeypatch.setattr(Stages, "write", write)
+    again = _run(TINY, digits, tmp_path / "killed")
+    assert _without_times(again) == _without_times(expected)
 
 
-def test_another_radius_learns_and_tunes_anew_but_keeps_the_experts(done, digits, monkeypatch):
+def test_a_checkpoint_that_is_gone_is_made_again(done, digits, tmp_path):
+    results, folder = done
+    copied = shutil.copytree(folder, tmp_path / "run")
+    gone = next(path for path in (copied / "experts").iterdir() if path.is_dir())
+    shutil.rmtree(gone)
+    assert _without_times(_run(TINY, digits, copied)) == _without_times(results)
+
+
+def test_another_radius_does_anew_what_the_radius_touches(done, digits, monkeypatch):
     _, folder = done
     written = []
     write = Stages.write
     monkeypatch.setattr(Stages, "write", lambda self, name, *rest: (written.append(name), write(self, name, *rest)))
     _run(dataclasses.replace(TINY, radius=0.5, seeds=(0,)), digits, folder)
-    assert "coefficients/seed0-config4" in written
-    assert not [name for name in written if name.startswith("experts") or name.endswith(("config1", "config2"))]
+    # The fine-tuning is of new coefficients, unless the best ones are the start as before.
+    assert set(written) - {"fine-tuning/seed0-config4"} == {"coefficients/seed0-config4"}
 
 
 def test_separate_initialisations_differ_and_common_ones_do_not(digits, tmp_path):
     def spread(initialization):
         config = dataclasses.replace(TINY, initialization=initialization, expert_learning_rate=1e-9, seeds=(0,))
-        context = protocol.prepare(config, digits, tmp_path / initialization, Progress(Console(file=io.StringIO())))
+        context = _prepare(config, digits, tmp_path / initialization)
         experts, _ = protocol._experts(context)
         kernels = [expert["params"]["conv2"]["kernel"] for expert in experts]
         return float(jnp.abs(kernels[0] - kernels[1]).max())
@@ -162,8 +199,8 @@ def test_separate_initialisations_differ_and_common_ones_do_not(digits, tmp_path
 
 def test_all_experts_at_once_are_those_of_one_after_another(done, digits, tmp_path, monkeypatch):
     results, _ = done
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    context = protocol.prepare(TINY, digits, tmp_path, Progress(Console(file=io.StringIO())))
+    monkeypatch.setattr("experiments.context.on_cpu", lambda tree: False)
+    context = _prepare(TINY, digits, tmp_path)
     _, records = protocol._experts(context)
     for record, row in zip(records, results["experts"], strict=True):
         np.testing.assert_allclose(record["training_loss"], row["training_loss"], rtol=1e-3)
@@ -193,14 +230,16 @@ def test_a_loss_that_is_not_finite_stops_with_its_stage_and_step(digits, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_experts": 0}, "num_experts is 0; expected a finite number of at least 1"),
-        ({"radius": -1.0}, "radius is -1.0"),
+        ({"num_experts": 0}, "num_experts is 0; expected at least 1"),
+        ({"radius": 0.0}, "radius is 0.0; expected a finite number above 0"),
         ({"radius": float("nan")}, "radius is nan"),
+        ({"expert_b1": 1.0}, "expert_b1 is 1.0; expected a number of at least 0 and below 1"),
         ({"augmentation": "blur"}, "augmentation is 'blur'; expected one of"),
         ({"directions": "east"}, "directions is 'east'; expected one of"),
-        ({"seeds": ()}, r"seeds is \(\)"),
-        ({"seeds": (1, 1)}, r"seeds are \(1, 1\); expected each once"),
-        ({"expert_seed": -1}, "expert_seed is -1"),
+        ({"directions": "simplex_orthogonal", "num_experts": 1}, "nothing to probe"),
+        ({"seeds": ()}, r"seeds are \(\); expected at least one"),
+        ({"seeds": (1, 1)}, r"seeds are \(1, 1\); expected .* given once"),
+        ({"expert_seed": -1}, "expert_seed is -1; expected at least 0"),
     ],
 )
 def test_a_config_refuses_values_out_of_range(changes, message):

@@ -15,6 +15,7 @@ import glue_jax
 from experiments import models
 from experiments.data import Examples
 from experiments.training import Problem
+from glue_jax.learning import _run_steps
 
 OPTIMIZER = optax.adam(1e-2, b1=0.9, b2=0.99)
 # ResNet-20: one convolution, and two in each of nine blocks.
@@ -74,3 +75,22 @@ def test_on_a_cpu_a_step_of_glue_takes_at_most_half_of_a_full_gradient_step(prob
             times.append(time.perf_counter() - start)
     spsa, full = map(statistics.median, seconds)
     assert spsa <= 0.5 * full, f"{spsa:.3f} s against {full:.3f} s"
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_on_an_accelerator_the_steps_between_two_validations_are_one_scan(problem, arguments, platform):
+    key, state, experts, batch = arguments
+    run = functools.partial(
+        _run_steps,
+        step_fn=glue_jax.spsa_step,
+        loss_fn=problem.loss,
+        optimizer=OPTIMIZER,
+        link_fn=jax.nn.softmax,
+        merge_fn=glue_jax.blend,
+    )
+    rows = jnp.zeros((5, 16), jnp.int32)
+    exported = jax.export.export(jax.jit(run), platforms=[platform])(key, state, experts, batch, rows, jnp.int32(5))
+    module = exported.mlir_module()
+    # The one loop is the scan over minibatches; the probes within it stay one batched forward.
+    assert module.count("stablehlo.while") == 1
+    assert module.count("stablehlo.convolution") == NUM_CONVOLUTIONS
