@@ -3,6 +3,9 @@
     python -m experiments.cifar10                     # the paper's scale, on a GPU or TPU
     python -m experiments.cifar10 --preset quick      # the same protocol, small, on a CPU
 
+The quick preset takes 10 minutes on 2 CPU cores. Test accuracy to expect of it (two seeds): experts 25 to 34 %,
+blends 25 to 28 %, after fine-tuning 36 to 38 %. The paper's scale has not been run with this code yet.
+
 CIFAR-10 comes through tensorflow-datasets, from `--data-dir` or `TFDS_DATA_DIR`; where it is not prepared, it is
 downloaded and prepared, which needs `pip install -e '.[experiments,prepare]'` once.
 """

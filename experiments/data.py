@@ -1,6 +1,7 @@
 """Data sets as uint8 images and int32 labels: tensorflow-datasets' on ArrayRecord, and scikit-learn's digits."""
 
 import contextlib
+import json
 import logging
 import zlib
 from collections.abc import Iterator
@@ -114,8 +115,9 @@ def _tfds(name: str, data_dir: str | None) -> tuple[str, str, Examples, Examples
         if not builder.is_prepared():
             _prepare(builder)
         train, test = (_decode(builder, split) for split in _TFDS_SPLITS[name])
-    info = builder.info
-    return info.full_name, info.description, train, test, info.features["label"].num_classes
+    # The prepared copy's own words: `builder.info` has those of the code.
+    description = json.loads((builder.data_path / "dataset_info.json").read_text())["description"]
+    return builder.info.full_name, description, train, test, builder.info.features["label"].num_classes
 
 
 def _prepare(builder: Any) -> None:

@@ -1,6 +1,9 @@
 """scikit-learn's handwritten digits with a small convolutional network: the protocol with nothing to download.
 
-python -m experiments.digits
+    python -m experiments.digits
+
+About half a minute on 2 CPU cores, compilation included. Test accuracy to expect (three seeds): experts 40 to 56 %,
+their uniform average 65 %, learned coefficients 73 %, after fine-tuning 89 to 90 %.
 """
 
 from experiments.cli import main

@@ -91,6 +91,13 @@ def test_a_set_in_another_format_is_refused_with_the_way_out(tmp_path):
         data.load("cifar10", str(tmp_path))
 
 
+def test_the_description_is_that_of_the_prepared_copy(tmp_path):
+    folder = write_tfds(tmp_path, "cifar10", {"train": 3, "test": 2})
+    info = json.loads((folder / "dataset_info.json").read_text())
+    (folder / "dataset_info.json").write_text(json.dumps(info | {"description": "a lossy copy"}))
+    assert data.load("cifar10", str(tmp_path)).description == "a lossy copy"
+
+
 def test_an_unknown_set_is_refused_with_those_known():
     with pytest.raises(ValueError, match=r"dataset is 'mnist'.*digits"):
         data.load("mnist")
