@@ -53,8 +53,9 @@ def main(
     config, console = parsed.config, Console()
     with ProgressBars(console) as progress:
         try:
-            parsed.out_dir.mkdir(parents=True, exist_ok=True)
-            context = prepare(config, data.load(config.dataset, parsed.data_dir), parsed.out_dir / "stages", progress)
+            dataset = data.load(config.dataset, parsed.data_dir)
+            _make_folder(parsed.out_dir)
+            context = prepare(config, dataset, parsed.out_dir / "stages", progress)
         except (ValueError, OSError, data.DatasetNotFoundError) as error:
             sys.exit(f"{type(error).__name__}: {error}")
         progress.say(_plan(context))
@@ -62,10 +63,23 @@ def main(
             results = protocol.run(context)
         except FloatingPointError as error:
             sys.exit(f"{type(error).__name__}: {error}")
+        except KeyboardInterrupt:
+            progress.say(
+                f"interrupted: finished stages are kept in {parsed.out_dir}, the same command goes on from them"
+            )
+            sys.exit(130)
     results["title"] = _title(name, parsed.preset, presets[parsed.preset], config)
     report.write(results, parsed.out_dir)
     report.print_table(results, parsed.out_dir, console)
     return results
+
+
+def _make_folder(path: Path) -> None:
+    """Makes a run's folder, or says what is wrong with it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out-dir is {path}: expected a folder that can be made ({error})") from error
 
 
 def _plan(context: Context) -> str:

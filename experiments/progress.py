@@ -22,7 +22,7 @@ class Stage:
     def skip(self, units: int) -> None:
         """Takes units off the work to do: they were done by an earlier run, or are not needed."""
         self._total -= units
-        self._bars.update(self._task, total=self._total)
+        self._bars.update(self._task, total=self._total, visible=self._total > 0)
 
 
 class ProgressBars:
@@ -60,4 +60,4 @@ class ProgressBars:
 
     def say(self, text: str) -> None:
         """Prints a line above the bars."""
-        self._bars.console.print(text, highlight=False)
+        self._bars.console.print(text, highlight=False, soft_wrap=True)

@@ -98,6 +98,8 @@ def _experts(context: Context) -> tuple[list[Variables], list[dict[str, Any]]]:
     groups = [list(range(first, first + together)) for first in range(0, config.num_experts, together)]
     groups = [group for group in groups if set(group) & set(missing)]
     stage.skip((config.num_experts - sum(map(len, groups))) * config.expert_epochs)
+    if len(missing) < config.num_experts:
+        context.progress.say(f"kept from an earlier run: {config.num_experts - len(missing)} experts")
     for group in groups:
         start = time.perf_counter()
         with naming(f"experts {group}"):

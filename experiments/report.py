@@ -128,7 +128,12 @@ def _gains(results: Mapping[str, Any]) -> Iterable[str]:
     for number in (1, 2, 3):
         gain = accuracy[4] - accuracy[number]
         epoch = int(np.argmax(gain))
-        row = [f"Config {number} ({CONFIGS[number]})", f"{gain[epoch]:+.1f}", str(epoch), f"{gain.mean():+.1f}"]
+        row = [
+            f"Config {number} ({CONFIGS[number]})",
+            f"{gain[epoch]:+.1f}",
+            str(epoch),
+            f"{gain.mean().round(1) + 0.0:+.1f}",
+        ]
         rows.append([*row, f"{paper[number]:+.1f}" if number in paper else "-"])
     yield "GLUE (Config 4) against the others, points of test accuracy, means over seeds; epoch 0 is the prior:"
     yield _table(["against", "largest", "at epoch", "mean over epochs", "paper's largest"], rows)

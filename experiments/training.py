@@ -99,7 +99,7 @@ def make_trainer(
     """Returns a trainer, which compiles itself once for each number of models and of examples.
 
     An epoch is one `lax.scan` under one jit. On a CPU it is a jitted call a step: within a loop, XLA:CPU runs the
-    backward pass of a convolution some 30 times slower.
+    backward pass of a convolution many times slower.
 
     Args:
         problem: what to train.

@@ -1,7 +1,7 @@
 """GLUE: blend pretrained experts into one model, with coefficients learned from forward passes alone.
 
-The method is of Park, Chaudhari, Pranav, Joe-Wong and Moura, "GLUE: Gradient-free Learning to Unify Experts". Equation
-numbers in this package are that paper's.
+The method is of Park, Chaudhari, Pranav, Joe-Wong and Moura, "GLUE: Gradient-free Learning to Unify Experts"
+(https://arxiv.org/abs/2512.22467). Equation numbers in this package are that paper's first version's.
 """
 
 from glue_jax import theory

@@ -71,7 +71,7 @@ def learn(
     """Learns the coefficients by minibatches until validation stops improving (section 3.3 of the paper).
 
     The steps between two validations are one jitted `lax.scan` over minibatches of shuffled epochs (on a CPU a jitted
-    step each: within a loop, XLA:CPU runs the backward pass of a convolution some 30 times slower). An epoch leaves
+    step each: within a loop, XLA:CPU runs the backward pass of a convolution many times slower). An epoch leaves
     out the examples that fill no whole minibatch. The functions and the optimizer are static: build them once, and
     a second call compiles nothing.
 

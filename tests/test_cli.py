@@ -67,7 +67,18 @@ def test_a_folder_that_cannot_be_made_is_refused_before_any_work(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit) as stopped:
         cli.main("digits", "", {"tiny": TINY}, ["--out-dir", str(tmp_path / "file")])
-    assert str(tmp_path / "file") in str(stopped.value.code)
+    assert f"--out-dir is {tmp_path / 'file'}: expected a folder" in str(stopped.value.code)
+
+
+def test_an_interruption_says_that_the_work_is_kept(tmp_path, capsys, monkeypatch):
+    def interrupted(context):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("experiments.protocol.run", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main("digits", "", {"tiny": TINY}, ["--out-dir", str(tmp_path)])
+    assert stopped.value.code == 130
+    assert f"finished stages are kept in {tmp_path}" in capsys.readouterr().out
 
 
 def test_a_title_names_what_differs_from_the_preset():
