@@ -40,18 +40,20 @@ class Stages:
         path = self.path(name, depends_on).with_suffix(".json")
         return json.loads(path.read_text()) if path.exists() else None
 
-    def write(self, name: str, depends_on: Any, result: dict[str, Any]) -> None:
-        """Keeps a stage's result, a dict that JSON holds, with finite numbers alone, and the machine it was made on."""
-        write_json(self.path(name, depends_on).with_suffix(".json"), {**result, "machine": machine()})
+    def write(self, name: str, depends_on: Any, result: dict[str, Any]) -> dict[str, Any]:
+        """Keeps a stage's result, a dict that JSON holds, with finite numbers alone; returns it with its `machine`."""
+        result = {**result, "machine": machine()}
+        write_json(self.path(name, depends_on).with_suffix(".json"), result)
+        return result
 
     def run(self, name: str, depends_on: Any, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Returns a stage's result, with its `seconds` and its `machine`, from disk where it is done."""
-        if not self.path(name, depends_on).with_suffix(".json").exists():
-            start = time.perf_counter()
-            with naming(name):
-                result = compute()
-            self.write(name, depends_on, {**result, "seconds": time.perf_counter() - start})
-        return self.read(name, depends_on) or {}
+        if (done := self.read(name, depends_on)) is not None:
+            return done
+        start = time.perf_counter()
+        with naming(name):
+            result = compute()
+        return self.write(name, depends_on, {**result, "seconds": time.perf_counter() - start})
 
 
 def machine() -> str:

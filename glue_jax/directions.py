@@ -106,19 +106,23 @@ def _flat_like(sample: Any, key: jax.Array, tree: PyTree, num_directions: int) -
 
 
 def _rademacher(key: jax.Array, m: int, d: int, dtype: Any) -> jax.Array:
+    """Entries of one size and random signs."""
     return jax.random.rademacher(key, (m, d), dtype) / math.sqrt(d)
 
 
 def _gaussian(key: jax.Array, m: int, d: int, dtype: Any) -> jax.Array:
+    """Independent normal entries."""
     return jax.random.normal(key, (m, d), dtype) / math.sqrt(d)
 
 
 def _sphere(key: jax.Array, m: int, d: int, dtype: Any) -> jax.Array:
+    """Normal entries, each row normalised."""
     normal = jax.random.normal(key, (m, d), dtype)
     return normal / jnp.linalg.norm(normal, axis=1, keepdims=True)
 
 
 def _orthogonal(key: jax.Array, m: int, d: int, dtype: Any) -> jax.Array:
+    """Orthonormal rows, in independent blocks of d."""
     blocks = -(-m // d)
     normal = jax.random.normal(key, (blocks, d, min(m, d)), dtype)
     q, r = jnp.linalg.qr(normal)

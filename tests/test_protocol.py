@@ -155,7 +155,7 @@ def test_a_run_killed_anywhere_ends_with_the_same_results(done, digits, tmp_path
             if len(written) == keeps:
                 raise KeyboardInterrupt
             written.append(name)
-            write(self, name, depends_on, result)
+            return write(self, name, depends_on, result)
 
         return write_or_die
 
@@ -180,7 +180,7 @@ def test_another_radius_does_anew_what_the_radius_touches(done, digits, monkeypa
     _, folder = done
     written = []
     write = Stages.write
-    monkeypatch.setattr(Stages, "write", lambda self, name, *rest: (written.append(name), write(self, name, *rest)))
+    monkeypatch.setattr(Stages, "write", lambda self, name, *rest: written.append(name) or write(self, name, *rest))
     _run(dataclasses.replace(TINY, radius=0.5, seeds=(0,)), digits, folder)
     # The fine-tuning is of new coefficients, unless the best ones are the start as before.
     assert set(written) - {"fine-tuning/seed0-config4"} == {"coefficients/seed0-config4"}
