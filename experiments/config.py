@@ -9,6 +9,8 @@ from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
 
+from experiments.models.mobilenet import Strides
+from experiments.models.vit import Pooling, Positions
 from experiments.training import Augmentation
 from glue_jax.directions import DirectionName, dimension
 
@@ -21,6 +23,8 @@ class ExpertFields:
 
     dataset: str = "cifar10"
     """What experts are trained on, and the target is drawn from."""
+    image_size: int | None = None
+    """Height and width that images are brought to, in pixels; None leaves them as they are (section 5 names none)."""
     network: str = "resnet20"
     """The architecture of the experts (section 5)."""
     num_experts: int = 10
@@ -40,13 +44,37 @@ class ExpertFields:
     expert_b2: float = 0.999
     """Of Adam (section 5)."""
     augmentation: Augmentation = "crop_flip"
-    """Open in the paper; without it, experts of 2000 images stay well below its Table 1. Fine-tuning uses it too."""
+    """Open in the paper; without it, experts of 2000 images stay well below its Table 1. Fine-tuning uses it too.
+    Digits of house numbers are not to be mirrored: there it is `crop`."""
     initialization: Initialization = "common"
     """Open in the paper; a common one is what averaging weights presumes (model soups, federated averaging)."""
     validation_examples: int = 1000
     """Open in the paper ('small'): target images that judge proxy accuracy and the plateau, and nothing else."""
     expert_seed: int = 0
     """Of validation images, experts' images, initialisation and training."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NetworkFields:
+    """What the paper leaves open about its networks; each field begins with the name of the network that it is for."""
+
+    mobilenetv2_strides: Strides = "small_images"
+    """Of its paper (224 pixels, 32 times smaller at the end), or with stride 1 in the stem and in the first strided
+    stage, as is usual for 32 x 32 pixels: the last stages would see a single pixel otherwise."""
+    vit_patch_size: int = 8
+    """Section 5."""
+    vit_depth: int = 8
+    """Section 5."""
+    vit_width: int = 192
+    """Open in the paper; of ViT-Tiny, the smallest in common use: 3.6 million parameters at this depth."""
+    vit_heads: int = 3
+    """Open in the paper; of ViT-Tiny, 64 features each."""
+    vit_mlp_width: int = 768
+    """Open in the paper; four times the width, as in every ViT of its paper."""
+    vit_pooling: Pooling = "mean"
+    """Open in the paper; a mean over patches trains better on little data than a class token (Beyer et al., 2022)."""
+    vit_positions: Positions = "learned"
+    """Open in the paper; as in the ViT's own paper."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,7 +124,7 @@ class FineTuningFields:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(FineTuningFields, CoefficientFields, ExpertFields):
+class Config(FineTuningFields, CoefficientFields, NetworkFields, ExpertFields):
     """One experiment of the paper's section 5."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -125,6 +153,13 @@ class Config(FineTuningFields, CoefficientFields, ExpertFields):
         if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds are {self.seeds}; expected at least one, each at least 0 and given once")
         dimension(np.zeros(self.num_experts), self.directions)
+
+    @property
+    def network_options(self) -> dict[str, Any]:
+        """The fields of this config's network, without its name before them."""
+        prefix = f"{self.network}_"
+        fields = part(self, NetworkFields)
+        return {name.removeprefix(prefix): value for name, value in fields.items() if name.startswith(prefix)}
 
 
 def part(config: Config, *parts: type) -> dict[str, Any]:

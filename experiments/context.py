@@ -48,7 +48,7 @@ class Context(NamedTuple):
     @property
     def expert_fields(self) -> dict[str, Any]:
         """What an expert depends on, beside its number."""
-        fields = part(self.config, ExpertFields)
+        fields = {**part(self.config, ExpertFields), "network_options": self.config.network_options}
         # On its fellows it depends by the program that trains them together, to the last bits.
         fields["num_experts"] = self.trained_together
         origin = {"data": self.dataset.name, "checksum": self.dataset.checksum, "version": glue_jax.__version__}
@@ -83,8 +83,12 @@ def prepare(config: Config, dataset: Dataset, folder: Path, progress: ProgressBa
     ):
         if batch_size > count:
             raise ValueError(f"{field} is {batch_size}, but there are {count} images to draw from")
-    num_channels = dataset.train.images.shape[-1]
-    network = models.build(config.network, num_channels=num_channels, num_classes=dataset.num_classes)
+    network = models.build(
+        config.network,
+        image_shape=dataset.train.images.shape[1:],
+        num_classes=dataset.num_classes,
+        **config.network_options,
+    )
     problem = Problem(network, *channel_statistics(dataset.train.images))
     adam = functools.partial(optax.adam, b1=config.expert_b1, b2=config.expert_b2)
     train_split = jax.tree.map(jnp.asarray, dataset.train)

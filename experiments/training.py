@@ -15,7 +15,7 @@ from experiments.models import Network
 from experiments.models.network import Variables
 from glue_jax.batches import on_cpu
 
-Augmentation = Literal["crop_flip", "none"]
+Augmentation = Literal["crop_flip", "crop", "none"]
 _EVALUATION_BATCH = 256
 # What a model's key is folded with, so that minibatches and augmentation share none.
 _MINIBATCHES, _AUGMENTATION = range(2)
@@ -114,8 +114,8 @@ def make_trainer(
         return cross_entropy(logits, batch.labels), batch_stats
 
     def step(key: jax.Array, state: TrainingState, batch: Examples) -> tuple[TrainingState, jax.Array]:
-        if augmentation == "crop_flip":
-            batch = batch._replace(images=crop_and_flip(key, batch.images))
+        if augmentation != "none":
+            batch = batch._replace(images=crop_and_flip(key, batch.images, flip=augmentation == "crop_flip"))
         params, batch_stats = state.variables["params"], state.variables["batch_stats"]
         (loss, batch_stats), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params, batch_stats, batch)
         updates, opt_state = optimizer.update(gradient, state.opt_state, params)
@@ -222,19 +222,27 @@ def make_evaluate(problem: Problem) -> Callable[[Variables, Examples], dict[str,
     return evaluate
 
 
-def crop_and_flip(key: jax.Array, images: jax.Array, padding: int = 4) -> jax.Array:
-    """Returns images `[B, H, W, C]` shifted at random by up to `padding` pixels, and mirrored with probability 1/2.
+def crop_and_flip(key: jax.Array, images: jax.Array, *, flip: bool = True) -> jax.Array:
+    """Returns images `[B, H, W, C]` shifted at random by up to an eighth of their size, mirrored with probability 1/2.
 
-    What a shift uncovers is black. The augmentation is that of He et al., 2016, section 4.2.
+    What a shift uncovers is black. The augmentation is that of He et al., 2016, section 4.2, for 32 x 32 pixels.
+
+    Args:
+        key: a `jax.random.key`.
+        images: of any dtype.
+        flip: whether to mirror, too.
     """
     crop_key, flip_key = jax.random.split(key)
     batch, *shape = images.shape
-    padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    corners = jax.random.randint(crop_key, (batch, 2), 0, 2 * padding + 1)
+    height, width = (size // 8 for size in shape[:2])
+    padded = jnp.pad(images, ((0, 0), (height, height), (width, width), (0, 0)))
+    corners = jax.random.randint(crop_key, (batch, 2), 0, 2 * jnp.array([[height, width]]) + 1)
 
     def crop(image: jax.Array, corner: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), shape)
 
     cropped = jax.vmap(crop)(padded, corners)
+    if not flip:
+        return cropped
     flipped = jax.random.bernoulli(flip_key, shape=(batch, 1, 1, 1))
     return jnp.where(flipped, cropped[:, :, ::-1], cropped)

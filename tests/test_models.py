@@ -10,7 +10,7 @@ from experiments.models.resnet import BasicBlock, ResNet20
 
 @pytest.fixture(scope="module")
 def resnet():
-    return models.build("resnet20", num_channels=3, num_classes=10)
+    return models.build("resnet20", image_shape=(32, 32, 3), num_classes=10)
 
 
 def _num_params(network):
@@ -26,12 +26,12 @@ def test_resnet20_has_the_parameters_of_its_paper(resnet):
 
 
 def test_the_small_network_has_the_parameters_that_its_docstring_says():
-    network = models.build("convnet", num_channels=1, num_classes=10)
+    network = models.build("convnet", image_shape=(8, 8, 1), num_classes=10)
     assert f"{_num_params(network):,} parameters" in (models.ConvNet.__doc__ or "")
 
 
 def test_resnet20_halves_the_image_and_doubles_the_channels_stage_by_stage():
-    module = nnx.eval_shape(lambda: ResNet20(num_channels=3, num_classes=10, rngs=nnx.Rngs(0)))
+    module = nnx.eval_shape(lambda: ResNet20(image_shape=(32, 32, 3), num_classes=10, rngs=nnx.Rngs(0)))
     x = jax.ShapeDtypeStruct((2, 32, 32, 16), jnp.float32)
     shapes = []
     for block in module.blocks:
@@ -53,13 +53,13 @@ def test_the_shortcut_strides_and_pads_with_zero_channels():
 
 @pytest.mark.parametrize(("name", "shape"), [("resnet20", (2, 32, 32, 3)), ("convnet", (2, 8, 8, 1))])
 def test_networks_give_a_logit_a_class(name, shape):
-    network = models.build(name, num_channels=shape[-1], num_classes=7)
+    network = models.build(name, image_shape=shape[1:], num_classes=7)
     logits = jax.eval_shape(lambda key, x: network.apply(network.init(key), x), jax.random.key(0), jnp.zeros(shape))
     assert logits.shape == (2, 7)
 
 
 def test_evaluation_is_deterministic_in_the_batch_and_training_updates_the_statistics():
-    network = models.build("convnet", num_channels=1, num_classes=10)
+    network = models.build("convnet", image_shape=(8, 8, 1), num_classes=10)
     variables = network.init(jax.random.key(0))
     images = jax.random.normal(jax.random.key(1), (4, 8, 8, 1))
     np.testing.assert_allclose(
@@ -79,4 +79,4 @@ def test_evaluation_is_deterministic_in_the_batch_and_training_updates_the_stati
 
 def test_an_unknown_network_is_refused_with_those_known():
     with pytest.raises(ValueError, match=r"network is 'vgg'.*resnet20"):
-        models.build("vgg", num_channels=3, num_classes=10)
+        models.build("vgg", image_shape=(32, 32, 3), num_classes=10)

@@ -24,7 +24,7 @@ NUM_CONVOLUTIONS = 19
 
 @pytest.fixture(scope="module")
 def problem():
-    network = models.build("resnet20", num_channels=3, num_classes=10)
+    network = models.build("resnet20", image_shape=(32, 32, 3), num_classes=10)
     return Problem(network, np.full(3, 0.5, np.float32), np.full(3, 0.25, np.float32))
 
 

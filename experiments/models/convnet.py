@@ -13,9 +13,9 @@ _batch_norm = functools.partial(nnx.BatchNorm, momentum=0.9)
 class ConvNet(nnx.Module):
     """Two convolutions with BatchNorm, average pooling, a linear head: 19,562 parameters for the digits."""
 
-    def __init__(self, *, num_channels: int, num_classes: int, rngs: nnx.Rngs):
-        """Builds the network for images `[B, H, W, num_channels]`."""
-        self.conv1 = _conv(num_channels, 32, rngs=rngs)
+    def __init__(self, *, image_shape: tuple[int, int, int], num_classes: int, rngs: nnx.Rngs):
+        """Builds the network for images `[B, *image_shape]`."""
+        self.conv1 = _conv(image_shape[-1], 32, rngs=rngs)
         self.norm1 = _batch_norm(32, rngs=rngs)
         self.conv2 = _conv(32, 64, strides=2, rngs=rngs)
         self.norm2 = _batch_norm(64, rngs=rngs)

@@ -37,9 +37,9 @@ class BasicBlock(nnx.Module):
 class ResNet20(nnx.Module):
     """Three stages of three blocks with 16, 32 and 64 channels: 0.27 million parameters."""
 
-    def __init__(self, *, num_channels: int, num_classes: int, rngs: nnx.Rngs):
-        """Builds the network for images `[B, H, W, num_channels]`."""
-        self.conv = _conv(num_channels, 16, (3, 3), rngs=rngs)
+    def __init__(self, *, image_shape: tuple[int, int, int], num_classes: int, rngs: nnx.Rngs):
+        """Builds the network for images `[B, *image_shape]`."""
+        self.conv = _conv(image_shape[-1], 16, (3, 3), rngs=rngs)
         self.norm = _batch_norm(16, rngs=rngs)
         blocks = []
         features = 16

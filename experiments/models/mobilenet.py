@@ -1,0 +1,92 @@
+"""MobileNetV2 (Sandler et al., 2018, https://arxiv.org/abs/1801.04381)."""
+
+import functools
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from experiments.models.depthwise import DepthwiseConv
+
+Strides = Literal["paper", "small_images"]
+STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+"""Expansion, channels, blocks and stride of the first block, stage by stage (its Table 2)."""
+
+_conv = functools.partial(
+    nnx.Conv, use_bias=False, kernel_init=nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
+)
+_batch_norm = functools.partial(nnx.BatchNorm, momentum=0.9)
+
+
+class InvertedResidual(nnx.Module):
+    """Expansion, a depthwise convolution and a linear projection, added to the input where the shapes agree."""
+
+    def __init__(self, in_features: int, out_features: int, *, expansion: int, strides: int, rngs: nnx.Rngs):
+        """Builds `[B, H, W, in_features]` to `[B, ceil(H/strides), ceil(W/strides), out_features]`."""
+        features = expansion * in_features
+        if expansion > 1:
+            self.expand = _conv(in_features, features, (1, 1), rngs=rngs)
+            self.norm1 = _batch_norm(features, rngs=rngs)
+        self.depthwise = DepthwiseConv(features, strides=strides, rngs=rngs)
+        self.norm2 = _batch_norm(features, rngs=rngs)
+        self.project = _conv(features, out_features, (1, 1), rngs=rngs)
+        self.norm3 = _batch_norm(out_features, rngs=rngs)
+        self.expands = expansion > 1
+        self.adds = strides == 1 and in_features == out_features
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns the block's output."""
+        y = nnx.relu6(self.norm1(self.expand(x))) if self.expands else x
+        y = nnx.relu6(self.norm2(self.depthwise(y)))
+        y = self.norm3(self.project(y))
+        return x + y if self.adds else y
+
+
+class MobileNetV2(nnx.Module):
+    """17 inverted residuals: 3.5 million parameters with 1000 classes, 2,236,682 with 10. Without dropout."""
+
+    def __init__(
+        self,
+        *,
+        image_shape: tuple[int, int, int],
+        num_classes: int,
+        rngs: nnx.Rngs,
+        strides: Strides = "small_images",
+    ):
+        """Builds the network for images `[B, *image_shape]`.
+
+        Args:
+            image_shape: height, width and channels.
+            num_classes: of the labels.
+            rngs: of the initialisation.
+            strides: of its paper, or, for images of about 32 pixels, with 1 in the stem and the first strided stage.
+
+        Raises:
+            ValueError: other strides.
+        """
+        if strides not in get_args(Strides):
+            raise ValueError(f"strides is {strides!r}; expected one of {get_args(Strides)}")
+        is_small = strides == "small_images"
+        self.conv = _conv(image_shape[-1], 32, (3, 3), strides=1 if is_small else 2, padding=1, rngs=rngs)
+        self.norm1 = _batch_norm(32, rngs=rngs)
+        blocks = []
+        features = 32
+        for expansion, channels, count, stride in STAGES:
+            for index in range(count):
+                is_first_strided = channels == 24
+                step = stride if index == 0 and not (is_small and is_first_strided) else 1
+                blocks.append(InvertedResidual(features, channels, expansion=expansion, strides=step, rngs=rngs))
+                features = channels
+        self.blocks = nnx.List(blocks)
+        self.last_conv = _conv(features, 1280, (1, 1), rngs=rngs)
+        self.norm2 = _batch_norm(1280, rngs=rngs)
+        self.head = nnx.Linear(1280, num_classes, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns logits `[B, num_classes]`."""
+        x = nnx.relu6(self.norm1(self.conv(x)))
+        for block in self.blocks:
+            x = block(x)
+        x = nnx.relu6(self.norm2(self.last_conv(x)))
+        return self.head(jnp.mean(x, axis=(1, 2)))
