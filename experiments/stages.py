@@ -59,8 +59,12 @@ class Stages:
 def machine() -> str:
     """Returns what this process computes on."""
     devices = jax.devices()
-    on_cpu = devices[0].platform == "cpu"
-    kind = f"{os.cpu_count()} CPU cores" if on_cpu else f"{len(devices)} x {devices[0].device_kind}"
+    if devices[0].platform == "cpu":
+        # What this process may use, where the system says.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        kind = f"{cores} CPU core{'s' if cores != 1 else ''}"
+    else:
+        kind = f"{len(devices)} x {devices[0].device_kind}"
     return f"{kind}, JAX {jax.__version__}, Python {platform.python_version()}"
 
 
