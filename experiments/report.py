@@ -1,7 +1,6 @@
 """The report of a run: tables, pictures, and the same table for the terminal."""
 
 import functools
-import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,17 +15,11 @@ from rich.table import Table
 
 from experiments.config import Config
 from experiments.paper import EXPERT_ACCURACY, LARGEST_GAIN
+from experiments.presentation import STYLE, markdown_table, png, spread
 from experiments.protocol import CONFIGS
 from experiments.stages import write_json, write_whole
 
 _COLORS = {1: "#999999", 2: "#e69f00", 3: "#0072b2", 4: "#d55e00"}
-_STYLE: dict[Any, Any] = {
-    "font.size": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-}
 
 
 def write(results: Mapping[str, Any], folder: Path) -> None:
@@ -37,7 +30,7 @@ def write(results: Mapping[str, Any], folder: Path) -> None:
         folder: where to.
     """
     # All is made before any of it is written, and the report, which points to the rest, last.
-    pictures = {"figure1.png": _png(_accuracy_figure(results)), "alpha.png": _png(_alpha_figure(results))}
+    pictures = {"figure1.png": png(_accuracy_figure(results)), "alpha.png": png(_alpha_figure(results))}
     markdown = _markdown(results)
     write_json(folder / "config.json", results["config"])
     write_json(folder / "results.json", results)
@@ -71,7 +64,7 @@ def _config_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]
     for number, name in CONFIGS.items():
         row = [f"{number} {name}"]
         for epoch in (0, -1):
-            row += [_spread(100 * accuracy[number][:, epoch], 1), _spread(loss[number][:, epoch], 3)]
+            row += [spread(100 * accuracy[number][:, epoch], 1), spread(loss[number][:, epoch], 3)]
         rows.append(row)
     return headers, rows
 
@@ -99,23 +92,23 @@ def _markdown(results: Mapping[str, Any]) -> str:
         f"Run on {machine}.",
         "## The four Configs",
         f"{_caption(results)[0].upper()}{_caption(results)[1:]}.",
-        _table(*_config_table(results)),
+        markdown_table(*_config_table(results)),
         f"The experts' own test accuracy: {100 * test.mean():.1f} % on average, {100 * test.max():.1f} % the best. All "
         "experts have as many images, so Config 1 is the uniform average, where Configs 3 and 4 start.",
         "![test accuracy by fine-tuning epoch](figure1.png)",
         *_gains(results),
         "## The experts (Table 1)",
         "Accuracy in percent and loss in nats. The target images are the first seed's. " + _paper_note(config),
-        _table(*_expert_table(results)),
+        markdown_table(*_expert_table(results)),
         "## The coefficients",
         "Means over seeds. Configs 3 and 4 keep their best by validation loss: at which of how many steps, for each "
         "seed. 'Limit' is a run that reached the most steps before its plateau.",
-        _table(*_alpha_table(results)),
+        markdown_table(*_alpha_table(results)),
         "![coefficients by step](alpha.png)",
         "## Time",
-        _table(["stage", "seconds"], [[name, f"{value:.1f}"] for name, value in results["seconds"].items()]),
+        markdown_table(["stage", "seconds"], [[name, f"{value:.1f}"] for name, value in results["seconds"].items()]),
         "## Config",
-        _table(["field", "value"], [[name, json.dumps(value)] for name, value in config.items()]),
+        markdown_table(["field", "value"], [[name, json.dumps(value)] for name, value in config.items()]),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -136,7 +129,7 @@ def _gains(results: Mapping[str, Any]) -> Iterable[str]:
         ]
         rows.append([*row, f"{paper[number]:+.1f}" if number in paper else "-"])
     yield "GLUE (Config 4) against the others, points of test accuracy, means over seeds; epoch 0 is the prior:"
-    yield _table(["against", "largest", "at epoch", "mean over epochs", "paper's largest"], rows)
+    yield markdown_table(["against", "largest", "at epoch", "mean over epochs", "paper's largest"], rows)
 
 
 def _expert_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -189,16 +182,9 @@ def _end(run: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     return f"{best} of {steps[-1]}" + ("" if steps[-1] < config["alpha_steps"] else " (limit)")
 
 
-def _png(figure: Figure) -> bytes:
-    """A picture as it is written."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=150, format="png")
-    return buffer.getvalue()
-
-
 def _accuracy_figure(results: Mapping[str, Any]) -> Figure:
     """Figure 1: test accuracy by fine-tuning epoch."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         axes = figure.subplots()
         for number, values in _by_config(results, "test_accuracy").items():
@@ -218,7 +204,7 @@ def _accuracy_figure(results: Mapping[str, Any]) -> Figure:
 def _alpha_figure(results: Mapping[str, Any]) -> Figure:
     """The learned coefficients by step, a panel for each of Configs 3 and 4."""
     colors = mpl.colormaps["tab10"]
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9, 4.2), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
         for axes, number in zip(panels, (3, 4), strict=True):
@@ -238,15 +224,3 @@ def _alpha_figure(results: Mapping[str, Any]) -> Figure:
         figure.legend(handles, labels, loc="outside right center")
         figure.suptitle(f"{results['title']}: a line a seed, dots the best by validation, dotted 1/K", fontsize=11)
     return figure
-
-
-def _spread(values: np.ndarray, digits: int) -> str:
-    """Mean and standard deviation; no deviation where all are equal, as where nothing depends on the seed."""
-    deviation = f" ± {values.std(ddof=1):.{digits}f}" if np.ptp(values) > 0 else ""
-    return f"{values.mean():.{digits}f}{deviation}"
-
-
-def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, numbers to the right."""
-    lines = [headers, ["---", *["---:"] * (len(headers) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

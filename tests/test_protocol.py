@@ -14,6 +14,7 @@ import glue_jax
 from experiments import checkpoints, data, protocol
 from experiments.config import Config
 from experiments.context import prepare
+from experiments.experts import train_experts
 from experiments.progress import ProgressBars
 from experiments.stages import Stages
 
@@ -190,7 +191,7 @@ def test_separate_initialisations_differ_and_common_ones_do_not(digits, tmp_path
     def spread(initialization):
         config = dataclasses.replace(TINY, initialization=initialization, expert_learning_rate=1e-9, seeds=(0,))
         context = _prepare(config, digits, tmp_path / initialization)
-        experts, _ = protocol._experts(context)
+        experts, _ = train_experts(context)
         kernels = [expert["params"]["conv2"]["kernel"] for expert in experts]
         return float(jnp.abs(kernels[0] - kernels[1]).max())
 
@@ -201,7 +202,7 @@ def test_all_experts_at_once_are_those_of_one_after_another(done, digits, tmp_pa
     results, _ = done
     monkeypatch.setattr("experiments.context.on_cpu", lambda tree: False)
     context = _prepare(TINY, digits, tmp_path)
-    _, records = protocol._experts(context)
+    _, records = train_experts(context)
     for record, row in zip(records, results["experts"], strict=True):
         np.testing.assert_allclose(record["training_loss"], row["training_loss"], rtol=1e-3)
 

@@ -1,0 +1,122 @@
+"""The experts of a run: trained, kept on disk, and measured."""
+
+import functools
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import checkpoints
+from experiments.context import Context, take
+from experiments.models.network import Variables
+from experiments.progress import Stage
+from experiments.stages import naming
+from experiments.training import train
+
+# What the key of the experts' seed is folded with, so that no two uses share one.
+_INITIALIZATION, _EXPERT_TRAINING = range(2)
+
+
+def train_experts(context: Context) -> tuple[list[Variables], list[dict[str, Any]]]:
+    """Trains the experts that are not at hand, and reads the others.
+
+    Args:
+        context: of `experiments.context.prepare`.
+
+    Returns:
+        Each expert's variables, and a record of each: `training_loss` by epoch, `seconds`, `machine`.
+
+    Raises:
+        FloatingPointError: a loss that is infinite or not a number, with the expert and the epoch.
+    """
+    config, stages = context.config, context.stages
+    fields = [{**context.expert_fields, "expert": index} for index in range(config.num_experts)]
+    names = [f"experts/{index}" for index in range(config.num_experts)]
+    places = [stages.path(name, depends_on) for name, depends_on in zip(names, fields, strict=True)]
+    missing = [
+        index for index, place in enumerate(places) if not (place.is_dir() and stages.read(names[index], fields[index]))
+    ]
+    stage = context.progress.stage("Experts", config.num_experts * config.expert_epochs)
+    # A group is trained anew if any of it is missing, so that the missing ones come out as they would have.
+    together = context.trained_together
+    groups = [list(range(first, first + together)) for first in range(0, config.num_experts, together)]
+    groups = [group for group in groups if set(group) & set(missing)]
+    stage.skip((config.num_experts - sum(map(len, groups))) * config.expert_epochs)
+    if len(missing) < config.num_experts:
+        context.progress.say(f"kept from an earlier run: {config.num_experts - len(missing)} experts")
+    for group in groups:
+        start = time.perf_counter()
+        with naming(f"experts {group}"):
+            trained, losses = _train_experts(context, group, stage)
+        for position, index in enumerate(group):
+            if index not in missing:
+                continue
+            checkpoints.save(places[index], jax.tree.map(lambda leaf, position=position: leaf[position], trained))
+            result = {
+                "training_loss": [float(loss[position]) for loss in losses],
+                "seconds": (time.perf_counter() - start) / len(group),
+            }
+            stages.write(names[index], fields[index], result)
+    like = jax.eval_shape(context.problem.network.init, jax.random.key(0))
+    records = [stages.read(name, depends_on) or {} for name, depends_on in zip(names, fields, strict=True)]
+    return [checkpoints.load(place, like) for place in places], records
+
+
+def measure_experts(context: Context, experts: list[Variables]) -> dict[str, Any]:
+    """Each expert's loss and accuracy on validation, test and (the first seed's) target images: Table 1."""
+    config = context.config
+    first_seed = config.seeds[0]
+
+    def compute() -> dict[str, Any]:
+        images = {
+            "validation": context.validation,
+            "target": take(context.train, context.targets[first_seed]),
+            "test": context.test,
+        }
+        rows = []
+        for expert in experts:
+            measures = {name: context.evaluate(expert, examples) for name, examples in images.items()}
+            rows.append({f"{name}_{what}": value for name, row in measures.items() for what, value in row.items()})
+        return {"experts": rows}
+
+    depends_on = {
+        **context.expert_fields,
+        "experts": config.num_experts,
+        "seed": first_seed,
+        "target_examples": config.target_examples,
+        "test_examples": config.test_examples,
+    }
+    return context.stages.run("experts/accuracies", depends_on, compute)
+
+
+def _train_experts(context: Context, group: list[int], stage: Stage) -> tuple[Variables, list[np.ndarray]]:
+    """Trains some experts at once; their variables, stacked, and their mean losses in each epoch."""
+    config = context.config
+    key = jax.random.key(config.expert_seed)
+    numbers = jnp.asarray(group, jnp.uint32)
+    initializations = jnp.zeros_like(numbers) if config.initialization == "common" else numbers
+    losses = []
+
+    def after_epoch(_: Variables, loss: np.ndarray) -> None:
+        losses.append(loss)
+        stage.advance(len(group))
+
+    trained = train(
+        context.training,
+        _keys(jax.random.fold_in(key, _EXPERT_TRAINING), numbers),
+        jax.vmap(context.problem.network.init)(_keys(jax.random.fold_in(key, _INITIALIZATION), initializations)),
+        context.train,
+        jnp.asarray(np.stack([context.splits.experts[index] for index in group])),
+        num_epochs=config.expert_epochs,
+        after_epoch=after_epoch,
+    )
+    for index, loss in zip(group, losses[-1], strict=True):
+        context.progress.say(f"expert {index}: training loss {loss:.3f} in the last epoch")
+    return trained, losses
+
+
+def _keys(key: jax.Array, numbers: jax.Array) -> jax.Array:
+    """A key for each number."""
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(numbers)
