@@ -18,16 +18,17 @@ def save(path: Path, tree: Any) -> None:
     ocp.save(str(path.absolute()), tree, overwrite=True)
 
 
-def load(path: Path, like: Any) -> Any:
+def load(path: Path, like: Any, sharding: jax.sharding.Sharding | None = None) -> Any:
     """Reads a pytree that `save` wrote.
 
     Args:
         path: what was given to `save`.
         like: a pytree of the same structure, of arrays or `jax.ShapeDtypeStruct`.
+        sharding: where its arrays go; None is the first device.
 
     Returns:
-        The pytree, of arrays on the device.
+        The pytree, of arrays.
     """
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like)
     return ocp.load(str(path.absolute()), abstract)

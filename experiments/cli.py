@@ -10,11 +10,12 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from experiments import data, protocol, report
+from experiments import data, protocol, run_report
 from experiments.config import Config
 from experiments.context import Context, prepare
+from experiments.estimate import describe, estimate
 from experiments.progress import ProgressBars
-from experiments.stages import machine
+from experiments.stages import DamagedStageError, machine, naming
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,8 @@ class Arguments:
 
     Attributes:
         preset: a set of defaults for all that follows; its choices stand above.
-        out_dir: the run's folder: its report, and what it goes on from.
+        out_dir: the run's folder: its report, and what it goes on from. The default is the experiment's name under
+            runs/, with its preset's where that is not the default one.
         data_dir: the data directory of tensorflow-datasets; the default is its own (TFDS_DATA_DIR, or
             ~/tensorflow_datasets).
         config: every number of the protocol.
@@ -53,24 +55,27 @@ def main(
     config, console = parsed.config, Console()
     with ProgressBars(console) as progress:
         try:
-            dataset = data.load(config.dataset, parsed.data_dir)
+            dataset = data.load(config.dataset, parsed.data_dir, config.image_size)
             _make_folder(parsed.out_dir)
             context = prepare(config, dataset, parsed.out_dir / "stages", progress)
         except (ValueError, OSError, data.DatasetNotFoundError) as error:
             sys.exit(f"{type(error).__name__}: {error}")
         progress.say(_plan(context))
         try:
+            with naming("estimate of the time"):
+                progress.say(describe(estimate(context)))
             results = protocol.run(context)
-        except FloatingPointError as error:
+        except (FloatingPointError, DamagedStageError) as error:
             sys.exit(f"{type(error).__name__}: {error}")
         except KeyboardInterrupt:
             progress.say(
                 f"interrupted: finished stages are kept in {parsed.out_dir}, the same command goes on from them"
             )
             sys.exit(130)
+    results["experiment"] = name
     results["title"] = _title(name, parsed.preset, presets[parsed.preset], config)
-    report.write(results, parsed.out_dir)
-    report.print_table(results, parsed.out_dir, console)
+    run_report.write(results, parsed.out_dir)
+    run_report.print_table(results, parsed.out_dir, console)
     return results
 
 
@@ -112,10 +117,11 @@ def _parse(name: str, description: str, presets: Mapping[str, Config], arguments
     first_pass = argparse.ArgumentParser(prog=f"python -m experiments.{name}", add_help=False, allow_abbrev=False)
     first_pass.add_argument("--preset", choices=list(presets), default=next(iter(presets)))
     preset = first_pass.parse_known_args(arguments)[0].preset
+    folder = name if preset == next(iter(presets)) else f"{name}-{preset}"
     return tyro.cli(
         Arguments,
         prog=first_pass.prog,
         description=f"{description.strip()}\n\nPresets: {', '.join(presets)}.",
         args=list(arguments),
-        default=Arguments(preset=preset, out_dir=Path("runs") / name, config=presets[preset]),
+        default=Arguments(preset=preset, out_dir=Path("runs") / folder, config=presets[preset]),
     )

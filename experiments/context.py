@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 import glue_jax
 from experiments import models
 from experiments.config import Config, ExpertFields, part
 from experiments.data import Dataset, Examples, channel_statistics
+from experiments.devices import make_mesh, put
 from experiments.models.network import Variables
 from experiments.progress import ProgressBars
 from experiments.splits import Indices, Splits, class_counts, draw_splits, draw_target
@@ -89,16 +89,17 @@ def prepare(config: Config, dataset: Dataset, folder: Path, progress: ProgressBa
         num_classes=dataset.num_classes,
         **config.network_options,
     )
-    problem = Problem(network, *channel_statistics(dataset.train.images))
+    mesh = make_mesh()
+    problem = Problem(network, *channel_statistics(dataset.train.images), mesh)
     adam = functools.partial(optax.adam, b1=config.expert_b1, b2=config.expert_b2)
-    train_split = jax.tree.map(jnp.asarray, dataset.train)
+    train_split = put(dataset.train, mesh)
     return Context(
         config=config,
         dataset=dataset,
         splits=splits,
         targets=targets,
         train=train_split,
-        test=jax.tree.map(lambda array: jnp.asarray(array[: config.test_examples]), dataset.test),
+        test=put(jax.tree.map(lambda array: array[: config.test_examples], dataset.test), mesh),
         validation=take(train_split, splits.validation),
         problem=problem,
         training=make_trainer(

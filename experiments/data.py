@@ -8,9 +8,14 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image, ImageOps
 
 # The names of tensorflow-datasets, and the splits to train on and to test on.
-_TFDS_SPLITS = {"cifar10": ("train", "test")}
+_TFDS_SPLITS = {
+    "cifar10": ("train", "test"),
+    "svhn_cropped": ("train", "test"),
+    "imagenette/160px-v2": ("train", "validation"),
+}
 DATASETS = ("digits", *_TFDS_SPLITS)
 _BLOCK = 1000
 
@@ -51,24 +56,26 @@ class DatasetNotFoundError(RuntimeError):
     """A data set is not prepared, and could not be prepared here."""
 
 
-def load(name: str, data_dir: str | None = None) -> Dataset:
+def load(name: str, data_dir: str | None = None, image_size: int | None = None) -> Dataset:
     """Loads a data set; prepares it first as tensorflow-datasets does, where it is not and the network allows.
 
     Args:
         name: one of `DATASETS`.
         data_dir: tensorflow-datasets' data directory. None is its own default: `TFDS_DATA_DIR`, or
             `~/tensorflow_datasets`.
+        image_size: height and width to bring all images to: the largest square in the middle, resized. None leaves
+            them as they are.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or no size where each image has its own.
         DatasetNotFoundError: a set that is not there and cannot be prepared.
     """
     if name not in DATASETS:
         raise ValueError(f"dataset is {name!r}; expected one of {DATASETS}")
     if name == "digits":
-        full_name, description, train, test, num_classes = _digits()
+        full_name, description, train, test, num_classes = _digits(image_size)
     else:
-        full_name, description, train, test, num_classes = _tfds(name, data_dir)
+        full_name, description, train, test, num_classes = _tfds(name, data_dir, image_size)
     checksum = 0
     for array in (*train, *test):
         checksum = zlib.crc32(array.tobytes(), checksum)
@@ -84,12 +91,13 @@ def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean.astype(np.float32), np.sqrt(second - mean**2).astype(np.float32)
 
 
-def _digits() -> tuple[str, str, Examples, Examples, int]:
+def _digits(image_size: int | None) -> tuple[str, str, Examples, Examples, int]:
     """scikit-learn's 1797 digits, 8 x 8, every fourth one for the test."""
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
     images = np.round(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
+    images = np.stack([_resized(image, image_size, 1) for image in images])
     examples = Examples(images, labels.astype(np.int32))
     is_test = np.arange(len(images)) % 4 == 3
     train, test = (Examples(*(array[rows] for array in examples)) for rows in (~is_test, is_test))
@@ -99,7 +107,7 @@ def _digits() -> tuple[str, str, Examples, Examples, int]:
     return "digits (scikit-learn)", description, train, test, 10
 
 
-def _tfds(name: str, data_dir: str | None) -> tuple[str, str, Examples, Examples, int]:
+def _tfds(name: str, data_dir: str | None, image_size: int | None) -> tuple[str, str, Examples, Examples, int]:
     """A set of tensorflow-datasets."""
     import tensorflow_datasets as tfds
 
@@ -112,9 +120,11 @@ def _tfds(name: str, data_dir: str | None) -> tuple[str, str, Examples, Examples
                 "Point --data-dir at another directory to prepare it there as ArrayRecord, which needs no TensorFlow "
                 "to read; python -m experiments.digits needs no download."
             ) from error
+        if image_size is None and None in builder.info.features["image"].shape:
+            raise ValueError(f"image_size is None, but the images of {name} have sizes of their own; give --image-size")
         if not builder.is_prepared():
             _prepare(builder)
-        train, test = (_decode(builder, split) for split in _TFDS_SPLITS[name])
+        train, test = (_decode(builder, split, image_size) for split in _TFDS_SPLITS[name])
     # The prepared copy's own words: `builder.info` has those of the code.
     description = json.loads((builder.data_path / "dataset_info.json").read_text())["description"]
     return builder.info.full_name, description, train, test, builder.info.features["label"].num_classes
@@ -134,15 +144,25 @@ def _prepare(builder: Any) -> None:
         ) from error
 
 
-def _decode(builder: Any, split: str) -> Examples:
+def _decode(builder: Any, split: str, image_size: int | None) -> Examples:
     """A whole split as arrays, read in blocks."""
     source = builder.as_data_source(split=split)
+    num_channels = builder.info.features["image"].shape[-1]
     images, labels = [], []
     for start in range(0, len(source), _BLOCK):
         for record in source.__getitems__(range(start, min(start + _BLOCK, len(source)))):
-            images.append(record["image"])
+            images.append(_resized(record["image"], image_size, num_channels))
             labels.append(record["label"])
     return Examples(np.stack(images), np.array(labels, np.int32))
+
+
+def _resized(image: np.ndarray, size: int | None, num_channels: int) -> np.ndarray:
+    """The largest square in the middle of an image of any size, gray or in color, as `[size, size, num_channels]`."""
+    if size is None or image.shape == (size, size, num_channels):
+        return image
+    picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+    picture = picture.convert("L" if num_channels == 1 else "RGB")
+    return np.asarray(ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)).reshape(size, size, num_channels)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import numpy as np
 
 from experiments import checkpoints
 from experiments.context import Context, take
+from experiments.devices import everywhere
 from experiments.models.network import Variables
 from experiments.progress import Stage
 from experiments.stages import naming
@@ -32,12 +33,9 @@ def train_experts(context: Context) -> tuple[list[Variables], list[dict[str, Any
         FloatingPointError: a loss that is infinite or not a number, with the expert and the epoch.
     """
     config, stages = context.config, context.stages
-    fields = [{**context.expert_fields, "expert": index} for index in range(config.num_experts)]
-    names = [f"experts/{index}" for index in range(config.num_experts)]
-    places = [stages.path(name, depends_on) for name, depends_on in zip(names, fields, strict=True)]
-    missing = [
-        index for index, place in enumerate(places) if not (place.is_dir() and stages.read(names[index], fields[index]))
-    ]
+    keys = [_stage_of(context, index) for index in range(config.num_experts)]
+    places = [stages.path(*key) for key in keys]
+    missing = missing_experts(context)
     stage = context.progress.stage("Experts", config.num_experts * config.expert_epochs)
     # A group is trained anew if any of it is missing, so that the missing ones come out as they would have.
     together = context.trained_together
@@ -58,10 +56,20 @@ def train_experts(context: Context) -> tuple[list[Variables], list[dict[str, Any
                 "training_loss": [float(loss[position]) for loss in losses],
                 "seconds": (time.perf_counter() - start) / len(group),
             }
-            stages.write(names[index], fields[index], result)
+            stages.write(*keys[index], result)
     like = jax.eval_shape(context.problem.network.init, jax.random.key(0))
-    records = [stages.read(name, depends_on) or {} for name, depends_on in zip(names, fields, strict=True)]
-    return [checkpoints.load(place, like) for place in places], records
+    records = [stages.read(*key) or {} for key in keys]
+    sharding = everywhere(context.problem.mesh)
+    return [checkpoints.load(place, like, sharding) for place in places], records
+
+
+def missing_experts(context: Context) -> list[int]:
+    """Returns the numbers of the experts that are not at hand."""
+    keys = [_stage_of(context, index) for index in range(context.config.num_experts)]
+    stages = context.stages
+    return [
+        index for index, key in enumerate(keys) if not (stages.path(*key).is_dir() and stages.read(*key) is not None)
+    ]
 
 
 def measure_experts(context: Context, experts: list[Variables]) -> dict[str, Any]:
@@ -81,14 +89,25 @@ def measure_experts(context: Context, experts: list[Variables]) -> dict[str, Any
             rows.append({f"{name}_{what}": value for name, row in measures.items() for what, value in row.items()})
         return {"experts": rows}
 
+    return context.stages.run(*measurement(context), compute)
+
+
+def measurement(context: Context) -> tuple[str, dict[str, Any]]:
+    """Returns the name of the stage that measures the experts, and all that it depends on."""
+    config = context.config
     depends_on = {
         **context.expert_fields,
         "experts": config.num_experts,
-        "seed": first_seed,
+        "seed": config.seeds[0],
         "target_examples": config.target_examples,
         "test_examples": config.test_examples,
     }
-    return context.stages.run("experts/accuracies", depends_on, compute)
+    return "experts/accuracies", depends_on
+
+
+def _stage_of(context: Context, index: int) -> tuple[str, dict[str, Any]]:
+    """The name of an expert's stage, and all that it depends on."""
+    return f"experts/{index}", {**context.expert_fields, "expert": index}
 
 
 def _train_experts(context: Context, group: list[int], stage: Stage) -> tuple[Variables, list[np.ndarray]]:

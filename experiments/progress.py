@@ -1,10 +1,15 @@
-"""Progress on the terminal: a bar a stage with the time left, and a line for each result."""
+"""Progress: a bar a stage with the time left, or lines where there is no terminal, and a line for each result."""
 
+import time
+from datetime import timedelta
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+
+# Where there is no terminal, a line now and then stands for the bars.
+_SECONDS_BETWEEN_LINES = 60.0
 
 
 class Stage:
@@ -14,10 +19,18 @@ class Stage:
         """Shows a bar of `total` units."""
         self._bars, self._total = bars, total
         self._task = bars.add_task(name, total=total)
+        self._last_line = time.monotonic()
 
     def advance(self, units: int = 1) -> None:
         """Counts units of work as done."""
         self._bars.advance(self._task, units)
+        if not self._bars.console.is_terminal and time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            task = next(task for task in self._bars.tasks if task.id == self._task)
+            left = "" if task.time_remaining is None else f", {timedelta(seconds=task.time_remaining)} left"
+            self._bars.console.print(
+                f"{task.description}: {task.completed:.0f} of {task.total:.0f}{left}", highlight=False
+            )
 
     def skip(self, units: int) -> None:
         """Takes units off the work to do: they were done by an earlier run, or are not needed."""

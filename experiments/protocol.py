@@ -5,7 +5,7 @@ fine-tunings of a seed.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,16 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import glue_jax
+from experiments.analysis import CONFIGS
 from experiments.config import CoefficientFields, FineTuningFields, part
 from experiments.context import Context, counts, take
 from experiments.data import Examples
-from experiments.experts import measure_experts, train_experts
+from experiments.experts import measure_experts, measurement, train_experts
 from experiments.models.network import Variables
 from experiments.progress import Stage
 from experiments.training import train
-
-CONFIGS: Mapping[int, str] = {1: "Data size", 2: "Proxy accuracy", 3: "Full gradient", 4: "GLUE (SPSA)"}
-"""The paper's four ways to coefficients, by its numbers."""
 
 # Of the coefficients by step, so many at most are kept, evenly spaced.
 _MOST_ALPHAS = 201
@@ -80,6 +78,73 @@ def run(context: Context) -> dict[str, Any]:
     }
 
 
+def remaining(context: Context) -> dict[str, list[int]]:
+    """Returns the Configs, one for each seed, whose `coefficients` are to be learned, and whose `fine-tuning` is."""
+    stages = context.stages
+    measured = stages.read(*measurement(context))
+    left: dict[str, list[int]] = {"coefficients": [], "fine-tuning": []}
+    for seed in context.config.seeds:
+        for number in CONFIGS:
+            alpha = None
+            if number not in context.step_fns:
+                alpha = _heuristic(context, number, measured) if measured else None
+            elif learned := stages.read(*_coefficients_stage(context, number, seed)):
+                alpha = learned["alpha"]
+            else:
+                left["coefficients"].append(number)
+            if alpha is None or stages.read(*_fine_tuning_stage(context, number, seed, alpha)) is None:
+                left["fine-tuning"].append(number)
+    return left
+
+
+def learn_coefficients(
+    context: Context,
+    number: int,
+    key: jax.Array,
+    experts: Variables,
+    target: Examples,
+    *,
+    max_steps: int,
+    callback: Callable[[glue_jax.Progress], None] | None = None,
+) -> glue_jax.LearnResult:
+    """Learns the coefficients of Config 3 or 4, to the plateau or for `max_steps`."""
+    config = context.config
+    with jax.default_matmul_precision(config.matmul_precision):
+        return glue_jax.learn(
+            key,
+            experts,
+            target,
+            loss_fn=context.problem.loss,
+            optimizer=context.alpha_optimizer,
+            step_fn=context.step_fns[number],
+            validation_data=context.validation,
+            batch_size=config.alpha_batch_size,
+            max_steps=max_steps,
+            validate_every=config.validate_every,
+            patience=config.patience,
+            callback=callback,
+        )
+
+
+def _heuristic(context: Context, number: int, measured: dict[str, Any]) -> list[float]:
+    """The coefficients of Configs 1 and 2."""
+    if number == 1:
+        weights = glue_jax.data_size_weights([len(rows) for rows in context.splits.experts])
+    else:
+        weights = glue_jax.proxy_accuracy_weights([row["validation_accuracy"] for row in measured["experts"]])
+    return np.asarray(weights).tolist()
+
+
+def _coefficients_stage(context: Context, number: int, seed: int) -> tuple[str, dict[str, Any]]:
+    """The name of a stage that learns coefficients, and all that it depends on."""
+    fields = part(context.config, CoefficientFields)
+    if number == 3:
+        for only_of_spsa in ("radius", "num_directions", "directions"):
+            del fields[only_of_spsa]
+    depends_on = {**context.expert_fields, **fields, "experts": context.config.num_experts, "seed": seed}
+    return f"coefficients/seed{seed}-config{number}", depends_on
+
+
 def _coefficients(
     context: Context,
     number: int,
@@ -91,12 +156,8 @@ def _coefficients(
 ) -> dict[str, Any]:
     """The coefficients of one Config, and how they were learned."""
     config = context.config
-    if number == 1:
-        weights = glue_jax.data_size_weights([len(rows) for rows in context.splits.experts])
-        return {"alpha": np.asarray(weights).tolist()}
-    if number == 2:
-        weights = glue_jax.proxy_accuracy_weights([row["validation_accuracy"] for row in measured["experts"]])
-        return {"alpha": np.asarray(weights).tolist()}
+    if number not in context.step_fns:
+        return {"alpha": _heuristic(context, number, measured)}
     steps_done = 0
 
     def callback(progress: glue_jax.Progress) -> None:
@@ -105,21 +166,10 @@ def _coefficients(
         steps_done = progress.step
 
     def compute() -> dict[str, Any]:
-        with jax.default_matmul_precision(config.matmul_precision):
-            result = glue_jax.learn(
-                jax.random.fold_in(jax.random.key(seed), _COEFFICIENTS),
-                experts,
-                target,
-                loss_fn=context.problem.loss,
-                optimizer=context.alpha_optimizer,
-                step_fn=context.step_fns[number],
-                validation_data=context.validation,
-                batch_size=config.alpha_batch_size,
-                max_steps=config.alpha_steps,
-                validate_every=config.validate_every,
-                patience=config.patience,
-                callback=callback,
-            )
+        key = jax.random.fold_in(jax.random.key(seed), _COEFFICIENTS)
+        result = learn_coefficients(
+            context, number, key, experts, target, max_steps=config.alpha_steps, callback=callback
+        )
         history = result.history
         alphas = np.concatenate([history.metrics.alpha, np.asarray(result.last_alpha)[None]])
         kept = np.unique(np.linspace(0, len(alphas) - 1, _MOST_ALPHAS).round().astype(int))
@@ -131,14 +181,23 @@ def _coefficients(
             "alphas": alphas[kept].tolist(),
         }
 
-    fields = part(config, CoefficientFields)
-    if number == 3:
-        for only_of_spsa in ("radius", "num_directions", "directions"):
-            del fields[only_of_spsa]
-    depends_on = {**context.expert_fields, **fields, "experts": config.num_experts, "seed": seed}
-    learned = context.stages.run(f"coefficients/seed{seed}-config{number}", depends_on, compute)
+    learned = context.stages.run(*_coefficients_stage(context, number, seed), compute)
     stage.skip(config.alpha_steps - steps_done)
     return learned
+
+
+def _fine_tuning_stage(context: Context, number: int, seed: int, alpha: list[float]) -> tuple[str, dict[str, Any]]:
+    """The name of a stage that fine-tunes, and all that it depends on: the coefficients, not the way to them."""
+    config = context.config
+    depends_on = {
+        **context.expert_fields,
+        **part(config, FineTuningFields),
+        "experts": config.num_experts,
+        "target_examples": config.target_examples,
+        "seed": seed,
+        "alpha": alpha,
+    }
+    return f"fine-tuning/seed{seed}-config{number}", depends_on
 
 
 def _fine_tune(
@@ -172,16 +231,7 @@ def _fine_tune(
             "training_loss": losses,
         }
 
-    # It depends on the coefficients, not on the way to them.
-    depends_on = {
-        **context.expert_fields,
-        **part(config, FineTuningFields),
-        "experts": config.num_experts,
-        "target_examples": config.target_examples,
-        "seed": seed,
-        "alpha": alpha,
-    }
-    name = f"fine-tuning/seed{seed}-config{number}"
-    if context.stages.read(name, depends_on) is not None:
+    stage_of_this = _fine_tuning_stage(context, number, seed, alpha)
+    if context.stages.read(*stage_of_this) is not None:
         stage.skip(config.fine_tuning_epochs)
-    return context.stages.run(name, depends_on, compute)
+    return context.stages.run(*stage_of_this, compute)

@@ -1,226 +1,229 @@
-"""The report of a run: tables, pictures, and the same table for the terminal."""
+"""The paper's tables and figures from runs, its own figures beside them, and a verdict on each of its claims.
 
+python -m experiments.report                                   # of the runs under runs/
+python -m experiments.report runs/cifar10 runs/digits-quick    # of these
+"""
+
+import dataclasses
 import functools
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import tyro
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-from rich.console import Console
-from rich.table import Table
 
-from experiments.config import Config
-from experiments.paper import EXPERT_ACCURACY, LARGEST_GAIN
-from experiments.presentation import STYLE, markdown_table, png, spread
-from experiments.protocol import CONFIGS
-from experiments.stages import write_json, write_whole
+from experiments.analysis import CONFIGS, Lead, lead
+from experiments.paper import EXPERIMENTS, EXPERT_ACCURACY, LARGEST_LEAD, LARGEST_VARIATION, experiment_of
+from experiments.presentation import STYLE, markdown_table, png
+from experiments.run_report import draw_accuracy
+from experiments.stages import write_whole
 
-_COLORS = {1: "#999999", 2: "#e69f00", 3: "#0072b2", 4: "#d55e00"}
+_VERDICTS = (
+    "A verdict is 'yes' where the lead is above 0 by two standard errors over seeds, at every epoch if the paper says "
+    "'consistently'; 'no' where no epoch has such a lead; 'in part' in between; one seed has no verdict."
+)
 
 
-def write(results: Mapping[str, Any], folder: Path) -> None:
-    """Writes `config.json`, `results.json`, `report.md`, `figure1.png` and `alpha.png`, each whole or not at all.
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What a command line says.
+
+    Attributes:
+        runs: the folders of runs, each with its results.json; none given are all of the paper's under runs/.
+        out_dir: where the page and its picture go.
+    """
+
+    runs: tyro.conf.Positional[tuple[Path, ...]] = ()
+    out_dir: Path = Path("runs/report")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Writes the page of a command line's runs."""
+    parsed = tyro.cli(Arguments, prog="python -m experiments.report", description=__doc__, args=arguments)
+    folders = parsed.runs or tuple(Path("runs") / name for name in EXPERIMENTS if (Path("runs") / name).is_dir())
+    try:
+        write([read(folder) for folder in folders], parsed.out_dir)
+    except (OSError, ValueError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    print(f"report: {parsed.out_dir / 'report.md'}")
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """Returns a run's results.
+
+    Raises:
+        ValueError: a folder without them.
+    """
+    path = folder / "results.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no results.json: expected the folder of a run that came to its report")
+    return json.loads(path.read_text())
+
+
+def write(runs: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """Writes `report.md` and `figure1.png`.
 
     Args:
-        results: of a run, with its `title` and `machine`.
+        runs: the results of each, a panel each, from the left.
         folder: where to.
+
+    Raises:
+        ValueError: no runs.
     """
-    # All is made before any of it is written, and the report, which points to the rest, last.
-    pictures = {"figure1.png": png(_accuracy_figure(results)), "alpha.png": png(_alpha_figure(results))}
-    markdown = _markdown(results)
-    write_json(folder / "config.json", results["config"])
-    write_json(folder / "results.json", results)
-    for name, content in pictures.items():
-        write_whole(folder / name, functools.partial(Path.write_bytes, data=content))
-    write_whole(folder / "report.md", functools.partial(Path.write_text, data=markdown))
+    if not runs:
+        expected = ", ".join(f"python -m experiments.{name}" for name in EXPERIMENTS)
+        raise ValueError(f"there is no run to report: give folders, or make some first ({expected})")
+    picture = png(figure1(runs))
+    write_whole(folder / "figure1.png", functools.partial(Path.write_bytes, data=picture))
+    write_whole(folder / "report.md", functools.partial(Path.write_text, data="\n\n".join(_page(runs)) + "\n"))
 
 
-def print_table(results: Mapping[str, Any], folder: Path, console: Console) -> None:
-    """Prints the table of the four Configs, and where the report lies."""
-    headers, rows = _config_table(results)
-    table = Table(title=results["title"], caption=_caption(results))
-    for header in headers:
-        table.add_column(header, justify="left" if header == headers[0] else "right")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-    console.print(f"report: {folder / 'report.md'}", highlight=False, soft_wrap=True)
+def figure1(runs: Sequence[Mapping[str, Any]]) -> Figure:
+    """Returns Figure 1: test accuracy by fine-tuning epoch, a panel a run."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(4.6 * len(runs) + 0.4, 4.4), layout="constrained")
+        for axes, results in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs, strict=True):
+            draw_accuracy(axes, results)
+            seeds = len(results["config"]["seeds"])
+            axes.set_title(f"{_name(results)}\n{seeds} seed{'s' if seeds > 1 else ''}", fontsize=11)
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    return figure
 
 
-def _by_config(results: Mapping[str, Any], field: str) -> dict[int, np.ndarray]:
-    """A field of the runs, `[seeds, ...]` by Config."""
-    return {number: np.array([run[field] for run in results["runs"] if run["config"] == number]) for number in CONFIGS}
-
-
-def _config_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The four Configs: accuracy and loss on the test split, before fine-tuning and after."""
-    accuracy, loss = _by_config(results, "test_accuracy"), _by_config(results, "test_loss")
-    headers = ["Config", "prior, %", "prior, loss", "tuned, %", "tuned, loss"]
+def table1(runs: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Returns Table 1, headers and rows: accuracy of each expert in percent, the paper's and ours."""
+    most = max(len(results["experts"]) for results in runs)
+    headers = ["run", "whose", *map(str, range(max(most, 10))), "mean", "least", "most"]
     rows = []
-    for number, name in CONFIGS.items():
-        row = [f"{number} {name}"]
-        for epoch in (0, -1):
-            row += [spread(100 * accuracy[number][:, epoch], 1), spread(loss[number][:, epoch], 3)]
-        rows.append(row)
+    for results in runs:
+        experiment = experiment_of(results["config"])
+        ours = {split: _accuracies(results, split) for split in ("test", "target")}
+        values = {f"ours, {split}": accuracy for split, accuracy in ours.items()}
+        if experiment:
+            values = {"the paper's": np.array(EXPERT_ACCURACY[experiment]), **values}
+        for whose, accuracy in values.items():
+            padding = [""] * (len(headers) - 5 - len(accuracy))
+            rows.append([_name(results), whose, *(f"{value:.1f}" for value in accuracy), *padding, *_summary(accuracy)])
+        if experiment:
+            paper = EXPERT_ACCURACY[experiment]
+            difference = np.subtract(_extremes(ours["test"]), _extremes(np.array(paper)))
+            cells = [f"{value:+.1f}" for value in difference]
+            rows.append([_name(results), "ours, test, less the paper's", *[""] * (len(headers) - 5), *cells])
     return headers, rows
 
 
-def _caption(results: Mapping[str, Any]) -> str:
-    """What the table's figures are."""
-    seeds = results["config"]["seeds"]
-    over = f"mean ± standard deviation over {len(seeds)} seeds (of target images, minibatches, directions)"
-    over = over if len(seeds) > 1 else "one seed"
-    epochs = results["config"]["fine_tuning_epochs"]
-    what = f"of the blend, and after {epochs} epochs of fine-tuning it"
-    return f"test accuracy and test loss (cross-entropy, nats) {what}; {over}"
-
-
-def _markdown(results: Mapping[str, Any]) -> str:
-    """The report."""
-    config, data, machine = results["config"], results["data"], results["machine"]
-    test = np.array([row["test_accuracy"] for row in results["experts"]])
-    sections = [
-        f"# {results['title']}",
-        f"{data['name']}, {config['network']}, {config['num_experts']} experts of {config['expert_examples']} images "
-        f"each ({config['initialization']} initialisation, Dirichlet({config['concentration']:g}) classes), "
-        f"{data['target']} target images, {data['validation']} validation images, {data['test']} test images.",
-        f"> {' '.join(data['description'].split())}",
-        f"Run on {machine}.",
-        "## The four Configs",
-        f"{_caption(results)[0].upper()}{_caption(results)[1:]}.",
-        markdown_table(*_config_table(results)),
-        f"The experts' own test accuracy: {100 * test.mean():.1f} % on average, {100 * test.max():.1f} % the best. All "
-        "experts have as many images, so Config 1 is the uniform average, where Configs 3 and 4 start.",
-        "![test accuracy by fine-tuning epoch](figure1.png)",
-        *_gains(results),
-        "## The experts (Table 1)",
-        "Accuracy in percent and loss in nats. The target images are the first seed's. " + _paper_note(config),
-        markdown_table(*_expert_table(results)),
-        "## The coefficients",
-        "Means over seeds. Configs 3 and 4 keep their best by validation loss: at which of how many steps, for each "
-        "seed. 'Limit' is a run that reached the most steps before its plateau.",
-        markdown_table(*_alpha_table(results)),
-        "![coefficients by step](alpha.png)",
-        "## Time",
-        markdown_table(["stage", "seconds"], [[name, f"{value:.1f}"] for name, value in results["seconds"].items()]),
-        "## Config",
-        markdown_table(["field", "value"], [[name, json.dumps(value)] for name, value in config.items()]),
-    ]
-    return "\n\n".join(sections) + "\n"
-
-
-def _gains(results: Mapping[str, Any]) -> Iterable[str]:
-    """By how much GLUE leads the other Configs, and the paper's figures where it has them."""
-    accuracy = {number: 100 * values.mean(axis=0) for number, values in _by_config(results, "test_accuracy").items()}
-    paper = LARGEST_GAIN.get(results["config"]["dataset"], {})
+def leads(runs: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Returns section 5's leads of GLUE, headers and rows: 'up to' over the epochs of fine-tuning."""
+    headers = ["run", "GLUE against", "up to", "at epoch", "the paper's", "difference", "at the prior", "at the end"]
     rows = []
-    for number in (1, 2, 3):
-        gain = accuracy[4] - accuracy[number]
-        epoch = int(np.argmax(gain))
-        row = [
-            f"Config {number} ({CONFIGS[number]})",
-            f"{gain[epoch]:+.1f}",
-            str(epoch),
-            f"{gain.mean().round(1) + 0.0:+.1f}",
-        ]
-        rows.append([*row, f"{paper[number]:+.1f}" if number in paper else "-"])
-    yield "GLUE (Config 4) against the others, points of test accuracy, means over seeds; epoch 0 is the prior:"
-    yield markdown_table(["against", "largest", "at epoch", "mean over epochs", "paper's largest"], rows)
+    for results in runs:
+        paper = LARGEST_LEAD.get(experiment_of(results["config"]) or "", {})
+        for number in (1, 2, 3):
+            ours = lead(results, number)
+            beside = ["-", "-"]
+            if number in paper:
+                beside = [f"{paper[number]:+.1f}", f"{ours.mean[ours.largest] - paper[number]:+.1f}"]
+            row = [_name(results), f"{number} {CONFIGS[number]}", ours.at(ours.largest), str(ours.largest), *beside]
+            rows.append([*row, ours.at(0), ours.at(-1)])
+    return headers, rows
 
 
-def _expert_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Table 1."""
-    splits = ("test", "target", "validation")
-    values = [
-        [scale * row[f"{split}_{what}"] for split in splits for what, scale in (("accuracy", 100), ("loss", 1))]
-        for row in results["experts"]
-    ]
-    rows = [[str(index), *_numbers(row)] for index, row in enumerate(values)]
-    rows.append(["mean", *_numbers(np.mean(values, axis=0))])
-    return ["expert", *(f"{split}, {unit}" for split in splits for unit in ("%", "loss"))], rows
+def claims(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Returns section 5's claims on one run, headers and rows: the paper's figure, ours, the verdict."""
+    experiment = experiment_of(results["config"]) or ""
+    paper = LARGEST_LEAD.get(experiment, {})
+    rows = []
+    for number in (1, 2):
+        ours = lead(results, number)
+        clear = [ours.is_clear(epoch) for epoch in range(len(ours.mean))]
+        theirs = f"up to {paper[number]:+.1f}" if number in paper else "-"
+        above = f"up to {ours.at(ours.largest)}; clearly ahead at {sum(clear)} of {len(clear)} epochs"
+        rows.append([f"consistently higher test accuracy than Config {number}", theirs, above, _verdict(ours, clear)])
+    for what, epoch in (("a stronger prior than Configs 1 and 2", 0), ("higher accuracy after fine-tuning, too", -1)):
+        both = [lead(results, number) for number in (1, 2)]
+        clear = [ours.is_clear(epoch) for ours in both]
+        rows.append([what, "-", ", ".join(ours.at(epoch) for ours in both), _verdict(both[0], clear)])
+    ours = lead(results, 3)
+    variation = float(np.abs(ours.mean).max())
+    limit = LARGEST_VARIATION.get(experiment, max(LARGEST_VARIATION.values()))
+    matched = bool(ours.mean.min() >= -limit)
+    theirs = f"up to {paper[3]:+.1f}" if 3 in paper else f"at most {limit:.1f} of variation"
+    figures = f"{ours.mean.min():+.1f} to {ours.mean.max():+.1f}, at most {variation:.1f} of variation"
+    verdict = "yes" if matched else "no"
+    rows.append([f"outperforms Config 3, or matches it within {limit:.1f}", theirs, figures, verdict])
+    return ["claim", "the paper", "ours, points", "reproduced"], rows
 
 
-def _numbers(row: Sequence[float] | np.ndarray) -> list[str]:
-    """Accuracies and losses in turn."""
-    return [f"{value:.1f}" if column % 2 == 0 else f"{value:.3f}" for column, value in enumerate(row)]
-
-
-def _paper_note(config: Mapping[str, Any]) -> str:
-    """The paper's experts, and whether this run's are trained as they are."""
-    paper = EXPERT_ACCURACY.get(config["dataset"])
-    if paper is None:
-        return "The paper has no such data set."
-    note = (
-        f"The paper's ten experts reach {min(paper):.1f} to {max(paper):.1f} %, {np.mean(paper):.1f} on average "
-        "('evaluated on the target training dataset' by its Table 1's caption, test accuracy by its text)."
+def _page(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    """The page, block by block."""
+    yield "# The paper's tables and figures, from runs of this code"
+    for results in runs:
+        config, data = results["config"], results["data"]
+        scale = ", ".join(
+            f"{value} {what}"
+            for value, what in (
+                (config["num_experts"], f"experts of {config['expert_examples']} images"),
+                (config["expert_epochs"], "epochs"),
+                (data["target"], "target images"),
+                (data["test"], "test images"),
+                (len(config["seeds"]), "seeds"),
+            )
+        )
+        yield (
+            f"- **{_name(results)}** ({results['title']}): {data['name']}, {scale}, {config['initialization']} "
+            f"initialisation; {results['machine']}."
+        )
+    yield "## Figure 1"
+    yield "Mean and standard deviation of the test accuracy over seeds, by fine-tuning epoch; epoch 0 is the prior."
+    yield "![test accuracy by fine-tuning epoch, a panel a run](figure1.png)"
+    yield "GLUE (Config 4) against the others, points of test accuracy, means over seeds ± their standard deviation:"
+    yield markdown_table(*leads(runs))
+    yield "## Table 1"
+    yield (
+        "Accuracy of each expert, percent. The paper's caption says 'evaluated on the target training dataset', its "
+        "text test accuracy: ours are both. A draw's experts have no counterparts in another's, so the differences are "
+        "those of mean, least and most."
     )
-    ours = [config[field] for field in ("num_experts", "expert_examples", "expert_epochs")]
-    if ours != [getattr(Config(), field) for field in ("num_experts", "expert_examples", "expert_epochs")]:
-        note += " This run is of another scale: see its config."
-    return note
+    yield markdown_table(*table1(runs))
+    yield "## The claims of section 5"
+    yield _VERDICTS
+    for results in runs:
+        yield f"### {_name(results)}"
+        yield markdown_table(*claims(results))
 
 
-def _alpha_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Each Config's coefficients."""
-    headers = ["Config", *(str(index) for index in range(results["config"]["num_experts"])), "best step"]
-    rows = []
-    for number, alpha in _by_config(results, "alpha").items():
-        learned = [run for run in results["runs"] if run["config"] == number and "validation_steps" in run]
-        ends = ", ".join(_end(run, results["config"]) for run in learned) or "-"
-        rows.append([f"{number} {CONFIGS[number]}", *(f"{value:.3f}" for value in alpha.mean(axis=0)), ends])
-    return headers, rows
+def _verdict(ours: Lead, clear: Sequence[bool]) -> str:
+    """What leads that are clear, or not, say about a claim."""
+    if ours.num_seeds == 1:
+        return "-"
+    return "yes" if all(clear) else "in part" if any(clear) else "no"
 
 
-def _end(run: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    """After how many steps a run was at its best, and what stopped it."""
-    steps = run["validation_steps"]
-    best = steps[int(np.argmin(run["validation_loss"]))]
-    return f"{best} of {steps[-1]}" + ("" if steps[-1] < config["alpha_steps"] else " (limit)")
+def _name(results: Mapping[str, Any]) -> str:
+    """What a run is of."""
+    return f"{results['config']['dataset'].split('/')[0]}, {results['config']['network']}"
 
 
-def _accuracy_figure(results: Mapping[str, Any]) -> Figure:
-    """Figure 1: test accuracy by fine-tuning epoch."""
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
-        axes = figure.subplots()
-        for number, values in _by_config(results, "test_accuracy").items():
-            mean, deviation = 100 * values.mean(axis=0), 100 * values.std(axis=0, ddof=min(1, len(values) - 1))
-            epochs = np.arange(len(mean))
-            color = _COLORS[number]
-            axes.plot(epochs, mean, color=color, marker="o", markersize=4, label=f"{number} {CONFIGS[number]}")
-            axes.fill_between(epochs, mean - deviation, mean + deviation, color=color, alpha=0.2, linewidth=0)
-        axes.set_xlabel("fine-tuning epoch (0: the prior)")
-        axes.set_ylabel("test accuracy, %")
-        axes.set_title(results["title"])
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.legend(title="mean and standard deviation over seeds" if len(results["config"]["seeds"]) > 1 else None)
-    return figure
+def _accuracies(results: Mapping[str, Any], split: str) -> np.ndarray:
+    """Each expert's accuracy in percent."""
+    return np.array([100 * row[f"{split}_accuracy"] for row in results["experts"]])
 
 
-def _alpha_figure(results: Mapping[str, Any]) -> Figure:
-    """The learned coefficients by step, a panel for each of Configs 3 and 4."""
-    colors = mpl.colormaps["tab10"]
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(9, 4.2), layout="constrained")
-        panels = figure.subplots(1, 2, sharey=True)
-        for axes, number in zip(panels, (3, 4), strict=True):
-            for index, run in enumerate(run for run in results["runs"] if run["config"] == number):
-                steps, alphas = np.array(run["alpha_steps"]), np.array(run["alphas"])
-                best = run["validation_steps"][int(np.argmin(run["validation_loss"]))]
-                for expert, alpha in enumerate(alphas.T):
-                    color = colors(expert % colors.N)
-                    label = f"expert {expert}" if index == 0 else None
-                    axes.plot(steps, alpha, color=color, linewidth=1.2, alpha=0.8, label=label)
-                    axes.plot(best, run["alpha"][expert], color=color, marker="o", markersize=4)
-            axes.axhline(1 / results["config"]["num_experts"], color="black", linestyle=":", linewidth=1)
-            axes.set_title(f"Config {number}: {CONFIGS[number]}")
-            axes.set_xlabel("step")
-        panels[0].set_ylabel("coefficient α")
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside right center")
-        figure.suptitle(f"{results['title']}: a line a seed, dots the best by validation, dotted 1/K", fontsize=11)
-    return figure
+def _extremes(accuracies: np.ndarray) -> tuple[float, float, float]:
+    """Mean, least and most."""
+    return float(accuracies.mean()), float(accuracies.min()), float(accuracies.max())
+
+
+def _summary(accuracies: np.ndarray) -> list[str]:
+    """Mean, least and most, as text."""
+    return [f"{value:.1f}" for value in _extremes(accuracies)]
+
+
+if __name__ == "__main__":
+    main()

@@ -13,6 +13,10 @@ from typing import Any
 import jax
 
 
+class DamagedStageError(RuntimeError):
+    """A stage's file that cannot be read."""
+
+
 class Stages:
     """Results of stages under one folder.
 
@@ -36,9 +40,16 @@ class Stages:
         return self._folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
     def read(self, name: str, depends_on: Any) -> dict[str, Any] | None:
-        """Returns a stage's result, or None where it is not done."""
+        """Returns a stage's result, or None where it is not done.
+
+        Raises:
+            DamagedStageError: a file that holds no JSON.
+        """
         path = self.path(name, depends_on).with_suffix(".json")
-        return json.loads(path.read_text()) if path.exists() else None
+        try:
+            return json.loads(path.read_text()) if path.exists() else None
+        except ValueError as error:
+            raise DamagedStageError(f"{path} is damaged ({error}); delete it, and its stage is done again") from error
 
     def write(self, name: str, depends_on: Any, result: dict[str, Any]) -> dict[str, Any]:
         """Keeps a stage's result, a dict that JSON holds, with finite numbers alone; returns it with its `machine`."""

@@ -11,6 +11,7 @@ import optax
 
 import glue_jax
 from experiments.data import Examples
+from experiments.devices import shard_batch
 from experiments.models import Network
 from experiments.models.network import Variables
 from glue_jax.batches import on_cpu
@@ -66,14 +67,20 @@ class Problem:
         network: as pure functions.
         mean: of each channel of the training split, float32 `[C]`.
         std: of each channel of the training split, float32 `[C]`.
+        mesh: the devices that minibatches are sharded over; None is one device.
     """
 
     network: Network
     mean: np.ndarray
     std: np.ndarray
+    mesh: jax.sharding.Mesh | None = None
 
     def normalize(self, images: jax.Array) -> jax.Array:
-        """Returns uint8 images as float32 with mean 0 and standard deviation 1 over the training split."""
+        """Returns uint8 images as float32 with mean 0 and standard deviation 1 over the training split.
+
+        Every forward pass begins here: so the minibatch is sharded here, and all that follows from it with it.
+        """
+        images = shard_batch(images, self.mesh)
         mean, std = (jnp.expand_dims(values, (0, 1, 2)) for values in (self.mean, self.std))
         return (images.astype(jnp.float32) / 255 - mean) / std
 

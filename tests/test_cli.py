@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -22,6 +23,9 @@ def test_a_run_ends_with_its_report_and_says_where_it_lies(tmp_path, capsys):
     assert "nan" not in report
     printed = capsys.readouterr().out
     assert "4 GLUE (SPSA)" in printed
+    assert re.search(
+        r"time, from a few steps measured here: \d.*experts \d.*coefficients, at most \d.*tuning \d", printed
+    )
     assert printed.rstrip().splitlines()[-1] == f"report: {tmp_path / 'report.md'}"
 
 
@@ -29,8 +33,9 @@ def test_every_field_of_a_config_is_an_option_over_its_preset():
     presets = {"paper": Config(), "quick": TINY}
     parsed = cli._parse("x", "", presets, ["--preset", "quick", "--radius", "0.5", "--initialization", "separate"])
     assert parsed.config == dataclasses.replace(TINY, radius=0.5, initialization="separate")
-    assert str(parsed.out_dir) == "runs/x"
+    assert str(parsed.out_dir) == "runs/x-quick"
     assert cli._parse("x", "", presets, []).config == Config()
+    assert str(cli._parse("x", "", presets, []).out_dir) == "runs/x"
 
 
 @pytest.mark.parametrize(

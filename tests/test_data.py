@@ -13,18 +13,18 @@ from PIL import Image
 from experiments import data
 
 
-def write_tfds(data_dir, name, sizes):
+def write_tfds(data_dir, name, sizes, picture=lambda index: np.full((32, 32, 3), index % 256, np.uint8)):
     """A small set in the format of tensorflow-datasets: image i is of the one colour i, and of the class i mod 10."""
     builder: Any = tfds.builder(name, data_dir=str(data_dir), file_format="array_record")
     folder = pathlib.Path(builder.data_path)
     folder.mkdir(parents=True)
     splits = []
     for split, size in sizes.items():
-        path = folder / f"{builder.name}-{split}.array_record-00000-of-00001"
+        path = folder / f"{builder.name.split('/')[0]}-{split}.array_record-00000-of-00001"
         writer = ArrayRecordWriter(str(path), "group_size:1")
         for index in range(size):
             png = io.BytesIO()
-            Image.fromarray(np.full((32, 32, 3), index % 256, np.uint8)).save(png, "PNG")
+            Image.fromarray(picture(index)).save(png, "PNG")
             png.seek(0)
             example = {"image": png, "label": index % 10, "id": str(index)}
             features = builder.info.features
@@ -54,6 +54,42 @@ def test_a_prepared_set_is_read_whole_and_in_order(tmp_path, monkeypatch):
     np.testing.assert_array_equal(dataset.train.images[:, 0, 0, 0], np.arange(25))
     np.testing.assert_array_equal(dataset.test.labels, np.arange(7))
     assert dataset.test.labels.dtype == np.int32
+
+
+def test_svhn_is_read_as_its_train_and_test_splits(tmp_path):
+    write_tfds(tmp_path, "svhn_cropped", {"train": 12, "test": 5, "extra": 2})
+    svhn = data.load("svhn_cropped", str(tmp_path))
+    assert svhn.name.startswith("svhn_cropped/")
+    assert (svhn.train.images.shape, svhn.test.images.shape) == ((12, 32, 32, 3), (5, 32, 32, 3))
+    assert svhn.num_classes == 10
+    np.testing.assert_array_equal(svhn.train.labels, np.arange(12) % 10)
+
+
+def _picture(index):
+    """Of any shape: wide, tall and gray; its middle square is of one color, the rest black."""
+    if index % 3 == 2:
+        return np.full((20, 20), index, np.uint8)
+    wide = np.zeros((20, 60, 3), np.uint8)
+    wide[:, 20:40] = index
+    return wide if index % 3 == 0 else wide.swapaxes(0, 1)
+
+
+def test_images_of_any_size_are_cropped_to_the_middle_square_and_resized(tmp_path):
+    write_tfds(tmp_path, "imagenette/160px-v2", {"train": 9, "validation": 4}, _picture)
+    imagenette = data.load("imagenette/160px-v2", str(tmp_path), 10)
+    assert (imagenette.train.images.shape, imagenette.test.images.shape) == ((9, 10, 10, 3), (4, 10, 10, 3))
+    assert imagenette.train.images.dtype == np.uint8
+    expected = np.broadcast_to(np.arange(9)[:, None, None, None], (9, 10, 10, 3))
+    np.testing.assert_array_equal(imagenette.train.images, expected)
+
+
+def test_images_of_many_sizes_need_a_size(tmp_path):
+    with pytest.raises(ValueError, match="image_size is None, but the images of imagenette/160px-v2 have sizes"):
+        data.load("imagenette/160px-v2", str(tmp_path))
+
+
+def test_the_digits_can_be_resized_too():
+    assert data.load("digits", image_size=16).train.images.shape[1:] == (16, 16, 1)
 
 
 def test_the_default_directory_is_that_of_tensorflow_datasets(tmp_path, monkeypatch):

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from experiments.stages import Stages, write_json, write_whole
+from experiments.stages import DamagedStageError, Stages, write_json, write_whole
 
 
 def test_a_stage_is_done_once_for_what_it_depends_on(tmp_path):
@@ -49,3 +49,12 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path):
     with pytest.raises(ValueError, match="JSON compliant"):
         write_json(tmp_path / "x.json", {"a": float("nan")})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_file_is_named_and_not_taken_for_missing(tmp_path):
+    stages = Stages(tmp_path)
+    stages.write("x", 1, {"a": 1})
+    path = stages.path("x", 1).with_suffix(".json")
+    path.write_text(path.read_text()[:5])
+    with pytest.raises(DamagedStageError, match=rf"{path} is damaged .* delete it"):
+        stages.run("x", 1, dict)

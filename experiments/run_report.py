@@ -1,0 +1,256 @@
+"""The report of a run: tables, pictures, and the same table for the terminal."""
+
+import functools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from rich.console import Console
+from rich.table import Table
+
+from experiments.analysis import CONFIGS, by_config, lead, num_mixed
+from experiments.config import Config
+from experiments.paper import EXPERT_ACCURACY, LARGEST_LEAD, experiment_of
+from experiments.presentation import STYLE, markdown_table, png, spread
+from experiments.stages import write_json, write_whole
+
+_COLORS = {1: "#999999", 2: "#e69f00", 3: "#0072b2", 4: "#d55e00"}
+
+
+def write(results: Mapping[str, Any], folder: Path) -> None:
+    """Writes `config.json`, `results.json`, `report.md`, `figure1.png` and `alpha.png`, each whole or not at all.
+
+    Args:
+        results: of a run, with its `title` and `machine`.
+        folder: where to.
+    """
+    # All is made before any of it is written, and the report, which points to the rest, last.
+    pictures = {"figure1.png": png(_accuracy_figure(results)), "alpha.png": png(_alpha_figure(results))}
+    markdown = _markdown(results)
+    write_json(folder / "config.json", results["config"])
+    write_json(folder / "results.json", results)
+    for name, content in pictures.items():
+        write_whole(folder / name, functools.partial(Path.write_bytes, data=content))
+    write_whole(folder / "report.md", functools.partial(Path.write_text, data=markdown))
+
+
+def draw_accuracy(axes: Axes, results: Mapping[str, Any]) -> None:
+    """Draws test accuracy by fine-tuning epoch: a panel of Figure 1."""
+    for number, values in by_config(results, "test_accuracy").items():
+        mean, deviation = 100 * values.mean(axis=0), 100 * values.std(axis=0, ddof=min(1, len(values) - 1))
+        epochs = np.arange(len(mean))
+        color = _COLORS[number]
+        axes.plot(epochs, mean, color=color, marker="o", markersize=4, label=f"{number} {CONFIGS[number]}")
+        axes.fill_between(epochs, mean - deviation, mean + deviation, color=color, alpha=0.2, linewidth=0)
+    axes.set_xlabel("fine-tuning epoch (0: the prior)")
+    axes.set_ylabel("test accuracy, %")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def print_table(results: Mapping[str, Any], folder: Path, console: Console) -> None:
+    """Prints the table of the four Configs, and where the report lies."""
+    headers, rows = _config_table(results)
+    table = Table(title=results["title"], caption=_caption(results))
+    for header in headers:
+        table.add_column(header, justify="left" if header == headers[0] else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    console.print(f"report: {folder / 'report.md'}", highlight=False, soft_wrap=True)
+
+
+def _config_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The four Configs: accuracy and loss on the test split, before fine-tuning and after."""
+    accuracy, loss = by_config(results, "test_accuracy"), by_config(results, "test_loss")
+    headers = ["Config", "prior, %", "prior, loss", "tuned, %", "tuned, loss"]
+    rows = []
+    for number, name in CONFIGS.items():
+        row = [f"{number} {name}"]
+        for epoch in (0, -1):
+            row += [spread(100 * accuracy[number][:, epoch], 1), spread(loss[number][:, epoch], 3)]
+        rows.append(row)
+    return headers, rows
+
+
+def _caption(results: Mapping[str, Any]) -> str:
+    """What the table's figures are."""
+    seeds = results["config"]["seeds"]
+    over = f"mean ± standard deviation over {len(seeds)} seeds (of target images, minibatches, directions)"
+    over = over if len(seeds) > 1 else "one seed"
+    epochs = results["config"]["fine_tuning_epochs"]
+    what = f"of the blend, and after {epochs} epochs of fine-tuning it"
+    return f"test accuracy and test loss (cross-entropy, nats) {what}; {over}"
+
+
+def _markdown(results: Mapping[str, Any]) -> str:
+    """The report."""
+    config, data, machine = results["config"], results["data"], results["machine"]
+    test = np.array([row["test_accuracy"] for row in results["experts"]])
+    sections = [
+        f"# {results['title']}",
+        f"{data['name']}, {config['network']}, {config['num_experts']} experts of {config['expert_examples']} images "
+        f"each ({config['initialization']} initialisation, Dirichlet({config['concentration']:g}) classes), "
+        f"{data['target']} target images, {data['validation']} validation images, {data['test']} test images.",
+        f"> {' '.join(data['description'].split())}",
+        f"Run on {machine}.",
+        "## The four Configs",
+        f"{_caption(results)[0].upper()}{_caption(results)[1:]}.",
+        markdown_table(*_config_table(results)),
+        f"The experts' own test accuracy: {100 * test.mean():.1f} % on average, {100 * test.max():.1f} % the best. All "
+        "experts have as many images, so Config 1 is the uniform average, where Configs 3 and 4 start.",
+        "![test accuracy by fine-tuning epoch](figure1.png)",
+        *_leads(results),
+        "## The experts (Table 1)",
+        "Accuracy in percent and loss in nats. The target images are the first seed's. " + _paper_note(config),
+        markdown_table(*_expert_table(results)),
+        "## The coefficients",
+        "Means over seeds. Configs 3 and 4 keep their best by validation loss: at which of how many steps, for each "
+        "seed. 'Limit' is a run that reached the most steps before its plateau.",
+        markdown_table(*_alpha_table(results)),
+        *_mixing(results),
+        "![coefficients by step](alpha.png)",
+        "## Time",
+        markdown_table(["stage", "seconds"], [[name, f"{value:.1f}"] for name, value in results["seconds"].items()]),
+        "## Config",
+        markdown_table(["field", "value"], [[name, json.dumps(value)] for name, value in config.items()]),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _leads(results: Mapping[str, Any]) -> Iterable[str]:
+    """By how much GLUE leads the other Configs, and the paper's figures where it has them."""
+    paper = LARGEST_LEAD.get(experiment_of(results["config"]) or "", {})
+    rows = []
+    for number in (1, 2, 3):
+        ours = lead(results, number)
+        mean = f"{ours.mean.mean().round(1) + 0.0:+.1f}"
+        above = f"{np.sum(ours.mean > 0)} of {len(ours.mean)}"
+        row = [f"Config {number} ({CONFIGS[number]})", ours.at(ours.largest), str(ours.largest), mean, above]
+        rows.append([*row, f"{paper[number]:+.1f}" if number in paper else "-"])
+    yield (
+        "GLUE (Config 4) against the others, points of test accuracy, mean and standard deviation over seeds; epoch 0 "
+        "is the prior:"
+    )
+    yield markdown_table(
+        ["against", "largest", "at epoch", "mean over epochs", "epochs ahead", "paper's 'up to'"], rows
+    )
+
+
+def _mixing(results: Mapping[str, Any]) -> Iterable[str]:
+    """Whether the learned coefficients mix or select, and what their loss gains in accuracy."""
+    accuracy, loss, alpha = (by_config(results, field) for field in ("test_accuracy", "test_loss", "alpha"))
+    tested = np.array([row["test_accuracy"] for row in results["experts"]])
+    rows = [
+        [
+            f"{number} {CONFIGS[number]}",
+            spread(num_mixed(alpha[number]), 1),
+            spread(alpha[number].max(axis=-1), 2),
+            ", ".join(map(str, alpha[number].argmax(axis=-1))),
+            f"{(loss[number] - loss[1])[:, 0].mean():+.3f}",
+            f"{100 * (accuracy[number] - accuracy[1])[:, 0].mean():+.1f}",
+            f"{100 * (accuracy[number][:, 0].mean() - tested.max()):+.1f}",
+        ]
+        for number in (3, 4)
+    ]
+    yield (
+        "Whether the learned coefficients mix or select: how many experts they mix, exp(entropy) (all if uniform, 1 if "
+        "one is selected), their largest, and the expert that has it, seed by seed. Beside it what the prior gains "
+        "over Config 1's, in test loss (below 0 is better) and in points of accuracy, and in points over the best "
+        "expert's:"
+    )
+    yield markdown_table(
+        ["Config", "mixes", "largest α", "of expert", "loss", "accuracy", "over the best expert"], rows
+    )
+
+
+def _expert_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Table 1."""
+    splits = ("test", "target", "validation")
+    values = [
+        [scale * row[f"{split}_{what}"] for split in splits for what, scale in (("accuracy", 100), ("loss", 1))]
+        for row in results["experts"]
+    ]
+    rows = [[str(index), *_numbers(row)] for index, row in enumerate(values)]
+    rows.append(["mean", *_numbers(np.mean(values, axis=0))])
+    return ["expert", *(f"{split}, {unit}" for split in splits for unit in ("%", "loss"))], rows
+
+
+def _numbers(row: Sequence[float] | np.ndarray) -> list[str]:
+    """Accuracies and losses in turn."""
+    return [f"{value:.1f}" if column % 2 == 0 else f"{value:.3f}" for column, value in enumerate(row)]
+
+
+def _paper_note(config: Mapping[str, Any]) -> str:
+    """The paper's experts, and whether this run's are trained as they are."""
+    experiment = experiment_of(config)
+    if experiment is None:
+        return f"The paper has no {config['network']} on {config['dataset']}."
+    paper = EXPERT_ACCURACY[experiment]
+    note = (
+        f"The paper's ten experts reach {min(paper):.1f} to {max(paper):.1f} %, {np.mean(paper):.1f} on average "
+        "('evaluated on the target training dataset' by its Table 1's caption, test accuracy by its text)."
+    )
+    ours = [config[field] for field in ("num_experts", "expert_examples", "expert_epochs")]
+    if ours != [getattr(Config(), field) for field in ("num_experts", "expert_examples", "expert_epochs")]:
+        note += " This run is of another scale: see its config."
+    return note
+
+
+def _alpha_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Each Config's coefficients."""
+    headers = ["Config", *(str(index) for index in range(results["config"]["num_experts"])), "best step"]
+    rows = []
+    for number, alpha in by_config(results, "alpha").items():
+        learned = [run for run in results["runs"] if run["config"] == number and "validation_steps" in run]
+        ends = ", ".join(_end(run, results["config"]) for run in learned) or "-"
+        rows.append([f"{number} {CONFIGS[number]}", *(f"{value:.3f}" for value in alpha.mean(axis=0)), ends])
+    return headers, rows
+
+
+def _end(run: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """After how many steps a run was at its best, and what stopped it."""
+    steps = run["validation_steps"]
+    best = steps[int(np.argmin(run["validation_loss"]))]
+    return f"{best} of {steps[-1]}" + ("" if steps[-1] < config["alpha_steps"] else " (limit)")
+
+
+def _accuracy_figure(results: Mapping[str, Any]) -> Figure:
+    """A panel of Figure 1."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        axes = figure.subplots()
+        draw_accuracy(axes, results)
+        axes.set_title(results["title"])
+        axes.legend(title="mean and standard deviation over seeds" if len(results["config"]["seeds"]) > 1 else None)
+    return figure
+
+
+def _alpha_figure(results: Mapping[str, Any]) -> Figure:
+    """The learned coefficients by step, a panel for each of Configs 3 and 4."""
+    colors = mpl.colormaps["tab10"]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(9, 4.2), layout="constrained")
+        panels = figure.subplots(1, 2, sharey=True)
+        for axes, number in zip(panels, (3, 4), strict=True):
+            for index, run in enumerate(run for run in results["runs"] if run["config"] == number):
+                steps, alphas = np.array(run["alpha_steps"]), np.array(run["alphas"])
+                best = run["validation_steps"][int(np.argmin(run["validation_loss"]))]
+                for expert, alpha in enumerate(alphas.T):
+                    color = colors(expert % colors.N)
+                    label = f"expert {expert}" if index == 0 else None
+                    axes.plot(steps, alpha, color=color, linewidth=1.2, alpha=0.8, label=label)
+                    axes.plot(best, run["alpha"][expert], color=color, marker="o", markersize=4)
+            axes.axhline(1 / results["config"]["num_experts"], color="black", linestyle=":", linewidth=1)
+            axes.set_title(f"Config {number}: {CONFIGS[number]}")
+            axes.set_xlabel("step")
+        panels[0].set_ylabel("coefficient α")
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right center")
+        figure.suptitle(f"{results['title']}: a line a seed, dots the best by validation, dotted 1/K", fontsize=11)
+    return figure

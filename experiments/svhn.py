@@ -1,0 +1,38 @@
+"""SVHN with MobileNetV2: the paper's section 5.
+
+    python -m experiments.svhn                                      # the paper's scale, on a GPU or TPU
+    python -m experiments.svhn --preset quick                       # the same protocol, small, on a CPU
+    python -m experiments.svhn --preset quick --dataset cifar10     # its network on CIFAR-10
+
+SVHN comes through tensorflow-datasets (`svhn_cropped`), from `--data-dir` or `TFDS_DATA_DIR`; where it is not prepared,
+it is downloaded and prepared, which needs `pip install -e '.[experiments,prepare]'` once.
+"""
+
+from experiments.cli import main
+from experiments.config import Config
+
+PRESETS = {
+    "paper": Config(dataset="svhn_cropped", network="mobilenetv2", augmentation="crop"),
+    "quick": Config(
+        dataset="svhn_cropped",
+        network="mobilenetv2",
+        augmentation="crop",
+        num_experts=3,
+        expert_examples=500,
+        expert_epochs=6,
+        expert_batch_size=50,
+        validation_examples=200,
+        target_examples=500,
+        alpha_batch_size=50,
+        alpha_steps=60,
+        validate_every=10,
+        patience=3,
+        fine_tuning_epochs=3,
+        fine_tuning_batch_size=50,
+        test_examples=1000,
+        seeds=(0, 1),
+    ),
+}
+
+if __name__ == "__main__":
+    main("svhn", __doc__ or "", PRESETS)

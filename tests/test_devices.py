@@ -1,0 +1,90 @@
+"""Several devices give the results of one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import devices
+
+PROGRAM = """
+import dataclasses, io, json, sys, pathlib
+import jax, jax.numpy as jnp
+from rich.console import Console
+from experiments import data, protocol
+from experiments.context import prepare
+from experiments.progress import ProgressBars
+from tests.test_protocol import TINY
+
+config = dataclasses.replace(TINY, seeds=(0,), test_examples=32, alpha_learning_rate=0.1, validation_examples=24)
+context = prepare(config, data.load("digits"), pathlib.Path(sys.argv[1]), ProgressBars(Console(file=io.StringIO())))
+results = protocol.run(context)
+batch = jax.tree.map(lambda array: array[:16], context.train)
+variables = context.problem.network.init(jax.random.key(0))
+programs = {
+    name: jax.jit(jax.grad(function, allow_int=True)).lower(variables, batch).compile().as_text()
+    for name, function in {
+        "evaluation": context.problem.loss,
+        "training": lambda variables, batch: jnp.sum(
+            context.problem.network.apply_training(variables, context.problem.normalize(batch.images))[0]
+        ),
+    }.items()
+}
+print(json.dumps({
+    "devices": jax.device_count(),
+    "reductions": {name: program.count("all-reduce(") for name, program in programs.items()},
+    "alpha": [run["alpha"] for run in results["runs"]],
+    "test_loss": [run["test_loss"] for run in results["runs"]],
+    "training_loss": [row["training_loss"] for row in results["experts"]],
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def on_devices(tmp_path_factory):
+    def run(count):
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
+        process = subprocess.run(
+            [sys.executable, "-c", PROGRAM, str(tmp_path_factory.mktemp(f"devices{count}"))],
+            cwd=Path(__file__).parents[1],
+            env={**os.environ, "XLA_FLAGS": flags},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert process.returncode == 0, process.stderr
+        return json.loads(process.stdout.splitlines()[-1])
+
+    return {count: run(count) for count in (1, 8)}
+
+
+def test_eight_devices_give_the_results_of_one_within_rounding(on_devices):
+    one, eight = on_devices[1], on_devices[8]
+    assert (one["devices"], eight["devices"]) == (1, 8)
+    for field in ("alpha", "training_loss", "test_loss"):
+        np.testing.assert_allclose(eight[field], one[field], rtol=1e-4)
+
+
+def test_the_minibatch_is_sharded_over_the_devices(on_devices):
+    # What is summed over the batch is summed over the devices; with whole copies nothing would have to be.
+    assert on_devices[1]["reductions"] == {"evaluation": 0, "training": 0}
+    assert min(on_devices[8]["reductions"].values()) > 0
+
+
+def test_one_device_has_no_mesh_and_shards_nothing():
+    assert devices.make_mesh() is None
+    x = jax.numpy.ones((4, 2))
+    assert devices.shard_batch(x, None) is x
+
+
+def test_a_batch_that_the_devices_do_not_divide_stays_whole():
+    class ThreeDevices:
+        size = 3
+
+    x = jax.numpy.ones((4, 2))
+    assert devices.shard_batch(x, ThreeDevices()) is x  # pyright: ignore[reportArgumentType]
