@@ -52,10 +52,13 @@ class Trainer(NamedTuple):
 
     Attributes:
         init: `init(variables) -> state`, of variables `[M, ...]`.
+        steps: jitted, `steps(keys, first_step, state, examples, rows) -> (state, losses)`: a step on each of the
+            minibatches `rows` `[M, S, B]`; losses `[M]` are means over them. The state that goes in is donated.
         epoch: one epoch.
     """
 
     init: Callable[[Variables], TrainingState]
+    steps: jax.stages.Wrapped
     epoch: EpochFn
 
 
@@ -170,7 +173,7 @@ def make_trainer(
         variables = jax.tree.map(jnp.copy, variables)
         return TrainingState(variables=variables, opt_state=jax.vmap(optimizer.init)(variables["params"]))
 
-    return Trainer(init, epoch_fn)
+    return Trainer(init=init, steps=steps_of_all, epoch=epoch_fn)
 
 
 def train(

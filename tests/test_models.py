@@ -5,7 +5,8 @@ import pytest
 from flax import nnx
 
 from experiments import models
-from experiments.models.resnet import BasicBlock, ResNet20
+from experiments.models.mobilenet import STAGES, InvertedResidual
+from experiments.models.resnet import BasicBlock
 
 
 @pytest.fixture(scope="module")
@@ -30,15 +31,120 @@ def test_the_small_network_has_the_parameters_that_its_docstring_says():
     assert f"{_num_params(network):,} parameters" in (models.ConvNet.__doc__ or "")
 
 
-def test_resnet20_halves_the_image_and_doubles_the_channels_stage_by_stage():
-    module = nnx.eval_shape(lambda: ResNet20(image_shape=(32, 32, 3), num_classes=10, rngs=nnx.Rngs(0)))
-    x = jax.ShapeDtypeStruct((2, 32, 32, 16), jnp.float32)
+@pytest.mark.parametrize(("strides", "size"), [("paper", 224), ("small_images", 32)])
+def test_mobilenetv2_has_the_parameters_of_its_paper(strides, size):
+    # Sandler et al.: 3.4 M, printed from 3,504,872. By hand: a block of expansion t from c to d channels has 1x1
+    # convolutions c-tc (none for t = 1) and tc-d, a depthwise 3x3 of tc, BatchNorm's scale and bias behind each.
+    count, channels = 9 * 3 * 32 + 2 * 32, 32
+    for expansion, features, blocks, _ in STAGES:
+        for _ in range(blocks):
+            wide = expansion * channels
+            count += (channels * wide + 2 * wide if expansion > 1 else 0) + 9 * wide + 2 * wide
+            count += wide * features + 2 * features
+            channels = features
+    count += 320 * 1280 + 2 * 1280
+    shape = (size, size, 3)
+    network = models.build("mobilenetv2", image_shape=shape, num_classes=1000, strides=strides)
+    assert _num_params(network) == count + 1280 * 1000 + 1000 == 3_504_872
+    network = models.build("mobilenetv2", image_shape=shape, num_classes=10, strides=strides)
+    assert f"{_num_params(network):,} with 10" in (models.MobileNetV2.__doc__ or "")
+
+
+def test_the_vit_has_the_parameters_that_its_sizes_give():
+    # By hand: patches and their positions; a block has two LayerNorms, attention's four matrices and an MLP.
+    width, mlp = 192, 768
+    block = 2 * 2 * width + 4 * (width * width + width) + 2 * width * mlp + mlp + width
+    patches = 8 * 8 * 3 * width + width + 64 * width
+    network = models.build("vit", image_shape=(64, 64, 3), num_classes=10)
+    assert _num_params(network) == patches + 8 * block + 2 * width + 10 * width + 10 == 3_610_570
+    assert f"{_num_params(network):,} parameters" in (models.ViT.__doc__ or "")
+
+
+def test_the_vits_token_is_a_parameter_and_fixed_positions_are_none():
+    sizes = {"image_shape": (64, 64, 3), "num_classes": 10}
+    plain = _num_params(models.build("vit", **sizes))
+    assert _num_params(models.build("vit", **sizes, pooling="token")) == plain + 192
+    assert _num_params(models.build("vit", **sizes, positions="sincos")) == plain - 64 * 192
+
+
+def _shapes(module, x):
+    """The output shapes of a module's blocks, one after another."""
     shapes = []
     for block in module.blocks:
         graph, state = nnx.split(block)
         x = jax.eval_shape(lambda state, x, graph=graph: nnx.merge(graph, state)(x), state, x)
-        shapes.append(x.shape)
-    assert shapes == [(2, 32, 32, 16)] * 3 + [(2, 16, 16, 32)] * 3 + [(2, 8, 8, 64)] * 3
+        shapes.append(x.shape[1:])
+    return shapes
+
+
+@pytest.mark.parametrize(
+    ("strides", "size", "stem", "sizes"),
+    [
+        ("paper", 224, 112, (112, 56, 28, 14, 14, 7, 7)),
+        ("small_images", 32, 32, (32, 32, 16, 8, 8, 4, 4)),
+    ],
+)
+def test_mobilenetv2_narrows_and_widens_stage_by_stage(strides, size, stem, sizes):
+    shape = (size, size, 3)
+    module = nnx.eval_shape(
+        lambda: models.MobileNetV2(image_shape=shape, num_classes=10, rngs=nnx.Rngs(0), strides=strides)
+    )
+    graph, state = nnx.split(module.conv)
+    first = jax.eval_shape(lambda s, x: nnx.merge(graph, s)(x), state, jax.ShapeDtypeStruct((2, *shape), jnp.float32))
+    assert first.shape == (2, stem, stem, 32)
+    stages = zip(sizes, STAGES, strict=True)
+    expected = [(pixels, pixels, features) for pixels, (_, features, blocks, _) in stages for _ in range(blocks)]
+    assert _shapes(module, first) == expected
+
+
+def test_an_inverted_residual_adds_its_input_only_where_the_shapes_agree():
+    def adds(in_features, out_features, strides):
+        block = InvertedResidual(in_features, out_features, expansion=6, strides=strides, rngs=nnx.Rngs(0))
+        block.project.kernel[...] = jnp.zeros_like(block.project.kernel[...])
+        x = jax.random.uniform(jax.random.key(0), (1, 4, 4, in_features))
+        return float(jnp.abs(block(x)).max()) > 0
+
+    assert [adds(2, 2, 1), adds(2, 3, 1), adds(2, 2, 2)] == [True, False, False]
+
+
+def test_the_vits_blocks_keep_patches_and_width():
+    module = nnx.eval_shape(lambda: models.ViT(image_shape=(64, 64, 3), num_classes=10, rngs=nnx.Rngs(0)))
+    assert _shapes(module, jax.ShapeDtypeStruct((2, 64, 192), jnp.float32)) == [(64, 192)] * 8
+
+
+def test_the_vit_sees_where_a_patch_lies():
+    images = jax.random.uniform(jax.random.key(0), (1, 16, 16, 3))
+    swapped = jnp.roll(images, 8, axis=1)
+    for positions in ("learned", "sincos"):
+        network = models.build("vit", image_shape=(16, 16, 3), num_classes=4, depth=1, positions=positions)
+        variables = network.init(jax.random.key(1))
+        difference = jnp.abs(network.apply(variables, images) - network.apply(variables, swapped)).max()
+        assert float(difference) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"patch_size": 7}, r"patch_size is 7; expected a divisor of the image's size \(16, 16\)"),
+        ({"heads": 5}, r"width is 192; expected a multiple of heads \(5\)"),
+        ({"width": 6, "heads": 3, "positions": "sincos"}, "width is 6; expected .* of 4"),
+        ({"pooling": "max"}, "pooling is 'max'; expected one of"),
+    ],
+)
+def test_a_vit_of_sizes_that_do_not_fit_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        models.build("vit", image_shape=(16, 16, 3), num_classes=10, **options)
+
+
+def test_other_strides_of_mobilenetv2_are_refused():
+    with pytest.raises(ValueError, match="strides is 'large'; expected one of"):
+        models.build("mobilenetv2", image_shape=(32, 32, 3), num_classes=10, strides="large")
+
+
+def test_resnet20_halves_the_image_and_doubles_the_channels_stage_by_stage():
+    module = nnx.eval_shape(lambda: models.ResNet20(image_shape=(32, 32, 3), num_classes=10, rngs=nnx.Rngs(0)))
+    expected = [(32, 32, 16)] * 3 + [(16, 16, 32)] * 3 + [(8, 8, 64)] * 3
+    assert _shapes(module, jax.ShapeDtypeStruct((2, 32, 32, 16), jnp.float32)) == expected
 
 
 def test_the_shortcut_strides_and_pads_with_zero_channels():
@@ -51,7 +157,10 @@ def test_the_shortcut_strides_and_pads_with_zero_channels():
     np.testing.assert_array_equal(y[..., [0, 3]], 0)
 
 
-@pytest.mark.parametrize(("name", "shape"), [("resnet20", (2, 32, 32, 3)), ("convnet", (2, 8, 8, 1))])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("resnet20", (2, 32, 32, 3)), ("mobilenetv2", (2, 32, 32, 3)), ("vit", (2, 64, 64, 3)), ("convnet", (2, 8, 8, 1))],
+)
 def test_networks_give_a_logit_a_class(name, shape):
     network = models.build(name, image_shape=shape[1:], num_classes=7)
     logits = jax.eval_shape(lambda key, x: network.apply(network.init(key), x), jax.random.key(0), jnp.zeros(shape))

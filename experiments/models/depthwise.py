@@ -56,7 +56,7 @@ def _shifted(x: jax.Array, kernel: jax.Array, *, strides: int) -> jax.Array:
     height, width = x.shape[1:3]
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     terms = [
-        padded[:, row : row + height : strides, column : column + width : strides] * kernel[row, column]
+        padded[:, row : row + height : strides, column : column + width : strides] * kernel[row, column][None, None]
         for row in range(3)
         for column in range(3)
     ]

@@ -31,7 +31,7 @@ class EncoderBlock(nnx.Module):
 class ViT(nnx.Module):
     """Patches, positions, encoder blocks, a LayerNorm, pooling and a linear head.
 
-    With 64 x 64 pixels, 10 classes and the default sizes: 3,610,570 parameters.
+    3,610,570 parameters with 64 x 64 pixels, 10 classes and the default sizes.
     """
 
     def __init__(
