@@ -1,0 +1,70 @@
+import dataclasses
+
+import pytest
+
+from experiments import data, estimate, protocol
+from experiments.experts import missing_experts
+from tests.test_protocol import TINY, _prepare
+
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+
+ONE_SEED = dataclasses.replace(TINY, seeds=(0,))
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits")
+
+
+@pytest.fixture
+def steady(monkeypatch):
+    """A machine where a step of training takes 1 s, of coefficients 10 s, and a hundred images' evaluation 1 s."""
+    monkeypatch.setattr(estimate, "_training_step", lambda *_: 1.0)
+    monkeypatch.setattr(estimate, "_alpha_step", lambda *_: 10.0)
+    monkeypatch.setattr(estimate, "_second_call", lambda _: TINY.validation_examples / 100)
+
+
+def test_a_fresh_run_is_the_sum_of_its_steps(digits, tmp_path, steady):
+    seconds = estimate.estimate(_prepare(ONE_SEED, digits, tmp_path))
+    # 2 experts of 2 epochs of 3 steps, measured on 20 validation, 64 target and 30 test images each.
+    assert seconds["experts"] == pytest.approx(2 * 2 * 3 * 1 + 2 * (20 + 64 + 30) / 100)
+    # Configs 3 and 4: 5 steps, validated at step 0, 2, 4 on 20 images.
+    assert seconds["coefficients, at most"] == pytest.approx(2 * (5 * 10 + 3 * 20 / 100))
+    # 4 Configs of 2 epochs of 2 steps and a test on 30 images.
+    assert seconds["fine-tuning"] == pytest.approx(4 * 2 * (2 * 1 + 30 / 100))
+
+
+def test_what_is_done_is_not_counted(digits, tmp_path, steady):
+    context = _prepare(ONE_SEED, digits, tmp_path)
+    protocol.run(context)
+    assert not missing_experts(context)
+    assert estimate.estimate(context) == {}
+    two_seeds = _prepare(TINY, digits, tmp_path)
+    assert protocol.remaining(two_seeds) == {"coefficients": [3, 4], "fine-tuning": [1, 2, 3, 4]}
+    assert estimate.estimate(two_seeds).keys() == {"coefficients, at most", "fine-tuning"}
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_steps_are_measured_as_they_run(digits, tmp_path, monkeypatch, together):
+    if together:
+        for module in ("context", "estimate"):
+            monkeypatch.setattr(f"experiments.{module}.on_cpu", lambda tree: False)
+    seconds = estimate.estimate(_prepare(ONE_SEED, digits, tmp_path))
+    assert len(seconds) == 3
+    assert all(0 < value < 60 for value in seconds.values())
+    # Nothing is kept of it.
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(5.4, "5 s"), (89.0, "89 s"), (90.0, "2 min"), (5000.0, "83 min"), (9000.0, "2.5 h")]
+)
+def test_a_time_is_said_in_the_unit_that_suits_it(seconds, text):
+    assert estimate.duration(seconds) == text
+
+
+def test_a_run_with_nothing_left_says_so():
+    assert "nothing is left to do" in estimate.describe({})
+    assert estimate.describe({"experts": 100.0, "fine-tuning": 20.0}).startswith(
+        "time, from a few steps measured here: 2 min (experts 2 min, fine-tuning 20 s)"
+    )
