@@ -61,7 +61,7 @@ def test_one_seed_has_a_lead_but_no_verdict():
     assert ours.at(1) == "+3.0"
     assert not ours.is_clear(1)
     _, rows = report.claims(one)
-    assert [row[-1] for row in rows[:4]] == ["-"] * 4
+    assert [row[-1] for row in rows] == ["-"] * 5
 
 
 def test_the_leads_stand_beside_the_papers_with_the_difference():
@@ -84,7 +84,7 @@ def test_each_claim_has_the_verdict_that_its_leads_say():
 
 
 def test_a_loss_against_config_3_beyond_the_papers_variation_is_not_reproduced():
-    worse = _results({1: [[0.3]], 2: [[0.3]], 3: [[0.4]], 4: [[0.35]]})
+    worse = _results({1: [[0.3]] * 2, 2: [[0.3]] * 2, 3: [[0.4]] * 2, 4: [[0.35]] * 2})
     _, rows = report.claims(worse)
     assert rows[-1][-1] == "no"
     assert "-5.0 to -5.0" in rows[-1][-2]
@@ -114,7 +114,7 @@ def test_the_page_has_a_panel_a_run(tmp_path):
     report.main([*(str(tmp_path / name) for name in "abc"), "--out-dir", str(tmp_path / "page")])
     assert {path.name for path in (tmp_path / "page").iterdir()} == {"report.md", "figure1.png"}
     text = (tmp_path / "page" / "report.md").read_text()
-    assert text.count("### cifar10, resnet20") == 3
+    assert text.count("### a run") == 3
     assert "nan" not in text
     assert len(report.figure1([RESULTS] * 3).axes) == 3
 
