@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from glue_jax.batches import batched_mean, check_counts, minibatch_indices, num_examples, on_cpu
 from glue_jax.experts import blend, num_experts
@@ -132,6 +133,7 @@ def learn(
     k = num_experts(experts)
     experts, data, validation_data = jax.tree.map(jnp.asarray, (experts, data, validation_data))
     current = init(k, optimizer) if state is None else state
+    current = _beside(current, (experts, data))
     first_step = int(current.step)
     blending: dict[str, Any] = {"link_fn": link_fn, "merge_fn": merge_fn}
     run = functools.partial(_run_steps, step_fn=step_fn, loss_fn=loss_fn, optimizer=optimizer, **blending)
@@ -187,6 +189,15 @@ def learn(
 
 
 _chunk_rows = jax.jit(minibatch_indices, static_argnums=(2, 3, 4))
+
+
+def _beside(state: GlueState, trees: PyTree) -> GlueState:
+    """The state where a step with these arrays returns it, if they have a place, so that no step compiles anew."""
+    shardings = [leaf.sharding for leaf in jax.tree.leaves(trees) if leaf.committed]
+    if not shardings:
+        return state
+    mesh = getattr(shardings[0], "mesh", None)
+    return jax.device_put(state, NamedSharding(mesh, PartitionSpec()) if mesh else shardings[0])
 
 
 @functools.partial(jax.jit, static_argnames=("step_fn", "loss_fn", "optimizer", "link_fn", "merge_fn"))
@@ -277,7 +288,7 @@ def _run_chunk(
             parts.append(metrics)
     else:
         state, metrics = run(key, state, experts, data, rows, np.int32(count))
-        parts.append(jax.tree.map(lambda leaf: leaf[:count], metrics))
+        parts.append(jax.tree.map(lambda leaf: leaf[:count], jax.device_get(metrics)))
     return state, _concatenated(jax.device_get(parts))
 
 

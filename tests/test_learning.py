@@ -365,8 +365,13 @@ def compilations(caplog):
 
 @pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("step_fn", [glue_jax.spsa_step, glue_jax.full_gradient_step])
-def test_learning_compiles_one_program_for_steps_and_one_for_validations(caplog, step_fn):
+@pytest.mark.parametrize("on_a_device", [False, True], ids=["anywhere", "on a device"])
+def test_learning_compiles_one_program_for_steps_and_one_for_validations(caplog, step_fn, on_a_device):
+    # What is read from a file or put somewhere is committed to its device, and so is all that is computed from it.
+    experts, data = jax.device_put((EXPERTS, DATA), jax.devices()[0]) if on_a_device else (EXPERTS, DATA)
     words = {
+        "experts": experts,
+        "data": data,
         "step_fn": functools.partial(step_fn),
         "loss_fn": functools.partial(squared),
         "validation_data": DATA[:11],
