@@ -1,0 +1,147 @@
+"""The error of GLUE's gradient estimates on trained experts: against m, K and the radius, beside what theory says.
+
+    python -m experiments.variance
+    python -m experiments.variance --experiment cifar10 --examples 64 --probes 128 --averaged 1 2 5 10 20
+
+The digits take about 3 minutes on 2 CPU cores. Experts are read from `--run-dir`, where the experiment's own command
+keeps them (give it the same options); those that are missing are trained.
+
+One batch of target images is the loss, so that its gradient is known. At each place in the experts' hull the loss is
+probed once along many random directions, which are then averaged by m: in alpha with the paper's scale, where its
+section 4.2 is set, and in beta, through the softmax, with the unbiased scale, which GLUE learns with.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import importlib.util
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+
+from experiments import data
+from experiments.config import Config
+from experiments.context import Context, prepare
+from experiments.progress import ProgressBars
+from experiments.stages import DamagedStageError, Stages, machine
+from experiments.variance import report
+from experiments.variance.measurement import measure, number_of_directions
+from experiments.variance.settings import Settings, check
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """What a command line says.
+
+    Attributes:
+        experiment: whose experts; a module of `experiments` that has presets, as digits or cifar10.
+        preset: of that experiment: the defaults of its fields.
+        run_dir: the experiment's folder, which keeps the experts; the default is its own.
+        out_dir: for the report and the finished parts; the default is `variance-` and the experiment's folder's name.
+        data_dir: the data directory of tensorflow-datasets; the default is its own (TFDS_DATA_DIR, or
+            ~/tensorflow_datasets).
+        settings: what to measure.
+        config: every number of the experiment. Its `radius` is what the estimates are probed with.
+    """
+
+    experiment: str
+    preset: str
+    run_dir: Path
+    out_dir: Path
+    data_dir: str | None = None
+    settings: tyro.conf.OmitArgPrefixes[Settings]
+    config: tyro.conf.OmitArgPrefixes[Config]
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measures, from a command line to the report.
+
+    Args:
+        arguments: the command line; None is the process's.
+
+    Returns:
+        The results.
+    """
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    console = Console()
+    with ProgressBars(console) as progress:
+        try:
+            parsed = _parse(words)
+            dataset = data.load(parsed.config.dataset, parsed.data_dir, parsed.config.image_size)
+            parsed.out_dir.mkdir(parents=True, exist_ok=True)
+            context = prepare(parsed.config, dataset, parsed.run_dir / "stages", progress)
+            check(context, parsed.settings)
+        except (ValueError, OSError, data.DatasetNotFoundError) as error:
+            sys.exit(f"{type(error).__name__}: {error}")
+        progress.say(_plan(context, parsed.settings))
+        try:
+            results = measure(context, parsed.settings, Stages(parsed.out_dir / "stages"))
+        except (FloatingPointError, DamagedStageError) as error:
+            sys.exit(f"{type(error).__name__}: {error}")
+        except KeyboardInterrupt:
+            progress.say(
+                f"interrupted: finished parts are kept in {parsed.out_dir}, the same command goes on from them"
+            )
+            sys.exit(130)
+    results["title"] = f"The error of the gradient estimates: {parsed.experiment}, preset {parsed.preset}"
+    results["command"] = shlex.join(["python", "-m", "experiments.variance", *words])
+    report.write(results, parsed.out_dir)
+    report.print_table(results, parsed.out_dir, console)
+    return results
+
+
+def _plan(context: Context, settings: Settings) -> str:
+    """What is going to be done."""
+    probes, slopes = (2 * count for count in number_of_directions(context.config, settings))
+    return (
+        f"{context.dataset.name}; {machine()}\n"
+        f"forward passes of {settings.examples} images: errors {probes}, radii {slopes}; learning at most "
+        f"{context.config.alpha_steps} steps"
+    )
+
+
+def _parse(words: Sequence[str]) -> Arguments:
+    """The command line over the defaults of its experiment's preset."""
+    first_pass = argparse.ArgumentParser(prog="python -m experiments.variance", add_help=False, allow_abbrev=False)
+    first_pass.add_argument("--experiment", default="digits")
+    first_pass.add_argument("--preset", default="quick")
+    chosen = first_pass.parse_known_args(words)[0]
+    presets = _presets(chosen.experiment)
+    if chosen.preset not in presets:
+        raise ValueError(f"preset is {chosen.preset!r}; expected one of {tuple(presets)}, those of {chosen.experiment}")
+    folder = chosen.experiment if chosen.preset == next(iter(presets)) else f"{chosen.experiment}-{chosen.preset}"
+    return tyro.cli(
+        Arguments,
+        prog=first_pass.prog,
+        description=(__doc__ or "").strip(),
+        args=list(words),
+        default=Arguments(
+            experiment=chosen.experiment,
+            preset=chosen.preset,
+            run_dir=Path("runs") / folder,
+            out_dir=Path("runs") / f"variance-{folder}",
+            settings=Settings(),
+            config=presets[chosen.preset],
+        ),
+    )
+
+
+def _presets(experiment: str) -> Mapping[str, Config]:
+    """The presets of an experiment's module."""
+    name = f"experiments.{experiment}"
+    found = experiment.isidentifier() and importlib.util.find_spec(name) is not None
+    presets = getattr(importlib.import_module(name), "PRESETS", None) if found else None
+    if presets is None:
+        raise ValueError(
+            f"experiment is {experiment!r}; expected a module of experiments with PRESETS, as digits, cifar10"
+        )
+    return presets
+
+
+if __name__ == "__main__":
+    main()
