@@ -91,7 +91,14 @@ def prepare(config: Config, dataset: Dataset, folder: Path, progress: ProgressBa
     )
     mesh = make_mesh()
     problem = Problem(network, *channel_statistics(dataset.train.images), mesh)
-    adam = functools.partial(optax.adam, b1=config.expert_b1, b2=config.expert_b2)
+    trained_as = config.expert_learning_rate, config.expert_batch_size
+    tuned_as = config.fine_tuning_learning_rate, config.fine_tuning_batch_size
+
+    def trainer(learning_rate: float, batch_size: int) -> Trainer:
+        adam = optax.adam(learning_rate, b1=config.expert_b1, b2=config.expert_b2)
+        return make_trainer(problem, adam, batch_size=batch_size, augmentation=config.augmentation)
+
+    training = trainer(*trained_as)
     train_split = put(dataset.train, mesh)
     return Context(
         config=config,
@@ -102,18 +109,9 @@ def prepare(config: Config, dataset: Dataset, folder: Path, progress: ProgressBa
         test=put(jax.tree.map(lambda array: array[: config.test_examples], dataset.test), mesh),
         validation=take(train_split, splits.validation),
         problem=problem,
-        training=make_trainer(
-            problem,
-            adam(config.expert_learning_rate),
-            batch_size=config.expert_batch_size,
-            augmentation=config.augmentation,
-        ),
-        tuning=make_trainer(
-            problem,
-            adam(config.fine_tuning_learning_rate),
-            batch_size=config.fine_tuning_batch_size,
-            augmentation=config.augmentation,
-        ),
+        training=training,
+        # Of the same numbers it is the same program: a CPU does not compile it again.
+        tuning=training if tuned_as == trained_as else trainer(*tuned_as),
         alpha_optimizer=optax.adam(config.alpha_learning_rate, b1=config.alpha_b1, b2=config.alpha_b2),
         step_fns={
             3: glue_jax.full_gradient_step,

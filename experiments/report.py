@@ -100,7 +100,8 @@ def figure1(runs: Sequence[Mapping[str, Any]]) -> Figure:
         for axes, results in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs, strict=True):
             draw_accuracy(axes, results)
             seeds = len(results["config"]["seeds"])
-            name = textwrap.fill(f"{results['title']}; {seeds} seed{'s' if seeds > 1 else ''}", 48)
+            title = textwrap.shorten(results["title"], 80, placeholder=" ...")
+            name = textwrap.fill(f"{title}; {seeds} seed{'s' if seeds > 1 else ''}", 48)
             axes.set_title(f"{_data_and_network(results)}\n{name}", fontsize=10)
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4)
