@@ -1,0 +1,129 @@
+"""The cost of an SPSA step against a full-gradient step: time beside Eq. (9) and (10), memory and FLOPs.
+
+    python -m experiments.cost
+    python -m experiments.cost --networks resnet20 --batch-sizes 64 --num-experts 10 --num-directions 1
+
+Most of the first's time is MobileNetV2's. Leave the machine alone meanwhile: the figures are medians of times. No
+data is needed. Where `python -m experiments.tpu` was run into the same folder, its figures are shown, too.
+"""
+
+import dataclasses
+import itertools
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from rich.console import Console
+
+from experiments.cost import report
+from experiments.cost.measurement import measure
+from experiments.cost.programs import Setting
+from experiments.cost.promises import promises
+from experiments.progress import ProgressBars
+from experiments.stages import DamagedStageError, Stages, machine
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """What a command line says.
+
+    Attributes:
+        networks: any of resnet20, mobilenetv2, vit, convnet.
+        batch_sizes: images in a minibatch.
+        num_experts: K. The first is the base; the others are tried at the smallest batch size.
+        num_directions: m. The first is the base; the others are tried at the smallest batch size.
+        repetitions: timed calls of each program.
+        matmul_precision: of the networks' products; the experiments' own default. A CPU knows but one.
+        out_dir: for the report and the finished rows.
+    """
+
+    networks: tuple[str, ...] = ("resnet20", "mobilenetv2", "vit")
+    batch_sizes: tuple[int, ...] = (64, 512)
+    num_experts: tuple[int, ...] = (10, 2, 50)
+    num_directions: tuple[int, ...] = (1, 4)
+    repetitions: int = 9
+    matmul_precision: Literal["highest", "high", "default"] = "highest"
+    out_dir: Path = Path("runs") / "cost"
+
+    def __post_init__(self) -> None:
+        """Refuses values out of their range.
+
+        Raises:
+            ValueError: with the field, its value, and what was expected.
+        """
+        if self.repetitions < 1:
+            raise ValueError(f"repetitions is {self.repetitions}; expected at least 1")
+        for name in ("networks", "batch_sizes", "num_experts", "num_directions"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty; expected at least one")
+        self.settings()
+
+    def settings(self) -> list[Setting]:
+        """Returns the rows: each network at each batch size, and at the smallest also with other K and m."""
+        k, m, small = self.num_experts[0], self.num_directions[0], min(self.batch_sizes)
+        varied = [
+            *((batch_size, k, m) for batch_size in sorted(self.batch_sizes)),
+            *((small, other, m) for other in self.num_experts[1:]),
+            *((small, k, other) for other in self.num_directions[1:]),
+        ]
+        return [
+            Setting(
+                network=network,
+                batch_size=batch_size,
+                num_experts=num_experts,
+                num_directions=num_directions,
+                matmul_precision=self.matmul_precision,
+            )
+            for network, (batch_size, num_experts, num_directions) in dict.fromkeys(
+                itertools.product(self.networks, varied)
+            )
+        ]
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measures, from a command line to the report.
+
+    Args:
+        arguments: the command line; None is the process's.
+
+    Returns:
+        The results.
+    """
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    parsed = tyro.cli(Arguments, prog="python -m experiments.cost", description=(__doc__ or "").strip(), args=words)
+    console, settings = Console(), parsed.settings()
+    try:
+        parsed.out_dir.mkdir(parents=True, exist_ok=True)
+        tpu_file = parsed.out_dir / "tpu.json"
+        tpu = json.loads(tpu_file.read_text()) if tpu_file.exists() else None
+    except (OSError, ValueError) as error:
+        sys.exit(f"--out-dir is {parsed.out_dir}: {type(error).__name__}: {error}")
+    with ProgressBars(console) as progress:
+        progress.say(f"{len(settings)} rows, {parsed.repetitions} calls of each program; {machine()}")
+        try:
+            rows = measure(settings, parsed.repetitions, Stages(parsed.out_dir / "stages"), progress)
+        except DamagedStageError as error:
+            sys.exit(f"{type(error).__name__}: {error}")
+        except KeyboardInterrupt:
+            progress.say(f"interrupted: finished rows are kept in {parsed.out_dir}, the same command goes on from them")
+            sys.exit(130)
+    found = promises(rows, tpu["rows"] if tpu else [], parsed.num_experts[0])
+    results = {
+        "command": shlex.join(["python", "-m", "experiments.cost", *words]),
+        "machine": machine(),
+        "arguments": {**dataclasses.asdict(parsed), "out_dir": str(parsed.out_dir)},
+        "rows": rows,
+        "tpu": tpu,
+        "promises": [promise._asdict() for promise in found],
+    }
+    report.write(results, parsed.out_dir)
+    report.print_tables(results, parsed.out_dir, console)
+    return results
+
+
+if __name__ == "__main__":
+    main()

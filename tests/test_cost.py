@@ -1,0 +1,291 @@
+import dataclasses
+import itertools
+import json
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from experiments.cost import __main__ as cost
+from experiments.cost import measurement, report
+from experiments.cost.measurement import Program, Samples
+from experiments.cost.programs import Setting
+from experiments.cost.promises import promises
+from experiments.progress import ProgressBars
+
+TINY = ["--networks", "convnet", "--batch-sizes", "4", "--num-experts", "3", "--num-directions", "1"]
+REPETITIONS = 3
+BASE = Setting(network="convnet", batch_size=4, num_experts=3)
+TPU_ROW = {
+    **dataclasses.asdict(Setting(batch_size=512)),
+    "platform": "tpu v5e (compiled)",
+    "temporary_bytes": {"full_step": 400e6, "spsa_step": 100e6},
+    "flops": {"full_step": 3e9, "spsa_step_vmapped": 2e9},
+    "compile_seconds": {"full_step": 41.0, "spsa_step": 27.0},
+}
+TPU = {
+    "command": "python -m experiments.tpu",
+    "topology": "v5e:2x2",
+    "compiler": "libtpu 1.2.3",
+    "matmul_precision": "highest",
+    "rows": [TPU_ROW],
+}
+SECONDS = {
+    "forward": [2.0],
+    "value_and_grad": [6.0],
+    "blend": [0.5],
+    "inner_products": [0.25],
+    "probe": [3.0],
+    "estimate": [6.5],
+    "full_step": [9.0],
+    "spsa_step": [7.0],
+}
+FAULTS = {"forward": [100], "blend": [20], "spsa_step": [150]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cost")
+    (folder / "tpu.json").write_text(json.dumps(TPU))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(folder):
+    # As the fixture quick_compilation, which is not the module's.
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield run(folder)
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def run(folder, *arguments):
+    return cost.main([*TINY, "--repetitions", str(REPETITIONS), "--out-dir", str(folder), *arguments])
+
+
+def row(*, platform="cpu", full_bytes=10, spsa_bytes=1, flops=0.66, ratio=0.4, over=1.0, **fields):
+    times = {"spsa_over_full": ratio, "over_predicted": {"spsa_step": over}}
+    sizes = {"temporary_bytes": {"full_step": full_bytes, "spsa_step": spsa_bytes}}
+    work = {"flops": {"full_step": 1.0, "spsa_step_vmapped": flops}}
+    return {**dataclasses.asdict(Setting(**fields)), "platform": platform, "times": times, **sizes, **work}
+
+
+def samples(**seconds):
+    return {name: Samples(values, FAULTS.get(name, [0])) for name, values in {**SECONDS, **seconds}.items()}
+
+
+def test_a_run_writes_its_report(results, folder):
+    assert {path.name for path in folder.iterdir()} == {"results.json", "report.md", "cost.png", "stages", "tpu.json"}
+    assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(results))
+    report = (folder / "report.md").read_text()
+    assert "python -m experiments.cost --networks convnet" in report
+    assert results["machine"] in report
+    assert "nan" not in report
+
+
+def test_predictions_follow_from_the_measured_parts(results):
+    (measured,) = results["rows"]
+    times = measured["times"]
+    assert all(len(values) == REPETITIONS for values in times["samples"].values())
+    parts = {name: np.median(values) for name, values in times["samples"].items()}
+    # Eq. (9), with (1 + gamma) F the time of the loss with its gradient.
+    full = parts["value_and_grad"] + parts["blend"] + parts["inner_products"]
+    spsa = 2 * (parts["forward"] + parts["blend"])
+    assert times["predicted"] == pytest.approx({"full_step": full, "spsa_step": spsa})
+    assert times["over_predicted"]["full_step"] == pytest.approx(parts["full_step"] / full)
+    assert times["over_predicted"]["spsa_step"] == pytest.approx(parts["spsa_step"] / spsa)
+    assert times["cheaper"] == (parts["spsa_step"] < parts["full_step"])
+    assert min(parts.values()) > 0
+
+
+def test_the_compiled_steps_are_sized(results):
+    (measured,) = results["rows"]
+    # The convolutions of one image forwards, 8 x 8 at stride 1 and 4 x 4 at stride 2, less what the borders save.
+    forward = 4 * 2 * 9 * (64 * 1 * 32 + 16 * 32 * 64)
+    assert 0.75 < measured["flops"]["spsa_step_vmapped"] / (2 * forward) < 1.2
+    assert 2 * forward < measured["flops"]["full_step"] < 4 * forward
+    # The least that a backward pass keeps: the activations of the first layer in float32.
+    assert measured["temporary_bytes"]["full_step"] > 4 * 64 * 32 * 4
+    assert measured["temporary_bytes"]["spsa_step"] < measured["temporary_bytes"]["full_step"]
+    assert measured["total_bytes"] > measured["temporary_bytes"]["full_step"]
+
+
+def test_the_report_sets_the_measured_figure_beside_each_promise(results, folder):
+    report, (measured,) = (folder / "report.md").read_text(), results["rows"]
+    times, flops = measured["times"], measured["flops"]
+    for what, limit, value in (
+        ("SPSA step / full step, time", 0.5, times["spsa_over_full"]),
+        ("the same, FLOPs, probes vmapped", 0.67, flops["spsa_step_vmapped"] / flops["full_step"]),
+        ("SPSA step / 2 (F + C_mix), time", 1.05, times["over_predicted"]["spsa_step"]),
+    ):
+        verdict = "kept" if value <= limit else "missed"
+        assert f"| {what} | convnet, batch 4, cpu | {limit:g} | {value:.3f} | {verdict} |" in report
+
+
+def test_what_was_compiled_for_a_tpu_is_shown(results, folder):
+    report = (folder / "report.md").read_text()
+    assert "| resnet20 | 512 | 10 | 1 | 400 | 100 | 0.250 | 3 | 2 | 0.667 | 41 | 27 |" in report
+    assert (
+        "| the same, peak temporary memory | resnet20, batch 512, tpu v5e (compiled) | 0.2 | 0.250 | missed |" in report
+    )
+    assert "libtpu 1.2.3" in report
+
+
+def test_a_run_that_is_repeated_has_nothing_to_do(results, folder, monkeypatch):
+    def refuse(*arguments):
+        raise AssertionError("compiled anew")
+
+    monkeypatch.setattr(measurement, "compile_program", refuse)
+    report = (folder / "report.md").read_text()
+    assert run(folder) == results
+    assert (folder / "report.md").read_text() == report
+
+
+def test_an_interrupted_run_keeps_finished_rows(results, folder, monkeypatch, capsys):
+    begun = []
+
+    def interrupted(setting, bar):
+        begun.append(setting)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measurement, "_programs", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        run(folder, "--num-directions", "1", "2")
+    assert stopped.value.code == 130
+    assert begun == [dataclasses.replace(BASE, num_directions=2)]
+    assert f"finished rows are kept in {folder}" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_the_memory_is_not_timed(results, folder, monkeypatch, tmp_path):
+    (tmp_path / "stages").symlink_to(folder / "stages")
+    monkeypatch.setattr(measurement, "available_bytes", lambda: 1000)
+    (measured,) = run(tmp_path, "--repetitions", "2")["rows"]
+    assert measured["times"] is None
+    assert measured["temporary_bytes"] == results["rows"][0]["temporary_bytes"]
+    report = (tmp_path / "report.md").read_text()
+    assert (
+        "Not timed, since a program takes more memory than was free: convnet, batch 4, K = 3, m = 1 (0.0 GB)" in report
+    )
+    assert "| SPSA step / full step, time | convnet, batch 4, cpu | 0.5 | - | not measured |" in report
+
+
+def test_the_costs_of_equations_9_and_10_by_hand():
+    times = measurement.compare(samples(), 1)
+    assert times["backward_ratio"] == 2
+    assert times["predicted"] == {"full_step": 6.75, "spsa_step": 5}
+    assert times["over_predicted"] == pytest.approx({"full_step": 9 / 6.75, "spsa_step": 7 / 5})
+    assert times["quartiles"] == pytest.approx([1.4, 1.4])
+    assert (times["predicted_cheaper"], times["cheaper"]) == (True, True)
+    assert times["excess"] == {"one program": 1, "many probes": 0.5, "the rest": 0.5}
+    # Two directions: twice as many probes, the same full gradient.
+    times = measurement.compare(samples(estimate=[12.5], spsa_step=[13.0]), 2)
+    assert times["predicted"] == {"full_step": 6.75, "spsa_step": 10}
+    assert (times["predicted_cheaper"], times["cheaper"]) == (False, False)
+    assert times["excess"] == {"one program": 2, "many probes": 0.5, "the rest": 0.5}
+    # A backward pass that costs next to nothing.
+    assert not measurement.compare(samples(value_and_grad=[2.2]), 1)["predicted_cheaper"]
+
+
+def test_a_deviation_of_more_than_15_percent_is_explained_by_its_largest_part():
+    def explain(**seconds):
+        times = measurement.compare(samples(**seconds), 1)
+        return report.explain({"times": times, "num_directions": 1, "platform": "cpu"}) or "within"
+
+    assert explain(spsa_step=[5.7]) == "within"
+    assert explain() == (
+        "+40 %, of it +20 % a blend and a forward pass in one program, against each in its own; +10 % 2 such "
+        "probes one after another, with their directions, against each in its own program; +10 % the update of the "
+        "coefficients."
+    )
+    assert explain(probe=[2.5], estimate=[5.0]).startswith("+40 %, of it +40 % the update of the coefficients; ")
+    saving = explain(probe=[2.5], estimate=[4.0], spsa_step=[4.0])
+    assert saving.startswith("-20 %, of it -20 % 2 such probes one after another")
+    assert saving.endswith(
+        "240 page faults in 2 forward passes and blends by themselves; within the step it is used again, 150."
+    )
+    noisy = explain(**{name: 2 * values for name, values in SECONDS.items()} | {"spsa_step": [4.0, 10.0]})
+    assert noisy.endswith("The quartiles, 1.10 to 1.70, reach within it: the machine was not quiet.")
+
+
+def test_a_promise_is_kept_missed_or_not_measured():
+    small, large = row(ratio=0.5, over=1.06), row(batch_size=512, spsa_bytes=3, flops=0.68)
+    found = {(promise.what, promise.where): promise.verdict for promise in promises([small, large], [TPU_ROW], 10)}
+    here, there = "resnet20, batch 64, cpu", "resnet20, batch 512, cpu"
+    compiled = "resnet20, batch 512, tpu v5e (compiled)"
+    assert found == {
+        ("SPSA step / full step, time", here): "kept",
+        ("SPSA step / full step, time", there): "kept",
+        ("the same, FLOPs, probes vmapped", here): "kept",
+        ("the same, FLOPs, probes vmapped", there): "missed",
+        ("the same, FLOPs, probes vmapped", compiled): "kept",
+        ("the same, peak temporary memory", there): "missed",
+        ("the same, peak temporary memory", compiled): "missed",
+        ("SPSA step / 2 (F + C_mix), time", here): "missed",
+        ("SPSA step / 2 (F + C_mix), time", there): "kept",
+    }
+
+
+def test_the_promised_time_is_a_cpus_and_of_one_direction():
+    other_rows = [row(num_directions=4, ratio=1.6), row(num_experts=50, ratio=0.6)]
+    found = promises([row(platform="gpu"), *other_rows], [], 10)
+    assert [(promise.where, promise.verdict) for promise in found if promise.what.endswith("full step, time")] == [
+        ("resnet20, batch 64, gpu", "not measured")
+    ]
+    memory = [promise for promise in found if "memory" in promise.what]
+    assert [(promise.where, promise.measured) for promise in memory] == [("resnet20, batch 512", None)]
+
+
+def test_what_the_base_is_varied_by_one_at_a_time_at_the_smallest_batch_size():
+    settings = cost.Arguments(networks=("vit", "resnet20"), batch_sizes=(512, 64, 64)).settings()
+    assert settings[:5] == [
+        Setting(network="vit", batch_size=64),
+        Setting(network="vit", batch_size=512),
+        Setting(network="vit", batch_size=64, num_experts=2),
+        Setting(network="vit", batch_size=64, num_experts=50),
+        Setting(network="vit", batch_size=64, num_directions=4),
+    ]
+    assert settings[5:] == [dataclasses.replace(setting, network="resnet20") for setting in settings[:5]]
+
+
+def test_programs_take_turns_each_after_a_forward_pass():
+    calls = []
+    called: Any = calls.append
+    programs = {name: Program(called, (name,)) for name in ("forward", "full_step", "spsa_step_vmapped")}
+    found = measurement._time(programs, 2, ProgressBars(Console()).stage("", 2))
+    round_of_calls = ["forward", "forward", "forward", "full_step"]
+    assert calls == list(itertools.chain.from_iterable([round_of_calls] * 3))
+    assert {name: len(values.seconds) for name, values in found.items()} == {"forward": 2, "full_step": 2}
+
+
+def test_the_memory_that_is_free_is_known_or_none():
+    available = measurement.available_bytes()
+    assert available is None or available > 1e6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--repetitions", "0"], "repetitions is 0; expected at least 1"),
+        (["--networks", "vgg"], "network is 'vgg'; expected one of"),
+        (["--batch-sizes", "64", "0"], "batch_size is 0; expected at least 1"),
+        (["--num-experts", "10", "-1"], "num_experts is -1; expected at least 1"),
+        (["--num-directions", "0"], "num_directions is 0; expected at least 1"),
+        (["--batch-sizes"], "batch_sizes is empty; expected at least one"),
+        (["--repetition", "few"], "repetition"),
+    ],
+)
+def test_a_bad_argument_is_refused_by_name(arguments, message, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        cost.main(["--out-dir", str(tmp_path / "out"), *arguments])
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    assert message in " ".join((printed.err + printed.out).replace("│", " ").split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_any_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stopped:
+        cost.main([*TINY, "--out-dir", str(tmp_path / "file")])
+    assert f"--out-dir is {tmp_path / 'file'}" in str(stopped.value.code)
