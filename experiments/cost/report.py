@@ -37,7 +37,7 @@ def write(results: Mapping[str, Any], folder: Path) -> None:
 def print_tables(results: Mapping[str, Any], folder: Path, console: Console) -> None:
     """Prints the times and the promises, and where the report lies."""
     console.print(rich_table("Time of a step", *_short_table(results["rows"])))
-    for line in (*_explanations(results["rows"]), *_untimed(results["rows"])):
+    for line in _remarks(results["rows"]):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(rich_table("What is promised", *_promise_table(results["promises"])))
     console.print(f"report: {folder / 'report.md'}", highlight=False, soft_wrap=True)
@@ -115,8 +115,7 @@ def _markdown(results: Mapping[str, Any]) -> str:
         "brackets, the quartiles of the ratio over the repetitions. Eq. (10) says whether SPSA is cheaper where m = 1; "
         "for more directions that column compares the two of Eq. (9). The last column is as measured.",
         markdown_table(*_time_table(rows)),
-        *_explanations(rows),
-        *_untimed(rows),
+        *_remarks(rows),
         "## The parts",
         "F: the loss of a blended network in evaluation mode. γ: the backward pass over F, from the loss with its "
         "gradient for the network's variables. C_mix: one blend. D_α: its vjp for α, K inner products. Probe: a blend "
@@ -182,6 +181,13 @@ def _short_table(rows: Rows) -> tuple[list[str], list[list[str]]]:
     return headers, [[*_setting(row), *_measured(row["times"]), _marked_ratio(row)] for row in _timed(rows)]
 
 
+def _remarks(rows: Rows) -> Iterable[str]:
+    """What a reader of the times should know."""
+    yield from _explanations(rows)
+    yield from _depthwise(rows)
+    yield from _untimed(rows)
+
+
 def _explanations(rows: Rows) -> Iterable[str]:
     """Why rows deviate, as one list."""
     found = [f"- {_name(row)}: {reason}" for row in rows if (reason := explain(row)) is not None]
@@ -193,6 +199,21 @@ def _explanations(rows: Rows) -> Iterable[str]:
         yield "\n".join(found)
     elif _timed(rows):
         yield f"T_SPSA is within {100 * DEVIATION:.0f} % of its prediction in every row."
+
+
+def _depthwise(rows: Rows) -> Iterable[str]:
+    """Why MobileNetV2's backward pass takes long on a CPU."""
+    gammas = [
+        row["times"]["backward_ratio"]
+        for row in _timed(rows)
+        if row["network"] == "mobilenetv2" and row["platform"] == "cpu"
+    ]
+    if gammas:
+        yield (
+            f"MobileNetV2's γ, {min(gammas):.1f} to {max(gammas):.1f} here, is this platform's: XLA:CPU is slow at the "
+            "gradient of the depthwise kernels (`experiments/models/depthwise.py`), nine sums over all pixels of all "
+            "images. Its ratio SPSA / full therefore flatters SPSA."
+        )
 
 
 def _untimed(rows: Rows) -> Iterable[str]:
