@@ -20,9 +20,30 @@ from experiments.stages import Stages
 from experiments.training import Problem, Trainer, make_evaluate, make_trainer
 from glue_jax.batches import on_cpu
 
+PROTOCOL_VERSION = "0.1.0"
+"""What a kept stage was made by. Raised by hand with a change that changes results: they are then made anew."""
+
 
 class Context(NamedTuple):
-    """What the stages share."""
+    """What the stages share.
+
+    Attributes:
+        config: every number of the protocol.
+        dataset: as it was loaded, in the host's memory.
+        splits: rows of the training split: validation images, each expert's, and the rest.
+        targets: rows of the target images of each seed.
+        train: the training split, on the device.
+        test: the images that models are reported on, on the device.
+        validation: the validation images, on the device.
+        problem: the network with the preparation of its images.
+        training: of the experts.
+        tuning: of the blends.
+        alpha_optimizer: of the coefficients.
+        step_fns: the steps of Configs 3 and 4.
+        evaluate: `evaluate(variables, examples) -> {"loss", "accuracy"}`.
+        stages: the results that are kept on disk.
+        progress: what is shown meanwhile.
+    """
 
     config: Config
     dataset: Dataset
@@ -51,7 +72,7 @@ class Context(NamedTuple):
         fields = {**part(self.config, ExpertFields), "network_options": self.config.network_options}
         # On its fellows it depends by the program that trains them together, to the last bits.
         fields["num_experts"] = self.trained_together
-        origin = {"data": self.dataset.name, "checksum": self.dataset.checksum, "version": glue_jax.__version__}
+        origin = {"data": self.dataset.name, "checksum": self.dataset.checksum, "version": PROTOCOL_VERSION}
         return {**fields, **origin}
 
 
@@ -83,6 +104,8 @@ def prepare(config: Config, dataset: Dataset, folder: Path, progress: ProgressBa
     ):
         if batch_size > count:
             raise ValueError(f"{field} is {batch_size}, but there are {count} images to draw from")
+    if config.test_examples is not None and config.test_examples > len(dataset.test.labels):
+        raise ValueError(f"test_examples is {config.test_examples}, but the test split has {len(dataset.test.labels)}")
     network = models.build(
         config.network,
         image_shape=dataset.train.images.shape[1:],
@@ -110,7 +133,7 @@ def prepare(config: Config, dataset: Dataset, folder: Path, progress: ProgressBa
         validation=take(train_split, splits.validation),
         problem=problem,
         training=training,
-        # Of the same numbers it is the same program: a CPU does not compile it again.
+        # Of the same numbers it is the same program, compiled once where the shapes agree, as a CPU's do.
         tuning=training if tuned_as == trained_as else trainer(*tuned_as),
         alpha_optimizer=optax.adam(config.alpha_learning_rate, b1=config.alpha_b1, b2=config.alpha_b2),
         step_fns={
@@ -149,5 +172,5 @@ def counts(context: Context) -> dict[str, Any]:
 
 
 def take(examples: Examples, rows: Indices) -> Examples:
-    """Some examples."""
+    """Returns some examples, by their rows `[n]`."""
     return jax.tree.map(lambda array: array[rows], examples)

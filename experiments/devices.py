@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 
@@ -20,8 +19,12 @@ def everywhere(mesh: Mesh | None) -> Sharding:
 
 
 def put(tree: Any, mesh: Mesh | None) -> Any:
-    """Returns a pytree of arrays on the device, or whole on each."""
-    return jax.device_put(tree, everywhere(mesh)) if mesh else jax.tree.map(jnp.asarray, tree)
+    """Returns a pytree of arrays, of any shapes, on the device, or whole on each.
+
+    They are committed there, as arrays read from a checkpoint are: a program that is compiled for arrays that are not
+    is compiled anew for those that are.
+    """
+    return jax.device_put(tree, everywhere(mesh))
 
 
 def shard_batch(array: jax.Array, mesh: Mesh | None) -> jax.Array:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from experiments import protocol
 from experiments.context import Context, take
+from experiments.devices import put
 from experiments.experts import missing_experts
 from experiments.training import Trainer
 from glue_jax.batches import on_cpu
@@ -20,7 +21,8 @@ _STEPS = 3
 def estimate(context: Context) -> dict[str, float]:
     """Measures a few steps of each kind that is left to do.
 
-    The programs are those of the run, which does not compile them again.
+    On a CPU, its steps are the programs of the run, which does not compile them again; an accelerator compiles an
+    epoch for each number of images.
 
     Args:
         context: of `experiments.context.prepare`.
@@ -30,8 +32,7 @@ def estimate(context: Context) -> dict[str, float]:
         before the most steps. Compilation is not in it.
     """
     config, seconds = context.config, {}
-    key = jax.random.key(0)
-    variables = context.problem.network.init(key)
+    variables = put(jax.jit(context.problem.network.init)(jax.random.key(0)), context.problem.mesh)
     missing = missing_experts(context)
     left = protocol.remaining(context)
     if not (missing or any(left.values())):
@@ -51,9 +52,9 @@ def estimate(context: Context) -> dict[str, float]:
         experts = jax.tree.map(lambda leaf: jnp.stack([leaf] * config.num_experts), variables)
         target = take(context.train, context.targets[config.seeds[0]])
         validations = 1 + config.alpha_steps // config.validate_every
+        step = {number: _alpha_step(context, number, experts, target) for number in set(left["coefficients"])}
         seconds["coefficients, at most"] = sum(
-            config.alpha_steps * _alpha_step(context, number, experts, target)
-            + validations * num_validation * per_image
+            config.alpha_steps * step[number] + validations * num_validation * per_image
             for number in left["coefficients"]
         )
     if left["fine-tuning"]:
@@ -92,7 +93,7 @@ def _second_call(call: Callable[[], Any]) -> float:
 def _training_step(
     context: Context, trainer: Trainer, num_models: int, count: int, batch_size: int, variables: Any
 ) -> float:
-    """Seconds of a step of training so many models at once."""
+    """Seconds of a step of training so many models at once, each on `count` images."""
     if on_cpu(context.train):
         count = min(count, _STEPS * batch_size)
     rows = jnp.tile(jnp.arange(count)[None], (num_models, 1))
@@ -109,11 +110,12 @@ def _training_step(
 
 
 def _alpha_step(context: Context, number: int, experts: Any, target: Any) -> float:
-    """Seconds of a step of one Config's coefficients."""
+    """Seconds of a step of one Config's coefficients, without validation."""
     config = context.config
     steps = min(_STEPS if on_cpu(context.train) else config.validate_every, config.alpha_steps)
 
     def learn() -> Any:
-        return protocol.learn_coefficients(context, number, jax.random.key(0), experts, target, max_steps=steps).alpha
+        unjudged = context._replace(validation=None)
+        return protocol.learn_coefficients(unjudged, number, jax.random.key(0), experts, target, max_steps=steps).alpha
 
     return _second_call(learn) / steps

@@ -30,7 +30,7 @@ def train_experts(context: Context) -> tuple[list[Variables], list[dict[str, Any
         Each expert's variables, and a record of each: `training_loss` by epoch, `seconds`, `machine`.
 
     Raises:
-        FloatingPointError: a loss that is infinite or not a number, with the expert and the epoch.
+        FloatingPointError: a loss that is infinite or not a number, with the expert, the epoch and the step.
     """
     config, stages = context.config, context.stages
     keys = [_stage_of(context, index) for index in range(config.num_experts)]
@@ -125,7 +125,9 @@ def _train_experts(context: Context, group: list[int], stage: Stage) -> tuple[Va
     trained = train(
         context.training,
         _keys(jax.random.fold_in(key, _EXPERT_TRAINING), numbers),
-        jax.vmap(context.problem.network.init)(_keys(jax.random.fold_in(key, _INITIALIZATION), initializations)),
+        jax.jit(jax.vmap(context.problem.network.init))(
+            _keys(jax.random.fold_in(key, _INITIALIZATION), initializations)
+        ),
         context.train,
         jnp.asarray(np.stack([context.splits.experts[index] for index in group])),
         num_epochs=config.expert_epochs,

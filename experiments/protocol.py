@@ -35,8 +35,9 @@ def run(context: Context) -> dict[str, Any]:
         context: of `experiments.context.prepare`.
 
     Returns:
-        A dict that JSON holds: `config`, `data` (names and the counts drawn), `experts` (a row each), `runs` (a row for
-        each seed and Config), `seconds` (of each stage), `machine` (all that the stages were made on).
+        A dict that JSON holds: `config`, `data` (names and the counts drawn), `experts` (a row each, with how many of
+        the first seed's target images it was trained on), `runs` (a row for each seed and Config), `seconds` (of each
+        stage), `machine` (all that the stages were made on).
 
     Raises:
         FloatingPointError: a loss that is infinite or not a number, with its stage and step.
@@ -48,29 +49,31 @@ def run(context: Context) -> dict[str, Any]:
     stacked = glue_jax.stack_experts(experts)
     machines = {record["machine"] for record in (*training, measured)}
     seconds = {"Experts": sum(record["seconds"] for record in training), "Experts' accuracies": measured["seconds"]}
-    runs = []
     coefficients = progress.stage("Coefficients", 2 * len(config.seeds) * config.alpha_steps)
-    tuning = progress.stage("Fine-tuning", len(CONFIGS) * len(config.seeds) * config.fine_tuning_epochs)
+    learned = {}
     for seed in config.seeds:
         target = take(context.train, context.targets[seed])
         for number in CONFIGS:
-            learned = _coefficients(context, number, seed, target, stacked, measured, coefficients)
-            tuned = _fine_tune(context, number, seed, stacked, learned["alpha"], tuning)
-            for what, record in (("Coefficients", learned), ("Fine-tuning", tuned)):
-                name = f"{what}, Config {number}"
-                seconds[name] = seconds.get(name, 0.0) + record.pop("seconds", 0.0)
-                machines |= {record.pop("machine")} if "machine" in record else set()
-            runs.append({"seed": seed, "config": number, **learned, **tuned})
-            progress.say(
-                f"seed {seed}, Config {number}: test accuracy {100 * tuned['test_accuracy'][0]:.1f} % before "
-                f"fine-tuning, {100 * tuned['test_accuracy'][-1]:.1f} % after"
-            )
+            learned[seed, number] = _coefficients(context, number, seed, target, stacked, measured, coefficients)
+    tuning = progress.stage("Fine-tuning", len(learned) * config.fine_tuning_epochs)
+    runs = []
+    for (seed, number), weights in learned.items():
+        tuned = _fine_tune(context, number, seed, stacked, weights["alpha"], tuning)
+        for what, record in (("Coefficients", weights), ("Fine-tuning", tuned)):
+            name = f"{what}, Config {number}"
+            seconds[name] = seconds.get(name, 0.0) + record.pop("seconds", 0.0)
+            machines |= {record.pop("machine")} if "machine" in record else set()
+        runs.append({"seed": seed, "config": number, **weights, **tuned})
+        progress.say(
+            f"seed {seed}, Config {number}: test accuracy {100 * tuned['test_accuracy'][0]:.1f} % before "
+            f"fine-tuning, {100 * tuned['test_accuracy'][-1]:.1f} % after"
+        )
     return {
         "config": dataclasses.asdict(config),
         "data": drawn,
         "experts": [
-            {"training_loss": record["training_loss"], **row}
-            for record, row in zip(training, measured["experts"], strict=True)
+            {"training_loss": record["training_loss"], "target_images_seen": seen, **row}
+            for record, seen, row in zip(training, _target_images_seen(context), measured["experts"], strict=True)
         ],
         "runs": runs,
         "seconds": seconds,
@@ -107,7 +110,23 @@ def learn_coefficients(
     max_steps: int,
     callback: Callable[[glue_jax.Progress], None] | None = None,
 ) -> glue_jax.LearnResult:
-    """Learns the coefficients of Config 3 or 4, to the plateau or for `max_steps`."""
+    """Learns the coefficients of Config 3 or 4.
+
+    Args:
+        context: of `experiments.context.prepare`; its validation images, if any, judge the plateau.
+        number: 3 or 4.
+        key: decides the minibatches, the same for both Configs, and the directions.
+        experts: stacked, each leaf `[K, ...]`.
+        target: the images to learn on.
+        max_steps: the most steps.
+        callback: of `glue_jax.learn`.
+
+    Returns:
+        As `glue_jax.learn` does.
+
+    Raises:
+        glue_jax.NonFiniteLossError: a loss or a gradient that is infinite or not a number, with its step.
+    """
     config = context.config
     with jax.default_matmul_precision(config.matmul_precision):
         return glue_jax.learn(
@@ -133,6 +152,12 @@ def _heuristic(context: Context, number: int, measured: dict[str, Any]) -> list[
     else:
         weights = glue_jax.proxy_accuracy_weights([row["validation_accuracy"] for row in measured["experts"]])
     return np.asarray(weights).tolist()
+
+
+def _target_images_seen(context: Context) -> list[int]:
+    """How many of the first seed's target images each expert was trained on: both are drawn from the same rest."""
+    target = context.targets[context.config.seeds[0]]
+    return [len(np.intersect1d(rows, target)) for rows in context.splits.experts]
 
 
 def _coefficients_stage(context: Context, number: int, seed: int) -> tuple[str, dict[str, Any]]:

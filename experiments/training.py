@@ -11,7 +11,7 @@ import optax
 
 import glue_jax
 from experiments.data import Examples
-from experiments.devices import shard_batch
+from experiments.devices import put, shard_batch
 from experiments.models import Network
 from experiments.models.network import Variables
 from glue_jax.batches import on_cpu
@@ -40,7 +40,7 @@ class EpochFn(Protocol):
     def __call__(
         self, keys: jax.Array, epoch: int, state: TrainingState, examples: Examples, rows: jax.Array, /
     ) -> tuple[TrainingState, np.ndarray]:
-        """Trains model i on `examples[rows[i]]`; returns the next state and the mean training losses, `[M]`.
+        """Trains model i on `examples[rows[i]]`; returns the next state and the losses of its S steps, `[M, S]`.
 
         The state that goes in is donated.
         """
@@ -53,7 +53,7 @@ class Trainer(NamedTuple):
     Attributes:
         init: `init(variables) -> state`, of variables `[M, ...]`.
         steps: jitted, `steps(keys, first_step, state, examples, rows) -> (state, losses)`: a step on each of the
-            minibatches `rows` `[M, S, B]`; losses `[M]` are means over them. The state that goes in is donated.
+            minibatches `rows` `[M, S, B]`; losses `[M, S]`. The state that goes in is donated.
         epoch: one epoch.
     """
 
@@ -141,9 +141,9 @@ def make_trainer(
             return step(jax.random.fold_in(jax.random.fold_in(key, _AUGMENTATION), number), state, batch)
 
         if len(batches) == 1:
-            return body(state, (first_step, batches[0]))
-        state, losses = jax.lax.scan(body, state, (first_step + jnp.arange(len(batches)), batches))
-        return state, jnp.mean(losses)
+            state, loss = body(state, (first_step, batches[0]))
+            return state, loss[None]
+        return jax.lax.scan(body, state, (first_step + jnp.arange(len(batches)), batches))
 
     def draw(key: jax.Array, epoch: jax.Array, rows: jax.Array) -> jax.Array:
         per_epoch = len(rows) // batch_size
@@ -158,20 +158,23 @@ def make_trainer(
     ) -> tuple[TrainingState, np.ndarray]:
         if rows.shape[1] < batch_size:
             raise ValueError(f"{rows.shape[1]} examples do not fill a minibatch of {batch_size}")
-        batches = np.asarray(draw_of_all(keys, np.int32(epoch), rows))
+        batches = draw_of_all(keys, np.int32(epoch), rows)
         per_epoch = batches.shape[1]
-        num_steps = 1 if on_cpu(examples) else per_epoch
-        losses = []
-        for offset in range(0, per_epoch, num_steps):
-            first_step = np.int32(epoch * per_epoch + offset)
-            state, loss = steps_of_all(keys, first_step, state, examples, batches[:, offset : offset + num_steps])
+        first_step = np.int32(epoch * per_epoch)
+        if not on_cpu(examples):
+            state, losses = steps_of_all(keys, first_step, state, examples, batches)
+            return state, np.asarray(losses)
+        batches, losses = np.asarray(batches), []
+        for offset in range(per_epoch):
+            state, loss = steps_of_all(keys, first_step + offset, state, examples, batches[:, offset : offset + 1])
             losses.append(loss)
-        return state, np.mean(jax.device_get(losses), axis=0)
+        return state, np.concatenate(jax.device_get(losses), axis=1)
 
     def init(variables: Variables) -> TrainingState:
-        # A copy, since an epoch donates its state.
+        # A copy, since an epoch donates its state; where an epoch leaves it, or the second would be compiled anew.
         variables = jax.tree.map(jnp.copy, variables)
-        return TrainingState(variables=variables, opt_state=jax.vmap(optimizer.init)(variables["params"]))
+        state = TrainingState(variables=variables, opt_state=jax.vmap(optimizer.init)(variables["params"]))
+        return put(state, problem.mesh)
 
     return Trainer(init=init, steps=steps_of_all, epoch=epoch_fn)
 
@@ -202,14 +205,19 @@ def train(
 
     Raises:
         ValueError: fewer examples than a minibatch holds.
-        FloatingPointError: a training loss that is infinite or not a number.
+        FloatingPointError: a training loss that is infinite or not a number, with its model, epoch and step.
     """
     state = trainer.init(variables)
     for epoch in range(num_epochs):
-        state, loss = trainer.epoch(keys, epoch, state, examples, rows)
-        if not np.isfinite(loss).all():
-            raise FloatingPointError(f"the training loss is {loss} in epoch {epoch + 1}: expected finite numbers")
-        after_epoch(state.variables, loss)
+        state, losses = trainer.epoch(keys, epoch, state, examples, rows)
+        if (bad := np.argwhere(~np.isfinite(losses))).size:
+            model, step = bad[np.argmin(bad[:, 1])]
+            which = f" of model {model} of {len(losses)}" if len(losses) > 1 else ""
+            raise FloatingPointError(
+                f"the training loss{which} is {losses[model, step]} at step {step + 1} of {losses.shape[1]} in epoch "
+                f"{epoch + 1}: expected a finite number"
+            )
+        after_epoch(state.variables, losses.mean(axis=1))
     return state.variables
 
 

@@ -13,17 +13,26 @@ import pytest
 from experiments import devices
 
 PROGRAM = """
-import dataclasses, io, json, sys, pathlib
+import dataclasses, io, json, logging, sys, pathlib
 import jax, jax.numpy as jnp
 from rich.console import Console
-from experiments import data, protocol
+from experiments import data, estimate, protocol
 from experiments.context import prepare
 from experiments.progress import ProgressBars
 from tests.test_protocol import TINY
 
+# An accelerator's way: all experts at once, an epoch or the steps between two validations in one call.
+for module in ("experiments.context", "experiments.estimate", "experiments.training", "glue_jax.learning"):
+    sys.modules[module].on_cpu = lambda tree: False
+
 config = dataclasses.replace(TINY, seeds=(0,), test_examples=32, alpha_learning_rate=0.1, validation_examples=24)
 context = prepare(config, data.load("digits"), pathlib.Path(sys.argv[1]), ProgressBars(Console(file=io.StringIO())))
-results = protocol.run(context)
+compiled = []
+handler = logging.Handler()
+handler.emit = lambda record: compiled.append(record.getMessage())
+logging.getLogger("jax").addHandler(handler)
+with jax.log_compiles():
+    results = protocol.run(context)
 batch = jax.tree.map(lambda array: array[:16], context.train)
 variables = context.problem.network.init(jax.random.key(0))
 programs = {
@@ -37,6 +46,7 @@ programs = {
 }
 print(json.dumps({
     "devices": jax.device_count(),
+    "compiled": sum("Finished XLA compilation of jit(steps)" in message for message in compiled),
     "reductions": {name: program.count("all-reduce(") for name, program in programs.items()},
     "alpha": [run["alpha"] for run in results["runs"]],
     "test_loss": [run["test_loss"] for run in results["runs"]],
@@ -68,6 +78,11 @@ def test_eight_devices_give_the_results_of_one_within_rounding(on_devices):
     assert (one["devices"], eight["devices"]) == (1, 8)
     for field in ("alpha", "training_loss", "test_loss"):
         np.testing.assert_allclose(eight[field], one[field], rtol=1e-4)
+
+
+def test_training_compiles_once_for_each_number_of_models(on_devices):
+    # All experts at once, and a blend at a time: where the state goes in, it comes out.
+    assert on_devices[1]["compiled"] == on_devices[8]["compiled"] == 2
 
 
 def test_the_minibatch_is_sharded_over_the_devices(on_devices):

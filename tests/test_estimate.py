@@ -1,9 +1,11 @@
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
 from experiments import data, estimate, protocol
 from experiments.experts import missing_experts
+from tests.test_learning import compilations
 from tests.test_protocol import TINY, _prepare
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
@@ -32,6 +34,43 @@ def test_a_fresh_run_is_the_sum_of_its_steps(digits, tmp_path, steady):
     assert seconds["coefficients, at most"] == pytest.approx(2 * (5 * 10 + 3 * 20 / 100))
     # 4 Configs of 2 epochs of 2 steps and a test on 30 images.
     assert seconds["fine-tuning"] == pytest.approx(4 * 2 * (2 * 1 + 30 / 100))
+
+
+def test_a_step_of_the_coefficients_is_measured_once_a_config_and_without_validation(digits, tmp_path, monkeypatch):
+    measured = []
+
+    def learn(context, number, *_, max_steps):
+        assert context.validation is None
+        measured.append(number)
+        return SimpleNamespace(alpha=max_steps)
+
+    monkeypatch.setattr(protocol, "learn_coefficients", learn)
+    estimate.estimate(_prepare(TINY, digits, tmp_path))
+    # Two seeds; the first call of each compiles.
+    assert sorted(measured) == [3, 3, 4, 4]
+
+
+def test_a_step_is_what_a_call_takes_once_it_is_compiled(monkeypatch):
+    seconds = iter([0.0, 7.0])
+    monkeypatch.setattr(estimate.time, "perf_counter", lambda: next(seconds))
+    calls = []
+    assert estimate._second_call(lambda: calls.append(None)) == 7
+    assert len(calls) == 2
+
+
+def test_neither_estimate_nor_run_compiles_a_step_twice(digits, tmp_path, caplog):
+    # Of the same numbers, training and fine-tuning are one program on a CPU.
+    config = dataclasses.replace(ONE_SEED, fine_tuning_batch_size=ONE_SEED.expert_batch_size)
+    with compilations(caplog) as names:
+        context = _prepare(config, digits, tmp_path)
+        estimate.estimate(context)
+        protocol.run(context)
+    assert names.count("jit(steps)") == 1
+    # One for each of Configs 3 and 4.
+    assert names.count("jit(_run_steps)") == 2
+    assert names.count("jit(_validate)") == 1
+    # One for each number of images: validation, target, test.
+    assert names.count("jit(measures)") == 3
 
 
 def test_what_is_done_is_not_counted(digits, tmp_path, steady):

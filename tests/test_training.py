@@ -79,8 +79,14 @@ def test_evaluation_weighs_a_last_smaller_batch_by_its_size(problem, monkeypatch
     assert measures["accuracy"] == pytest.approx(float(jnp.mean(jnp.argmax(logits, -1) == EXAMPLES.labels)))
 
 
-def test_a_training_loss_that_is_not_finite_stops_with_its_name_and_epoch(problem):
-    with pytest.raises(FloatingPointError, match=r"training loss is .* in epoch"):
+def test_a_training_loss_that_is_not_finite_stops_with_its_model_step_and_epoch(problem):
+    # The second of two models has no number to begin with; its first loss is none.
+    variables = jax.tree.map(lambda leaf: leaf.at[1].set(jnp.nan), _variables(problem, 2))
+    keys, rows = jax.random.split(jax.random.key(7)), jnp.tile(jnp.arange(48), (2, 1))
+    with pytest.raises(FloatingPointError, match="loss of model 1 of 2 is nan at step 1 of 6 in epoch 1"):
+        _train(_trainer(problem), keys, variables, rows)
+    # Steps of infinite length: the first loss is of the start, the second of what follows.
+    with pytest.raises(FloatingPointError, match="training loss is nan at step 2 of 6 in epoch 1"):
         _train(_trainer(problem, np.inf), jax.random.key(7)[None], _variables(problem, 1), jnp.arange(48)[None])
 
 
