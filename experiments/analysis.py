@@ -4,34 +4,42 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import stats
 
 CONFIGS: Mapping[int, str] = {1: "Data size", 2: "Proxy accuracy", 3: "Full gradient", 4: "GLUE (SPSA)"}
 """The paper's four ways to coefficients, by its numbers."""
 
+_CONFIDENCE = 0.95
+
 
 class Lead(NamedTuple):
-    """By how much GLUE (Config 4) leads another Config, in points of test accuracy.
+    """By how much GLUE (Config 4) leads another Config.
 
     Attributes:
-        mean: over seeds, at each fine-tuning epoch, the prior first, `[epochs + 1]`.
-        deviation: the standard deviation over seeds, `[epochs + 1]`; NaN with one seed.
-        largest: the epoch of the largest mean.
-        num_seeds: how many seeds.
+        points: of test accuracy, seed by seed (their seeds are the same), at each fine-tuning epoch, the prior first,
+            `[seeds, epochs + 1]`.
     """
 
-    mean: np.ndarray
-    deviation: np.ndarray
-    largest: int
-    num_seeds: int
+    points: np.ndarray
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Over seeds, `[epochs + 1]`."""
+        return self.points.mean(axis=0)
+
+    @property
+    def largest_epoch(self) -> int:
+        """The epoch of the largest mean."""
+        return int(np.argmax(self.mean))
+
+    @property
+    def signs(self) -> np.ndarray:
+        """At each epoch, whether GLUE is clearly ahead (1), clearly behind (-1) or neither (0), `[epochs + 1]`."""
+        return np.array([clear_sign(points) for points in self.points.T])
 
     def at(self, epoch: int) -> str:
         """Returns mean and standard deviation at an epoch."""
-        deviation = "" if np.isnan(self.deviation[epoch]) else f" ± {self.deviation[epoch]:.1f}"
-        return f"{self.mean[epoch].round(1) + 0.0:+.1f}{deviation}"
-
-    def is_clear(self, epoch: int) -> bool:
-        """Whether the lead at an epoch is above 0 by two standard errors; never with one seed."""
-        return bool(self.mean[epoch] > 2 * self.deviation[epoch] / np.sqrt(self.num_seeds))
+        return signed(self.points[:, epoch])
 
 
 def by_config(results: Mapping[str, Any], field: str) -> dict[int, np.ndarray]:
@@ -40,12 +48,33 @@ def by_config(results: Mapping[str, Any], field: str) -> dict[int, np.ndarray]:
 
 
 def lead(results: Mapping[str, Any], number: int) -> Lead:
-    """Returns GLUE's lead over a Config: their seeds are the same, so the lead is taken seed by seed."""
+    """Returns GLUE's lead over a Config."""
     accuracy = by_config(results, "test_accuracy")
-    points = 100 * (accuracy[4] - accuracy[number])
-    deviation = points.std(axis=0, ddof=1) if len(points) > 1 else np.full(points.shape[1], np.nan)
-    mean = points.mean(axis=0)
-    return Lead(mean, deviation, int(np.argmax(mean)), len(points))
+    return Lead(100 * (accuracy[4] - accuracy[number]))
+
+
+def clear_sign(values: np.ndarray) -> int:
+    """Returns 1 or -1 where the mean over seeds is above or below 0 by Student's t test, one-sided, 5 %; else 0.
+
+    Args:
+        values: of each seed, `[seeds]`; of one alone nothing is clear.
+    """
+    count = len(values)
+    if count == 1:
+        return 0
+    error = values.std(ddof=1) / np.sqrt(count)
+    mean = values.mean()
+    return int(np.sign(mean)) if abs(mean) > stats.t.ppf(_CONFIDENCE, count - 1) * error else 0
+
+
+def signed(values: np.ndarray) -> str:
+    """Returns mean and standard deviation over seeds, the mean with its sign.
+
+    Args:
+        values: of each seed, `[seeds]`.
+    """
+    deviation = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{values.mean().round(1) + 0.0:+.1f}{deviation}"
 
 
 def num_mixed(alpha: np.ndarray) -> np.ndarray:

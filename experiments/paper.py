@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from experiments.config import Config
+
 EXPERIMENTS: Mapping[str, tuple[str, str]] = {
     "cifar10": ("cifar10", "resnet20"),
     "svhn": ("svhn_cropped", "mobilenetv2"),
@@ -36,3 +38,9 @@ def experiment_of(config: Mapping[str, Any]) -> str | None:
     """Returns the paper's experiment with a config's data set and network, or None."""
     pair = (config["dataset"], config["network"])
     return next((name for name, known in EXPERIMENTS.items() if known == pair), None)
+
+
+def is_at_its_scale(config: Mapping[str, Any]) -> bool:
+    """Returns whether a config has the paper's numbers of experts, images and epochs."""
+    fields = ("num_experts", "expert_examples", "expert_epochs", "target_examples", "test_examples")
+    return all(config[field] == getattr(Config(), field) for field in fields)

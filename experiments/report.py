@@ -1,9 +1,10 @@
 """The paper's tables and figures from runs, its own figures beside them, and a verdict on each of its claims.
 
-python -m experiments.report                                   # of the runs under runs/
-python -m experiments.report runs/cifar10 runs/digits-quick    # of these
+python -m experiments.report                                    # of all runs under runs/
+python -m experiments.report runs/cifar10 runs/imagenette       # of these, in this order
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -18,25 +19,12 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
-from experiments.analysis import CONFIGS, Lead, lead
-from experiments.paper import (
-    EXPERIMENTS,
-    EXPERT_ACCURACY,
-    LARGEST_LEAD,
-    LARGEST_VARIATION,
-    MATCHED,
-    experiment_of,
-)
+from experiments.analysis import CONFIGS, lead
+from experiments.claims import EXPLANATION, claims
+from experiments.paper import EXPERIMENTS, EXPERT_ACCURACY, LARGEST_LEAD, experiment_of, is_at_its_scale
 from experiments.presentation import STYLE, markdown_table, png
 from experiments.run_report import draw_accuracy
 from experiments.stages import write_whole
-
-VERDICTS = (
-    "A verdict is 'yes' where the lead is above 0 by two standard errors over seeds, at every epoch if the paper says "
-    "'consistently'; 'no' where no epoch has such a lead; 'in part' in between. Config 3 is matched where GLUE's mean "
-    "is at no epoch further below it. One seed has no verdict."
-)
-"""How `claims` judges."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +32,7 @@ class Arguments:
     """What a command line says.
 
     Attributes:
-        runs: the folders of runs, each with its results.json; none given are all of the paper's under runs/.
+        runs: the folders of runs, each with its results.json; none given are all under runs/ that came to their report.
         out_dir: where the page and its picture go.
     """
 
@@ -55,9 +43,9 @@ class Arguments:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Writes the page of a command line's runs."""
     parsed = tyro.cli(Arguments, prog="python -m experiments.report", description=__doc__, args=arguments)
-    folders = parsed.runs or tuple(Path("runs") / name for name in EXPERIMENTS if (Path("runs") / name).is_dir())
     try:
-        write([read(folder) for folder in folders], parsed.out_dir)
+        runs = [read(folder) for folder in parsed.runs] or _found(Path("runs"))
+        write(runs, parsed.out_dir)
     except (OSError, ValueError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     print(f"report: {parsed.out_dir / 'report.md'}")
@@ -67,12 +55,19 @@ def read(folder: Path) -> dict[str, Any]:
     """Returns a run's results.
 
     Raises:
-        ValueError: a folder without them.
+        ValueError: a folder without them, a damaged file, or the results of another command.
     """
     path = folder / "results.json"
+    expected = "expected the folder of an experiment's run that came to its report"
     if not path.is_file():
-        raise ValueError(f"{folder} holds no results.json: expected the folder of a run that came to its report")
-    return json.loads(path.read_text())
+        raise ValueError(f"{folder} holds no results.json: {expected}")
+    try:
+        results = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not {"config", "experts", "runs"} <= results.keys():
+        raise ValueError(f"{path} holds {list(results)}, not the results of the four Configs: {expected}")
+    return results
 
 
 def write(runs: Sequence[Mapping[str, Any]], folder: Path) -> None:
@@ -124,7 +119,7 @@ def table1(runs: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]
             rows.append(
                 [results["title"], whose, *(f"{value:.1f}" for value in accuracy), *padding, *_summary(accuracy)]
             )
-        if experiment:
+        if experiment and is_at_its_scale(results["config"]):
             paper = EXPERT_ACCURACY[experiment]
             difference = np.subtract(_extremes(ours["test"]), _extremes(np.array(paper)))
             cells = [f"{value:+.1f}" for value in difference]
@@ -138,40 +133,16 @@ def leads(runs: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]
     rows = []
     for results in runs:
         paper = LARGEST_LEAD.get(experiment_of(results["config"]) or "", {})
+        same_scale = is_at_its_scale(results["config"])
         for number in (1, 2, 3):
             ours = lead(results, number)
-            beside = ["-", "-"]
+            epoch, beside = ours.largest_epoch, ["-", "-"]
             if number in paper:
-                beside = [f"{paper[number]:+.1f}", f"{ours.mean[ours.largest] - paper[number]:+.1f}"]
-            row = [results["title"], f"{number} {CONFIGS[number]}", ours.at(ours.largest), str(ours.largest), *beside]
+                difference = f"{ours.mean[epoch] - paper[number]:+.1f}" if same_scale else "-"
+                beside = [f"{paper[number]:+.1f}", difference]
+            row = [results["title"], f"{number} {CONFIGS[number]}", ours.at(epoch), str(epoch), *beside]
             rows.append([*row, ours.at(0), ours.at(-1)])
     return headers, rows
-
-
-def claims(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Returns section 5's claims on one run, headers and rows: the paper's figure, ours, the verdict."""
-    experiment = experiment_of(results["config"]) or ""
-    paper = LARGEST_LEAD.get(experiment, {})
-    rows = []
-    for number in (1, 2):
-        ours = lead(results, number)
-        clear = [ours.is_clear(epoch) for epoch in range(len(ours.mean))]
-        theirs = f"up to {paper[number]:+.1f}" if number in paper else "-"
-        above = f"up to {ours.at(ours.largest)}; clearly ahead at {sum(clear)} of {len(clear)} epochs"
-        rows.append([f"consistently higher test accuracy than Config {number}", theirs, above, _verdict(ours, clear)])
-    for what, epoch in (("a stronger prior than Configs 1 and 2", 0), ("higher accuracy after fine-tuning, too", -1)):
-        both = [lead(results, number) for number in (1, 2)]
-        clear = [ours.is_clear(epoch) for ours in both]
-        rows.append([what, "-", ", ".join(ours.at(epoch) for ours in both), _verdict(both[0], clear)])
-    ours = lead(results, 3)
-    theirs = f"up to {paper[3]:+.1f}" if 3 in paper else "-"
-    if experiment in LARGEST_VARIATION:
-        theirs = f"at most {LARGEST_VARIATION[experiment]:.1f} of variation"
-    figures = f"{ours.mean.min():+.1f} to {ours.mean.max():+.1f} over the epochs"
-    matched = "yes" if ours.mean.min() >= -MATCHED else "no"
-    verdict = matched if ours.num_seeds > 1 else "-"
-    rows.append([f"outperforms Config 3, or matches it within {MATCHED:.1f}", theirs, figures, verdict])
-    return ["claim", "the paper", "ours, points", "reproduced"], rows
 
 
 def _page(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
@@ -201,22 +172,29 @@ def _page(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     yield "## Table 1"
     yield (
         "Accuracy of each expert, percent. The paper's caption says 'evaluated on the target training dataset', its "
-        "text test accuracy: ours are both. A draw's experts have no counterparts in another's, so the differences are "
-        "those of mean, least and most."
+        "text test accuracy: ours are both. Of the target images, some are the expert's own training images, as both "
+        "are drawn from the same (see each run's report). A draw's experts have no counterparts in another's, so the "
+        "differences are those of mean, least and most, for runs at the paper's scale."
     )
     yield markdown_table(*table1(runs))
     yield "## The claims of section 5"
-    yield VERDICTS
+    yield EXPLANATION
     for results in runs:
         yield f"### {results['title']}"
+        if not is_at_its_scale(results["config"]):
+            yield "Of another scale than the paper's: the verdicts are on this run, not on the paper's figures."
         yield markdown_table(*claims(results))
 
 
-def _verdict(ours: Lead, clear: Sequence[bool]) -> str:
-    """What leads that are clear, or not, say about a claim."""
-    if ours.num_seeds == 1:
-        return "-"
-    return "yes" if all(clear) else "in part" if any(clear) else "no"
+def _found(folder: Path) -> list[dict[str, Any]]:
+    """The runs below a folder that came to their report, the paper's experiments first."""
+    runs = []
+    for path in sorted(folder.glob("*/results.json")):
+        # The commands that measure cost and variance keep theirs beside the runs.
+        with contextlib.suppress(ValueError):
+            runs.append(read(path.parent))
+    order = [*EXPERIMENTS, None]
+    return sorted(runs, key=lambda results: order.index(experiment_of(results["config"])))
 
 
 def _data_and_network(results: Mapping[str, Any]) -> str:

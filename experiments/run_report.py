@@ -15,8 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.analysis import CONFIGS, by_config, lead, num_mixed
-from experiments.config import Config
-from experiments.paper import EXPERT_ACCURACY, LARGEST_LEAD, experiment_of
+from experiments.paper import EXPERT_ACCURACY, LARGEST_LEAD, experiment_of, is_at_its_scale
 from experiments.presentation import STYLE, markdown_table, png, spread
 from experiments.stages import write_json, write_whole
 
@@ -107,7 +106,7 @@ def _markdown(results: Mapping[str, Any]) -> str:
         "![test accuracy by fine-tuning epoch](figure1.png)",
         *_leads(results),
         "## The experts (Table 1)",
-        "Accuracy in percent and loss in nats. The target images are the first seed's. " + _paper_note(config),
+        f"Accuracy in percent and loss in nats. {_target_note(results)} {_paper_note(config)}",
         markdown_table(*_expert_table(results)),
         "## The coefficients",
         "Means over seeds. Configs 3 and 4 keep their best by validation loss: at which of how many steps, for each "
@@ -131,7 +130,8 @@ def _leads(results: Mapping[str, Any]) -> Iterable[str]:
         ours = lead(results, number)
         mean = f"{ours.mean.mean().round(1) + 0.0:+.1f}"
         above = f"{np.sum(ours.mean > 0)} of {len(ours.mean)}"
-        row = [f"Config {number} ({CONFIGS[number]})", ours.at(ours.largest), str(ours.largest), mean, above]
+        epoch = ours.largest_epoch
+        row = [f"Config {number} ({CONFIGS[number]})", ours.at(epoch), str(epoch), mean, above]
         rows.append([*row, f"{paper[number]:+.1f}" if number in paper else "-"])
     yield (
         "GLUE (Config 4) against the others, points of test accuracy, mean and standard deviation over seeds; epoch 0 "
@@ -186,6 +186,15 @@ def _numbers(row: Sequence[float] | np.ndarray) -> list[str]:
     return [f"{value:.1f}" if column % 2 == 0 else f"{value:.3f}" for column, value in enumerate(row)]
 
 
+def _target_note(results: Mapping[str, Any]) -> str:
+    """Which target images the experts are measured on, and how many of them they know."""
+    share = np.mean([row["target_images_seen"] for row in results["experts"]]) / results["data"]["target"]
+    return (
+        f"The target images are the first seed's; {100 * share:.1f} % of them, on average, are among the expert's own "
+        "training images."
+    )
+
+
 def _paper_note(config: Mapping[str, Any]) -> str:
     """The paper's experts, and whether this run's are trained as they are."""
     experiment = experiment_of(config)
@@ -196,8 +205,7 @@ def _paper_note(config: Mapping[str, Any]) -> str:
         f"The paper's ten experts reach {min(paper):.1f} to {max(paper):.1f} %, {np.mean(paper):.1f} on average "
         "('evaluated on the target training dataset' by its Table 1's caption, test accuracy by its text)."
     )
-    ours = [config[field] for field in ("num_experts", "expert_examples", "expert_epochs")]
-    if ours != [getattr(Config(), field) for field in ("num_experts", "expert_examples", "expert_epochs")]:
+    if not is_at_its_scale(config):
         note += " This run is of another scale: see its config."
     return note
 
