@@ -5,6 +5,7 @@ The parts follow the protocol's stages, so that the result of a stage depends on
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
@@ -24,7 +25,8 @@ class ExpertFields:
     dataset: str = "cifar10"
     """What experts are trained on, and the target is drawn from."""
     image_size: int | None = None
-    """Height and width that images are brought to, in pixels; None leaves them as they are (section 5 names none)."""
+    """Height and width that images are brought to, in pixels; None leaves them as they are. Section 5 names none. For
+    Imagenette it is 64: with patches of 8 these are 64 patches, as many as ViTs for small images have."""
     network: str = "resnet20"
     """The architecture of the experts (section 5)."""
     num_experts: int = 10
@@ -142,7 +144,7 @@ class Config(FineTuningFields, CoefficientFields, NetworkFields, ExpertFields):
                 raise ValueError(f"{field.name} is {value!r}; expected one of {get_args(field.type)}")
             if field.name.endswith(("_b1", "_b2")):
                 valid, expected = 0 <= value < 1, "a number of at least 0 and below 1"
-            elif isinstance(value, float):
+            elif field.type is float:
                 valid, expected = 0 < value < math.inf, "a finite number above 0"
             elif field.name.endswith("seed"):
                 valid, expected = value >= 0, "at least 0"
@@ -150,6 +152,9 @@ class Config(FineTuningFields, CoefficientFields, NetworkFields, ExpertFields):
                 valid, expected = not isinstance(value, int) or value >= 1, "at least 1"
             if not valid:
                 raise ValueError(f"{field.name} is {value!r}; expected {expected}")
+        for name, value in part(self, NetworkFields).items():
+            if not name.startswith(f"{self.network}_") and value != getattr(NetworkFields(), name):
+                raise ValueError(f"{name} is {value!r}, but the network is {self.network}, which has no such option")
         if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds are {self.seeds}; expected at least one, each at least 0 and given once")
         dimension(np.zeros(self.num_experts), self.directions)
@@ -165,3 +170,22 @@ class Config(FineTuningFields, CoefficientFields, NetworkFields, ExpertFields):
 def part(config: Config, *parts: type) -> dict[str, Any]:
     """Returns the fields of some parts of a config."""
     return {field.name: getattr(config, field.name) for cls in parts for field in dataclasses.fields(cls)}
+
+
+QUICK: Mapping[str, Any] = {
+    "num_experts": 3,
+    "expert_examples": 512,
+    "expert_epochs": 6,
+    "expert_batch_size": 32,
+    "validation_examples": 256,
+    "target_examples": 512,
+    "alpha_batch_size": 32,
+    "alpha_steps": 60,
+    "validate_every": 10,
+    "patience": 3,
+    "fine_tuning_epochs": 3,
+    "fine_tuning_batch_size": 32,
+    "test_examples": 1000,
+    "seeds": (0, 1),
+}
+"""The protocol for a network that takes long on a CPU, in minutes: whether all runs, not what the method gives."""

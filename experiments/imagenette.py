@@ -10,29 +10,15 @@ of them is the target set.
 """
 
 from experiments.cli import main
-from experiments.config import Config
+from experiments.config import QUICK, Config
 
 PRESETS = {
-    # 64 pixels: the paper names no size. With patches of 8 these are 64 patches, as many as ViTs for small images have.
     "paper": Config(dataset="imagenette/160px-v2", image_size=64, network="vit"),
     "quick": Config(
         dataset="imagenette/160px-v2",
         image_size=64,
         network="vit",
-        num_experts=3,
-        expert_examples=500,
-        expert_epochs=6,
-        expert_batch_size=50,
-        validation_examples=200,
-        target_examples=500,
-        alpha_batch_size=50,
-        alpha_steps=60,
-        validate_every=10,
-        patience=3,
-        fine_tuning_epochs=3,
-        fine_tuning_batch_size=50,
-        test_examples=1000,
-        seeds=(0, 1),
+        **QUICK,
     ),
 }
 

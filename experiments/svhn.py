@@ -9,7 +9,7 @@ it is downloaded and prepared, which needs `pip install -e '.[experiments,prepar
 """
 
 from experiments.cli import main
-from experiments.config import Config
+from experiments.config import QUICK, Config
 
 PRESETS = {
     "paper": Config(dataset="svhn_cropped", network="mobilenetv2", augmentation="crop"),
@@ -17,20 +17,7 @@ PRESETS = {
         dataset="svhn_cropped",
         network="mobilenetv2",
         augmentation="crop",
-        num_experts=3,
-        expert_examples=500,
-        expert_epochs=6,
-        expert_batch_size=50,
-        validation_examples=200,
-        target_examples=500,
-        alpha_batch_size=50,
-        alpha_steps=60,
-        validate_every=10,
-        patience=3,
-        fine_tuning_epochs=3,
-        fine_tuning_batch_size=50,
-        test_examples=1000,
-        seeds=(0, 1),
+        **QUICK,
     ),
 }
 

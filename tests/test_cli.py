@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from experiments import cifar10, cli, digits
+from experiments import cifar10, cli, digits, imagenette, paper, svhn
 from experiments.config import Config
 from tests.test_protocol import TINY
 
@@ -43,6 +43,8 @@ def test_every_field_of_a_config_is_an_option_over_its_preset():
     [
         (["--preset", "huge"], "invalid choice: 'huge'"),
         (["--radius", "zero"], "zero"),
+        (["--vit-depth", "4"], "vit_depth is 4, but the network is resnet20"),
+        (["--radius", "0"], "radius is 0.0; expected a finite number above 0"),
         (["--radius", "-1"], "radius is -1.0; expected a finite number above 0"),
         (["--radiuss", "1"], "radiuss"),
     ],
@@ -60,6 +62,7 @@ def test_a_bad_command_line_is_refused_by_name(arguments, message, capsys):
     [
         (["--dataset", "mnist"], "dataset is 'mnist'"),
         (["--network", "vgg"], "network is 'vgg'"),
+        (["--test-examples", "5000"], "test_examples is 5000, but the test split has"),
     ],
 )
 def test_a_bad_value_ends_with_one_clear_line(arguments, message, tmp_path):
@@ -103,5 +106,19 @@ def test_the_papers_numbers_are_the_defaults():
     assert config.test_examples is None
 
 
-def test_every_experiment_has_a_quick_preset():
-    assert all("quick" in presets for presets in (cifar10.PRESETS, digits.PRESETS))
+@pytest.mark.parametrize("experiment", [cifar10, digits, imagenette, svhn], ids=lambda module: module.__name__)
+def test_every_experiment_has_a_quick_preset_on_the_same_data(experiment):
+    first = next(iter(experiment.PRESETS.values()))
+    quick = experiment.PRESETS["quick"]
+    for field in ("dataset", "network", "image_size", "augmentation"):
+        assert getattr(quick, field) == getattr(first, field)
+
+
+def test_the_papers_pairs_of_data_set_and_network_are_the_experiments():
+    presets = {"cifar10": cifar10.PRESETS, "svhn": svhn.PRESETS, "imagenette": imagenette.PRESETS}
+    for name, pair in paper.EXPERIMENTS.items():
+        config = presets[name]["paper"]
+        assert (config.dataset, config.network) == pair
+        assert paper.is_at_its_scale(dataclasses.asdict(config))
+    # House numbers are not to be mirrored.
+    assert svhn.PRESETS["paper"].augmentation == "crop"
