@@ -1,12 +1,12 @@
-"""Section 5's claims about the four Configs, each with a verdict on a run."""
+"""Section 5's claims about the four Configs: GLUE's leads on a run, and a verdict on each claim."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from experiments.analysis import clear_sign, lead, signed
-from experiments.paper import LARGEST_LEAD, LARGEST_VARIATION, MATCHED, experiment_of
+from experiments.analysis import CONFIGS, clear_sign, lead, signed
+from experiments.paper import LARGEST_LEAD, LARGEST_VARIATION, MATCHED, experiment_of, is_at_its_scale
 
 EXPLANATION = (
     "A lead is clear where Student's t test over seeds (one-sided, 5 %) says so; one seed has no verdict. 'Yes' is a "
@@ -15,10 +15,30 @@ EXPLANATION = (
     "draw of experts: they tell what the target images, minibatches and directions do, not what another draw of "
     "experts would."
 )
-"""How `claims` judges."""
+"""How `verdicts` judges."""
 
 
-def claims(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def leads(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Returns GLUE's leads over the other Configs, headers and rows: 'up to' over the epochs of fine-tuning.
+
+    Args:
+        results: of a run.
+    """
+    paper = LARGEST_LEAD.get(experiment_of(results["config"]) or "", {})
+    same_scale = is_at_its_scale(results["config"])
+    headers = ["GLUE against", "up to", "at epoch", "the paper's", "difference", "at the prior", "at the end"]
+    rows = []
+    for number in (1, 2, 3):
+        ours = lead(results, number)
+        epoch, beside = ours.largest_epoch, ["-", "-"]
+        if number in paper:
+            difference = f"{ours.mean[epoch] - paper[number]:+.1f}" if same_scale else "-"
+            beside = [f"{paper[number]:+.1f}", difference]
+        rows.append([f"{number} {CONFIGS[number]}", ours.at(epoch), str(epoch), *beside, ours.at(0), ours.at(-1)])
+    return headers, rows
+
+
+def verdicts(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Returns section 5's claims on one run, headers and rows: the paper's figure, ours in points, the verdict.
 
     Args:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import tyro
 from rich.console import Console
 
@@ -94,8 +95,17 @@ def _plan(context: Context) -> str:
     target = len(context.targets[config.seeds[0]])
     tuning_steps = config.fine_tuning_epochs * (target // config.fine_tuning_batch_size)
     images = f"{len(dataset.train.labels)} training and {len(context.test.labels)} test images"
+    devices = jax.device_count()
+    whole = sorted(
+        {
+            batch_size
+            for batch_size in (config.expert_batch_size, config.alpha_batch_size, config.fine_tuning_batch_size)
+            if batch_size % devices
+        }
+    )
+    note = f"\nnot divided by {devices} devices, so computed whole by each: minibatches of {whole}" if whole else ""
     return (
-        f"{dataset.name}, {images}; {machine()}\n"
+        f"{dataset.name}, {images}; {machine()}{note}\n"
         f"training steps: {config.num_experts} experts x {expert_steps}; coefficients: 2 Configs x {len(config.seeds)} "
         f"seeds x at most {config.alpha_steps}; fine-tuning: 4 Configs x {len(config.seeds)} seeds x {tuning_steps}"
     )

@@ -19,9 +19,8 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
-from experiments.analysis import CONFIGS, lead
-from experiments.claims import EXPLANATION, claims
-from experiments.paper import EXPERIMENTS, EXPERT_ACCURACY, LARGEST_LEAD, experiment_of, is_at_its_scale
+from experiments import claims
+from experiments.paper import EXPERIMENTS, EXPERT_ACCURACY, experiment_of, is_at_its_scale
 from experiments.presentation import STYLE, markdown_table, png
 from experiments.run_report import draw_accuracy
 from experiments.stages import write_whole
@@ -128,21 +127,9 @@ def table1(runs: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]
 
 
 def leads(runs: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Returns section 5's leads of GLUE, headers and rows: 'up to' over the epochs of fine-tuning."""
-    headers = ["run", "GLUE against", "up to", "at epoch", "the paper's", "difference", "at the prior", "at the end"]
-    rows = []
-    for results in runs:
-        paper = LARGEST_LEAD.get(experiment_of(results["config"]) or "", {})
-        same_scale = is_at_its_scale(results["config"])
-        for number in (1, 2, 3):
-            ours = lead(results, number)
-            epoch, beside = ours.largest_epoch, ["-", "-"]
-            if number in paper:
-                difference = f"{ours.mean[epoch] - paper[number]:+.1f}" if same_scale else "-"
-                beside = [f"{paper[number]:+.1f}", difference]
-            row = [results["title"], f"{number} {CONFIGS[number]}", ours.at(epoch), str(epoch), *beside]
-            rows.append([*row, ours.at(0), ours.at(-1)])
-    return headers, rows
+    """Returns section 5's leads of GLUE, headers and rows, run by run."""
+    tables = [(results["title"], *claims.leads(results)) for results in runs]
+    return ["run", *tables[0][1]], [[title, *row] for title, _, rows in tables for row in rows]
 
 
 def _page(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
@@ -178,12 +165,12 @@ def _page(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     )
     yield markdown_table(*table1(runs))
     yield "## The claims of section 5"
-    yield EXPLANATION
+    yield claims.EXPLANATION
     for results in runs:
         yield f"### {results['title']}"
         if not is_at_its_scale(results["config"]):
             yield "Of another scale than the paper's: the verdicts are on this run, not on the paper's figures."
-        yield markdown_table(*claims(results))
+        yield markdown_table(*claims.verdicts(results))
 
 
 def _found(folder: Path) -> list[dict[str, Any]]:

@@ -14,8 +14,9 @@ from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 
-from experiments.analysis import CONFIGS, by_config, lead, num_mixed
-from experiments.paper import EXPERT_ACCURACY, LARGEST_LEAD, experiment_of, is_at_its_scale
+from experiments.analysis import CONFIGS, by_config, num_mixed
+from experiments.claims import leads
+from experiments.paper import EXPERT_ACCURACY, experiment_of, is_at_its_scale
 from experiments.presentation import STYLE, markdown_table, png, spread
 from experiments.stages import write_json, write_whole
 
@@ -104,7 +105,9 @@ def _markdown(results: Mapping[str, Any]) -> str:
         f"The experts' own test accuracy: {100 * test.mean():.1f} % on average, {100 * test.max():.1f} % the best. All "
         "experts have as many images, so Config 1 is the uniform average, where Configs 3 and 4 start.",
         "![test accuracy by fine-tuning epoch](figure1.png)",
-        *_leads(results),
+        "GLUE (Config 4) against the others, points of test accuracy, means over seeds ± their standard deviation; "
+        "epoch 0 is the prior:",
+        markdown_table(*leads(results)),
         "## The experts (Table 1)",
         f"Accuracy in percent and loss in nats. {_target_note(results)} {_paper_note(config)}",
         markdown_table(*_expert_table(results)),
@@ -120,26 +123,6 @@ def _markdown(results: Mapping[str, Any]) -> str:
         markdown_table(["field", "value"], [[name, json.dumps(value)] for name, value in config.items()]),
     ]
     return "\n\n".join(sections) + "\n"
-
-
-def _leads(results: Mapping[str, Any]) -> Iterable[str]:
-    """By how much GLUE leads the other Configs, and the paper's figures where it has them."""
-    paper = LARGEST_LEAD.get(experiment_of(results["config"]) or "", {})
-    rows = []
-    for number in (1, 2, 3):
-        ours = lead(results, number)
-        mean = f"{ours.mean.mean().round(1) + 0.0:+.1f}"
-        above = f"{np.sum(ours.mean > 0)} of {len(ours.mean)}"
-        epoch = ours.largest_epoch
-        row = [f"Config {number} ({CONFIGS[number]})", ours.at(epoch), str(epoch), mean, above]
-        rows.append([*row, f"{paper[number]:+.1f}" if number in paper else "-"])
-    yield (
-        "GLUE (Config 4) against the others, points of test accuracy, mean and standard deviation over seeds; epoch 0 "
-        "is the prior:"
-    )
-    yield markdown_table(
-        ["against", "largest", "at epoch", "mean over epochs", "epochs ahead", "paper's 'up to'"], rows
-    )
 
 
 def _mixing(results: Mapping[str, Any]) -> Iterable[str]:

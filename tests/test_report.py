@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments import paper, report
+from experiments import claims, paper, report
 from experiments.analysis import clear_sign, lead, num_mixed
 from experiments.config import Config
 
@@ -63,7 +63,7 @@ def test_what_is_clear_is_by_students_t():
 def test_one_seed_has_a_lead_but_no_verdict():
     one = _results({number: [[0.3, 0.4 + number / 100]] for number in (1, 2, 3, 4)})
     assert lead(one, 1).at(1) == "+3.0"
-    _, rows = report.claims(one)
+    _, rows = claims.verdicts(one)
     assert {row[-1] for row in rows} == {"-"}
 
 
@@ -76,7 +76,7 @@ def test_the_leads_stand_beside_the_papers_with_the_difference():
 
 
 def test_each_claim_has_the_verdict_that_its_leads_say():
-    _, rows = report.claims(RESULTS)
+    _, rows = claims.verdicts(RESULTS)
     verdicts = {row[0]: row[-1] for row in rows}
     assert verdicts["consistently higher test accuracy than Config 1"] == "yes"
     # Against Config 2: leads of 2 and 3 points at the prior (t = 5), of -1 and 0 in the end.
@@ -90,7 +90,7 @@ def test_each_claim_has_the_verdict_that_its_leads_say():
 
 def test_a_clear_loss_is_not_reproduced():
     worse = _results({1: [[0.36], [0.36]], 2: [[0.3]] * 2, 3: [[0.4]] * 2, 4: [[0.35]] * 2})
-    verdicts = {row[0]: row[-2:] for row in report.claims(worse)[1]}
+    verdicts = {row[0]: row[-2:] for row in claims.verdicts(worse)[1]}
     assert verdicts["consistently higher test accuracy than Config 1"][-1] == "no"
     assert verdicts["a stronger prior than Configs 1 and 2"][-1] == "no"
     assert verdicts["at most 1.4 below Config 3, means over seeds"] == ["-5.0 to -5.0 over the epochs", "no"]
@@ -98,8 +98,8 @@ def test_a_clear_loss_is_not_reproduced():
 
 def test_a_variation_is_to_either_side():
     better = _results({1: [[0.3]] * 2, 2: [[0.3]] * 2, 3: [[0.4]] * 2, 4: [[0.43]] * 2}, "svhn_cropped", "mobilenetv2")
-    assert report.claims(better)[1][-1][0] == "within 1.4 of Config 3, means over seeds"
-    assert report.claims(better)[1][-1][-1] == "no"
+    assert claims.verdicts(better)[1][-1][0] == "within 1.4 of Config 3, means over seeds"
+    assert claims.verdicts(better)[1][-1][-1] == "no"
 
 
 def test_a_run_of_another_scale_is_not_set_beside_the_paper(tmp_path):
