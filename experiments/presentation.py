@@ -1,11 +1,16 @@
-"""How figures and numbers look, in every report."""
+"""How figures, tables and numbers look, in every report, and how a report is written."""
 
+import functools
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from rich.table import Table
+
+from experiments.stages import write_json, write_whole
 
 STYLE: dict[Any, Any] = {
     "font.size": 11,
@@ -15,6 +20,22 @@ STYLE: dict[Any, Any] = {
     "grid.alpha": 0.3,
 }
 """Matplotlib's settings, for `matplotlib.rc_context`."""
+
+
+def write_report(folder: Path, results: Mapping[str, Any], markdown: str, pictures: Mapping[str, Figure]) -> None:
+    """Writes `results.json`, the pictures and `report.md`, each whole or not at all.
+
+    Args:
+        folder: where to.
+        results: what JSON holds.
+        markdown: the report.
+        pictures: by the names of their files, which the report points to.
+    """
+    # All is made before any of it is written, and the report, which points to the rest, last.
+    contents = {name: png(figure) for name, figure in pictures.items()}
+    write_json(folder / "results.json", results)
+    for name, content in {**contents, "report.md": markdown.encode()}.items():
+        write_whole(folder / name, functools.partial(Path.write_bytes, data=content))
 
 
 def png(figure: Figure) -> bytes:
@@ -34,3 +55,20 @@ def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str
     """Returns a Markdown table, numbers to the right."""
     lines = [headers, ["---", *["---:"] * (len(headers) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def rich_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None) -> Table:
+    """Returns a table for the terminal, numbers to the right."""
+    table = Table(title=title, caption=caption)
+    for header in headers:
+        table.add_column(header, justify="left" if header == headers[0] else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def verdict(holds: Sequence[bool]) -> str:
+    """Returns what cases say about a claim: yes if it holds in all, no if in none, else in how many; - without any."""
+    if not holds:
+        return "-"
+    return "yes" if all(holds) else f"in {sum(holds)} of {len(holds)}" if any(holds) else "no"

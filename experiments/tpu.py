@@ -11,12 +11,14 @@ import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
+import json
 import os
 import shlex
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import UnionType
 from typing import Any, Literal
 
 import jax
@@ -36,13 +38,25 @@ from experiments.cost.programs import (
     spsa_step,
     temporary_bytes,
 )
-from experiments.cost.report import rich_table, size_table
-from experiments.progress import ProgressBars
-from experiments.stages import DamagedStageError, Stages, machine, write_json
+from experiments.cost.report import size_table
+from experiments.presentation import rich_table
+from experiments.session import session
+from experiments.stages import Stages, machine, write_json
 
 TOPOLOGY = "v5e:2x2"
 """The smallest that libtpu describes; the programs are for one of its chips."""
 _PLATFORM = "tpu v5e (compiled)"
+_FILE = "tpu.json"
+# Its keys and their types.
+_NUMBER = int | float
+_ROW = {
+    **{field.name: type(field.default) for field in dataclasses.fields(Setting)},
+    "platform": str,
+    "temporary_bytes": {"full_step": _NUMBER, "spsa_step": _NUMBER},
+    "flops": {"full_step": _NUMBER, "spsa_step_vmapped": _NUMBER},
+    "compile_seconds": {"full_step": _NUMBER, "spsa_step": _NUMBER},
+}
+_SHAPE = {"command": str, "topology": str, "compiler": str, "matmul_precision": str, "rows": [_ROW]}
 # What a TPU's host would say to libtpu, which asks the network otherwise.
 _HOST = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -107,34 +121,23 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         arguments: the command line; None is the process's.
 
     Returns:
-        What `tpu.json` holds.
+        What `tpu.json` holds: `command`, `topology`, `compiler`, `matmul_precision`, `rows` (see `compile_steps`).
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
     parsed = tyro.cli(Arguments, prog="python -m experiments.tpu", description=(__doc__ or "").strip(), args=words)
     if importlib.util.find_spec("libtpu") is None:
         sys.exit("libtpu, the TPU's compiler, is not installed: pip install -e '.[experiments,tpu]'")
-    try:
-        parsed.out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        sys.exit(f"--out-dir is {parsed.out_dir}: {type(error).__name__}: {error}")
-    console, settings = Console(), parsed.settings()
-    stages, sharding = Stages(parsed.out_dir / "stages"), _one_chip()
+    console, settings, rows = Console(), parsed.settings(), []
     versions = {"libtpu": importlib.metadata.version("libtpu"), "jax": jax.__version__}
-    with ProgressBars(console) as progress:
+    with session(parsed.out_dir, console) as progress:
+        stages, sharding = Stages(parsed.out_dir / "stages"), _one_chip()
         progress.say(f"{len(settings)} rows of 2 programs for {TOPOLOGY}, minutes each; {machine()}")
         bar = progress.stage("Compilation", len(settings))
-        rows = []
-        try:
-            for setting in settings:
-                depends_on = {**dataclasses.asdict(setting), **versions, "version": glue_jax.__version__}
-                compute = functools.partial(compile_steps, setting, sharding)
-                rows.append(stages.run(f"tpu/{setting.slug}", depends_on, compute))
-                bar.advance()
-        except DamagedStageError as error:
-            sys.exit(f"{type(error).__name__}: {error}")
-        except KeyboardInterrupt:
-            progress.say(f"interrupted: finished rows are kept in {parsed.out_dir}, the same command goes on from them")
-            sys.exit(130)
+        for setting in settings:
+            depends_on = {**dataclasses.asdict(setting), **versions, "version": glue_jax.__version__}
+            compute = functools.partial(compile_steps, setting, sharding)
+            rows.append(stages.run(f"tpu/{setting.name}", depends_on, compute))
+            bar.advance()
     results = {
         "command": shlex.join(["python", "-m", "experiments.tpu", *words]),
         "topology": TOPOLOGY,
@@ -142,9 +145,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "matmul_precision": parsed.matmul_precision,
         "rows": rows,
     }
-    write_json(parsed.out_dir / "tpu.json", results)
+    write_json(parsed.out_dir / _FILE, results)
     console.print(rich_table(f"Compiled for {TOPOLOGY}", *size_table(rows)))
-    console.print(f"written: {parsed.out_dir / 'tpu.json'}", highlight=False, soft_wrap=True)
+    console.print(f"written: {parsed.out_dir / _FILE}", highlight=False, soft_wrap=True)
     return results
 
 
@@ -176,6 +179,38 @@ def compile_steps(setting: Setting, sharding: Sharding) -> dict[str, Any]:
         "flops": {"full_step": flops(programs["full_step"]), "spsa_step_vmapped": flops(programs["spsa_step"])},
         "compile_seconds": seconds,
     }
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """Returns what `tpu.json` in a folder holds, or None where there is none.
+
+    Raises:
+        ValueError: a file that this module did not write.
+    """
+    path = folder / _FILE
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        _check(content, _SHAPE, _FILE)
+    except ValueError as error:
+        raise ValueError(f"{path} is not what python -m experiments.tpu writes: {error}; run it again") from error
+    return content
+
+
+def _check(found: Any, shape: Any, where: str) -> None:
+    """Refuses what has not the types and keys of a shape: dicts of shapes, a list of one shape, types."""
+    kind = shape if isinstance(shape, type | UnionType) else type(shape)
+    if not isinstance(found, kind):
+        raise ValueError(f"{where} is {found!r}")
+    if isinstance(shape, dict):
+        for key, inner in shape.items():
+            if key not in found:
+                raise ValueError(f"{where} has no {key!r}")
+            _check(found[key], inner, f"{where}[{key!r}]")
+    if isinstance(shape, list):
+        for index, entry in enumerate(found):
+            _check(entry, shape[0], f"{where}[{index}]")
 
 
 def _one_chip() -> Sharding:

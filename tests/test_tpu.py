@@ -1,9 +1,12 @@
+import importlib.metadata
 import importlib.util
 import json
 import subprocess
 import sys
 
+import jax
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 from experiments import tpu
 from experiments.cost.programs import Setting
@@ -37,6 +40,17 @@ def test_without_libtpu_it_says_what_to_install(tmp_path, monkeypatch):
         tpu.main([*TINY, "--out-dir", str(tmp_path / "out")])
     assert "pip install -e '.[experiments,tpu]'" in str(stopped.value.code)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_written_is_what_is_read(tmp_path, monkeypatch, capsys):
+    # In the place of the compiler, which may not be installed: the programs of this machine.
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.2.3")
+    monkeypatch.setattr(tpu, "_one_chip", lambda: SingleDeviceSharding(jax.devices()[0]))
+    assert tpu.read(tmp_path) is None
+    written = tpu.main([*TINY, "--out-dir", str(tmp_path)])
+    assert tpu.read(tmp_path) == written
+    assert capsys.readouterr().out.rstrip().splitlines()[-1] == f"written: {tmp_path / 'tpu.json'}"
 
 
 def test_each_network_is_compiled_at_each_batch_size():

@@ -9,7 +9,6 @@ data is needed. Where `python -m experiments.tpu` was run into the same folder, 
 
 import dataclasses
 import itertools
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -19,12 +18,14 @@ from typing import Any, Literal
 import tyro
 from rich.console import Console
 
+from experiments import tpu
 from experiments.cost import report
+from experiments.cost.claims import claims
 from experiments.cost.measurement import measure
 from experiments.cost.programs import Setting
 from experiments.cost.promises import promises
-from experiments.progress import ProgressBars
-from experiments.stages import DamagedStageError, Stages, machine
+from experiments.session import exit_on, session
+from experiments.stages import Stages, machine
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,34 +92,25 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         arguments: the command line; None is the process's.
 
     Returns:
-        The results.
+        The results: `command`, `machine`, `arguments`, `rows` (see `experiments.cost.measurement.measure`), `tpu` (what
+        `experiments.tpu` found, or None), `promises`, `claims`.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
     parsed = tyro.cli(Arguments, prog="python -m experiments.cost", description=(__doc__ or "").strip(), args=words)
-    console, settings = Console(), parsed.settings()
-    try:
-        parsed.out_dir.mkdir(parents=True, exist_ok=True)
-        tpu_file = parsed.out_dir / "tpu.json"
-        tpu = json.loads(tpu_file.read_text()) if tpu_file.exists() else None
-    except (OSError, ValueError) as error:
-        sys.exit(f"--out-dir is {parsed.out_dir}: {type(error).__name__}: {error}")
-    with ProgressBars(console) as progress:
+    console, settings, k = Console(), parsed.settings(), parsed.num_experts[0]
+    with session(parsed.out_dir, console) as progress:
+        with exit_on(OSError, ValueError):
+            compiled = tpu.read(parsed.out_dir)
         progress.say(f"{len(settings)} rows, {parsed.repetitions} calls of each program; {machine()}")
-        try:
-            rows = measure(settings, parsed.repetitions, Stages(parsed.out_dir / "stages"), progress)
-        except DamagedStageError as error:
-            sys.exit(f"{type(error).__name__}: {error}")
-        except KeyboardInterrupt:
-            progress.say(f"interrupted: finished rows are kept in {parsed.out_dir}, the same command goes on from them")
-            sys.exit(130)
-    found = promises(rows, tpu["rows"] if tpu else [], parsed.num_experts[0])
+        rows = measure(settings, parsed.repetitions, Stages(parsed.out_dir / "stages"), progress)
     results = {
         "command": shlex.join(["python", "-m", "experiments.cost", *words]),
         "machine": machine(),
         "arguments": {**dataclasses.asdict(parsed), "out_dir": str(parsed.out_dir)},
         "rows": rows,
-        "tpu": tpu,
-        "promises": [promise._asdict() for promise in found],
+        "tpu": compiled,
+        "promises": promises(rows, compiled["rows"] if compiled else [], k),
+        "claims": claims(rows, k),
     }
     report.write(results, parsed.out_dir)
     report.print_tables(results, parsed.out_dir, console)

@@ -21,6 +21,7 @@ from experiments.cost.programs import (
     full_step,
     make_inputs,
     make_problem,
+    num_parameters,
     spsa_step,
     temporary_bytes,
     total_bytes,
@@ -28,6 +29,7 @@ from experiments.cost.programs import (
 from experiments.models.network import Variables
 from experiments.progress import ProgressBars, Stage
 from experiments.stages import Stages, machine
+from experiments.training import Problem
 from glue_jax import theory
 from glue_jax.types import Batch
 
@@ -35,6 +37,8 @@ from glue_jax.types import Batch
 _PROGRAMS = 9
 # What is left to the system and to all else that runs.
 _MEMORY_SHARE = 0.8
+# Where Linux says how much memory is free.
+_MEMORY_INFO = Path("/proc/meminfo")
 
 
 class Program(NamedTuple):
@@ -66,9 +70,9 @@ def measure(settings: list[Setting], repetitions: int, stages: Stages, progress:
         progress: what is shown meanwhile.
 
     Returns:
-        A row for each setting, a dict that JSON holds: the setting's fields, `platform`, `machine`, `temporary_bytes`
-        and `flops` of the compiled steps, `total_bytes` (the most that one of the row's programs takes), and `times`
-        (see `compare`), which is None where that is more than there is.
+        A row for each setting, a dict that JSON holds: the setting's fields and `name`, `parameters` (their number),
+        `platform`, `machine`, `temporary_bytes` and `flops` of the compiled steps, `total_bytes` (the most that one of
+        the row's programs takes), and `times` (see `compare`), which is None where that is more than there is.
     """
     bar = progress.stage("Cost", len(settings) * (_PROGRAMS + repetitions))
     return [_measure_row(setting, repetitions, stages, bar, progress) for setting in settings]
@@ -123,10 +127,9 @@ def available_bytes() -> int | None:
     """Returns the memory that is free for a program on the first device; None where the system does not say."""
     if memory := jax.devices()[0].memory_stats():
         return memory["bytes_limit"] - memory["bytes_in_use"]
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
+    if not _MEMORY_INFO.exists():
         return None
-    fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
+    fields = dict(line.split(":") for line in _MEMORY_INFO.read_text().splitlines())
     return 1024 * int(fields["MemAvailable"].split()[0])
 
 
@@ -134,9 +137,9 @@ def _measure_row(
     setting: Setting, repetitions: int, stages: Stages, bar: Stage, progress: ProgressBars
 ) -> dict[str, Any]:
     """One row."""
-    name, platform = setting.slug, jax.devices()[0].platform
+    name, problem = setting.name, make_problem(setting)
     depends_on = {**dataclasses.asdict(setting), "machine": machine(), "version": glue_jax.__version__}
-    programs = functools.cache(lambda: _programs(setting, bar))
+    programs = functools.cache(lambda: _programs(setting, problem, bar))
     sizes = stages.read(f"sizes/{name}", depends_on) or stages.write(f"sizes/{name}", depends_on, _sizes(programs()))
     timed = {**depends_on, "repetitions": repetitions}
     times = stages.read(f"times/{name}", timed)
@@ -148,19 +151,19 @@ def _measure_row(
         else:
             bar.skip(repetitions)
             progress.say(
-                f"{setting}: not timed, since it takes {sizes['total_bytes'] / 1e9:.1f} GB, and "
+                f"{name}: not timed, since it takes {sizes['total_bytes'] / 1e9:.1f} GB, and "
                 f"{available / 1e9:.1f} GB are free"
             )
     else:
         bar.skip(repetitions)
     if not programs.cache_info().currsize:
         bar.skip(_PROGRAMS)
-    return {**dataclasses.asdict(setting), "platform": platform, **sizes, "times": times}
+    known = {"name": name, "parameters": num_parameters(problem), "platform": jax.devices()[0].platform}
+    return {**dataclasses.asdict(setting), **known, **sizes, "times": times}
 
 
-def _programs(setting: Setting, bar: Stage) -> dict[str, Program]:
+def _programs(setting: Setting, problem: Problem, bar: Stage) -> dict[str, Program]:
     """The steps, their parts of Eq. (9), and what lies between the two."""
-    problem = make_problem(setting)
     inputs = make_inputs(setting, problem)
     state, experts, batch = inputs.state, inputs.experts, inputs.batch
     m = setting.num_directions

@@ -61,13 +61,9 @@ class Setting:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
 
-    def __str__(self) -> str:
-        """Returns a row's name in reports."""
-        return f"{self.network}, batch {self.batch_size}, K = {self.num_experts}, m = {self.num_directions}"
-
     @property
-    def slug(self) -> str:
-        """A row's name in files."""
+    def name(self) -> str:
+        """A row's name, in messages, reports and files."""
         return f"{self.network}-batch{self.batch_size}-k{self.num_experts}-m{self.num_directions}"
 
 
@@ -85,6 +81,12 @@ def make_problem(setting: Setting) -> Problem:
     shape = IMAGE_SHAPES[setting.network]
     network = models.build(setting.network, image_shape=shape, num_classes=NUM_CLASSES)
     return Problem(network, np.full(shape[-1], 0.5, np.float32), np.full(shape[-1], 0.25, np.float32))
+
+
+def num_parameters(problem: Problem) -> int:
+    """Returns P, the number of a network's parameters."""
+    variables = jax.eval_shape(problem.network.init, jax.random.key(0))
+    return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
 
 
 def make_inputs(setting: Setting, problem: Problem) -> StepInputs:

@@ -1,7 +1,7 @@
 """What the library promises of the cost of a step, each beside what was measured."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -16,68 +16,65 @@ PREDICTION_LIMIT = 1.05
 MEMORY_NETWORK, MEMORY_BATCH_SIZE = "resnet20", 512
 
 
-class Promise(NamedTuple):
-    """A promise about one row.
-
-    Attributes:
-        what: in words.
-        where: network, batch size, and what it was measured on or compiled for.
-        limit: the most that is promised.
-        measured: None where the row was not measured, or its promise is of another machine.
-    """
-
-    what: str
-    where: str
-    limit: float
-    measured: float | None
-
-    @property
-    def verdict(self) -> str:
-        """Whether it is kept."""
-        if self.measured is None:
-            return "not measured"
-        return "kept" if self.measured <= self.limit else "missed"
-
-
-def promises(rows: Rows, tpu_rows: Rows, num_experts: int) -> list[Promise]:
+def promises(rows: Rows, tpu_rows: Rows, num_experts: int) -> list[dict[str, Any]]:
     """Returns the promises about the rows of one direction and `num_experts` experts.
 
     Args:
         rows: of `experiments.cost.measurement.measure`.
-        tpu_rows: of `experiments.tpu`.
+        tpu_rows: of `experiments.tpu`, which were not run: no promise about time is theirs.
         num_experts: K.
+
+    Returns:
+        A dict for each promise and row, that JSON holds: `what`; `where`, its network, batch size and platform;
+        `limit`, the most that is promised, a ratio; `measured`, None where that was not done; `verdict`.
     """
-    base = [row for row in rows if row["num_experts"] == num_experts and row["num_directions"] == 1]
-    return [*_times(base), *_flops(base, tpu_rows), *_memory(base, tpu_rows), *_predictions(base)]
+
+    def of_base(rows: Rows) -> Rows:
+        return [row for row in rows if row["num_experts"] == num_experts and row["num_directions"] == 1]
+
+    measured, compiled = of_base(rows), of_base(tpu_rows)
+    return [
+        *_times(measured),
+        *_flops([*measured, *compiled]),
+        *_memory([*measured, *compiled]),
+        *_predictions(measured),
+    ]
 
 
-def _times(rows: Rows) -> Iterable[Promise]:
+def _times(rows: Rows) -> Iterator[dict[str, Any]]:
     for row in rows:
-        timed = row["times"] if row["platform"] == "cpu" else None
-        yield Promise("SPSA step / full step, time", _where(row), TIME_LIMIT, timed and timed["spsa_over_full"])
+        if row["platform"] == "cpu":
+            ratio = row["times"] and row["times"]["spsa_over_full"]
+            yield _promise("SPSA step / full step, time", _where(row), TIME_LIMIT, ratio)
 
 
-def _flops(rows: Rows, tpu_rows: Rows) -> Iterable[Promise]:
-    for row in (*rows, *tpu_rows):
+def _flops(rows: Rows) -> Iterator[dict[str, Any]]:
+    for row in rows:
         ratio = row["flops"]["spsa_step_vmapped"] / row["flops"]["full_step"]
-        yield Promise("the same, FLOPs, probes vmapped", _where(row), FLOPS_LIMIT, ratio)
+        yield _promise("SPSA step / full step, FLOPs, all probes vmapped", _where(row), FLOPS_LIMIT, ratio)
 
 
-def _memory(rows: Rows, tpu_rows: Rows) -> Iterable[Promise]:
-    what = "the same, peak temporary memory"
+def _memory(rows: Rows) -> Iterator[dict[str, Any]]:
+    what = "SPSA step / full step, peak temporary memory"
     wanted = {"network": MEMORY_NETWORK, "batch_size": MEMORY_BATCH_SIZE}
-    found = [row for row in (*rows, *tpu_rows) if wanted.items() <= row.items()]
+    found = [row for row in rows if wanted.items() <= row.items()]
     for row in found:
         memory = row["temporary_bytes"]
-        yield Promise(what, _where(row), MEMORY_LIMIT, memory["spsa_step"] / memory["full_step"])
+        yield _promise(what, _where(row), MEMORY_LIMIT, memory["spsa_step"] / memory["full_step"])
     if not found:
-        yield Promise(what, f"{MEMORY_NETWORK}, batch {MEMORY_BATCH_SIZE}", MEMORY_LIMIT, None)
+        yield _promise(what, f"{MEMORY_NETWORK}, batch {MEMORY_BATCH_SIZE}", MEMORY_LIMIT, None)
 
 
-def _predictions(rows: Rows) -> Iterable[Promise]:
+def _predictions(rows: Rows) -> Iterator[dict[str, Any]]:
     for row in rows:
         ratio = row["times"] and row["times"]["over_predicted"]["spsa_step"]
-        yield Promise("SPSA step / 2 (F + C_mix), time", _where(row), PREDICTION_LIMIT, ratio)
+        yield _promise("SPSA step / 2 (F + C_mix), time", _where(row), PREDICTION_LIMIT, ratio)
+
+
+def _promise(what: str, where: str, limit: float, measured: float | None) -> dict[str, Any]:
+    """A promise, and whether it is kept."""
+    verdict = "not measured" if measured is None else "kept" if measured <= limit else "missed"
+    return {"what": what, "where": where, "limit": limit, "measured": measured, "verdict": verdict}
 
 
 def _where(row: Mapping[str, Any]) -> str:
