@@ -15,8 +15,8 @@ from experiments import data, protocol, run_report
 from experiments.config import Config
 from experiments.context import Context, prepare
 from experiments.estimate import describe, estimate
-from experiments.progress import ProgressBars
-from experiments.stages import DamagedStageError, machine, naming
+from experiments.session import exit_on, session
+from experiments.stages import machine, naming
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,38 +54,19 @@ def main(
     """
     parsed = _parse(name, description, presets, arguments)
     config, console = parsed.config, Console()
-    with ProgressBars(console) as progress:
-        try:
+    with session(parsed.out_dir, console) as progress:
+        with exit_on(ValueError, OSError, data.DatasetNotFoundError):
             dataset = data.load(config.dataset, parsed.data_dir, config.image_size)
-            _make_folder(parsed.out_dir)
             context = prepare(config, dataset, parsed.out_dir / "stages", progress)
-        except (ValueError, OSError, data.DatasetNotFoundError) as error:
-            sys.exit(f"{type(error).__name__}: {error}")
         progress.say(_plan(context))
-        try:
-            with naming("estimate of the time"):
-                progress.say(describe(estimate(context)))
-            results = protocol.run(context)
-        except (FloatingPointError, DamagedStageError) as error:
-            sys.exit(f"{type(error).__name__}: {error}")
-        except KeyboardInterrupt:
-            progress.say(
-                f"interrupted: finished stages are kept in {parsed.out_dir}, the same command goes on from them"
-            )
-            sys.exit(130)
+        with naming("estimate of the time"):
+            progress.say(describe(estimate(context)))
+        results = protocol.run(context)
     results["experiment"] = name
     results["title"] = _title(name, parsed.preset, presets[parsed.preset], config)
     run_report.write(results, parsed.out_dir)
     run_report.print_table(results, parsed.out_dir, console)
     return results
-
-
-def _make_folder(path: Path) -> None:
-    """Makes a run's folder, or says what is wrong with it."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out-dir is {path}: expected a folder that can be made ({error})") from error
 
 
 def _plan(context: Context) -> str:

@@ -1,6 +1,5 @@
 """The report of a run: tables, pictures, and the same table for the terminal."""
 
-import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,13 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.console import Console
-from rich.table import Table
 
 from experiments.analysis import CONFIGS, by_config, num_mixed
 from experiments.claims import leads
 from experiments.paper import EXPERT_ACCURACY, experiment_of, is_at_its_scale
-from experiments.presentation import STYLE, markdown_table, png, spread
-from experiments.stages import write_json, write_whole
+from experiments.presentation import STYLE, markdown_table, rich_table, spread, write_report
+from experiments.stages import write_json
 
 _COLORS = {1: "#999999", 2: "#e69f00", 3: "#0072b2", 4: "#d55e00"}
 
@@ -30,14 +28,10 @@ def write(results: Mapping[str, Any], folder: Path) -> None:
         results: of a run, with its `title` and `machine`.
         folder: where to.
     """
-    # All is made before any of it is written, and the report, which points to the rest, last.
-    pictures = {"figure1.png": png(_accuracy_figure(results)), "alpha.png": png(_alpha_figure(results))}
+    pictures = {"figure1.png": _accuracy_figure(results), "alpha.png": _alpha_figure(results)}
     markdown = _markdown(results)
     write_json(folder / "config.json", results["config"])
-    write_json(folder / "results.json", results)
-    for name, content in pictures.items():
-        write_whole(folder / name, functools.partial(Path.write_bytes, data=content))
-    write_whole(folder / "report.md", functools.partial(Path.write_text, data=markdown))
+    write_report(folder, results, markdown, pictures)
 
 
 def draw_accuracy(axes: Axes, results: Mapping[str, Any]) -> None:
@@ -55,12 +49,7 @@ def draw_accuracy(axes: Axes, results: Mapping[str, Any]) -> None:
 
 def print_table(results: Mapping[str, Any], folder: Path, console: Console) -> None:
     """Prints the table of the four Configs, and where the report lies."""
-    headers, rows = _config_table(results)
-    table = Table(title=results["title"], caption=_caption(results))
-    for header in headers:
-        table.add_column(header, justify="left" if header == headers[0] else "right")
-    for row in rows:
-        table.add_row(*row)
+    table = rich_table(results["title"], *_config_table(results), caption=_caption(results))
     console.print(table)
     console.print(f"report: {folder / 'report.md'}", highlight=False, soft_wrap=True)
 
