@@ -2,7 +2,7 @@
 
 import functools
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,17 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
+def number(value: float) -> str:
+    """Returns a number with three digits, or with all that are before its point."""
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def ends(values: Iterable[float]) -> str:
+    """Returns the least and the most of some numbers, or the one that they all are."""
+    ordered = sorted(values)
+    return " to ".join(dict.fromkeys((number(ordered[0]), number(ordered[-1]))))
+
+
 def spread(values: np.ndarray, digits: int) -> str:
     """Returns mean and standard deviation; no deviation where all are equal, as where nothing depends on the seed."""
     deviation = f" ± {values.std(ddof=1):.{digits}f}" if np.ptp(values) > 0 else ""
@@ -55,6 +66,12 @@ def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str
     """Returns a Markdown table, numbers to the right."""
     lines = [headers, ["---", *["---:"] * (len(headers) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def claim_table(claims: Sequence[Mapping[str, str]]) -> tuple[list[str], list[list[str]]]:
+    """Returns headers and cells: each `claim` with its `section`, what was `measured` and the `verdict`."""
+    keys = ("claim", "section", "measured", "verdict")
+    return ["the paper", "section", "measured", "holds"], [[claim[key] for key in keys] for claim in claims]
 
 
 def rich_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None) -> Table:

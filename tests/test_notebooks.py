@@ -106,6 +106,39 @@ def test_the_paper_runs_from_a_clean_kernel_and_shows_committed_runs_and_the_use
     assert len(pictures["alpha"]) == len(titles) + 1
 
 
+@pytest.fixture
+def run_experiment(tmp_path, monkeypatch):
+    """Runs the paper's notebook's cell that runs an experiment, with a script in the place of Python."""
+    (cell,) = [cell for cell in _read("paper").cells if cell.id == "run-experiment"]
+    assert cell.source.count("EXPERIMENT = None") == 1
+
+    def run(script):
+        python = tmp_path / "python"
+        python.write_text(f"#!/bin/sh\n{script}\n")
+        python.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(python))
+        source = cell.source.replace("EXPERIMENT = None", 'EXPERIMENT = "svhn"')
+        exec(source, {"Path": pathlib.Path, "subprocess": subprocess, "sys": sys})
+
+    return run
+
+
+def test_what_an_experiment_prints_is_shown_in_its_cell(run_experiment, capsys):
+    run_experiment('echo "$@"; echo a warning >&2')
+    assert capsys.readouterr().out.splitlines() == [
+        "-u -m pip install --quiet -e .[experiments,prepare,cuda12]",
+        "a warning",
+        "-u -m experiments.svhn --out-dir runs/svhn --data-dir runs/tensorflow_datasets",
+        "a warning",
+    ]
+
+
+def test_an_experiment_that_fails_says_how_it_ended(run_experiment, capsys):
+    with pytest.raises(RuntimeError, match=r"experiments.svhn .* ended with 3:\nline 11\n(line \d\d\n)+line 30\n$"):
+        run_experiment('case "$3" in experiments*) for i in $(seq 30); do echo line $i; done; exit 3;; esac')
+    assert capsys.readouterr().out.startswith("line 1\n")
+
+
 def test_the_notebooks_are_these():
     assert [path.stem for path in FILES] == ["paper", "quickstart"]
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,11 @@ import pytest
 from jax.tree_util import Partial
 
 import glue_jax
-from experiments import digits
+from experiments import cifar10, digits
 from experiments.stages import Stages
 from experiments.variance import __main__ as command
-from experiments.variance import statistics
+from experiments.variance import measurement, radius, statistics
+from experiments.variance.claims import claims
 from experiments.variance.settings import Settings
 from experiments.variance.statistics import Estimator
 from glue_jax import theory
@@ -47,9 +49,9 @@ def _rows(estimator, averaged, probes=4000):
     _, gradient = statistics.value_and_gradient(fun, at)
     np.testing.assert_allclose(gradient, GRADIENT, rtol=1e-6)
     directions = glue_jax.sample_directions(jax.random.key(3), at, probes, estimator.directions)
-    slopes = statistics.probe(fun, at, directions, 0.5)
-    np.testing.assert_allclose(slopes, np.asarray(directions) @ GRADIENT, atol=1e-4)
-    return statistics.error_rows(directions, slopes, gradient, estimator, averaged)
+    derivatives = statistics.probe(fun, at, directions, 0.5)
+    np.testing.assert_allclose(derivatives, np.asarray(directions) @ GRADIENT, atol=1e-4)
+    return statistics.error_rows(directions, derivatives, gradient, estimator, averaged)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -98,11 +100,11 @@ def test_a_row_averages_as_the_estimator_does():
     # One estimate of all directions is what `spsa_gradient` returns for them.
     at, fun = jnp.zeros(4), Partial(_cubic, jnp.asarray(GRADIENT))
     directions = glue_jax.sample_directions(jax.random.key(0), at, 6, "sphere")
-    slopes = statistics.probe(fun, at, directions, 0.1)
+    derivatives = statistics.probe(fun, at, directions, 0.1)
     estimate = glue_jax.spsa_gradient(
         jax.random.key(1), fun, at, radius=0.1, num_directions=3, directions=lambda *_: directions[:3]
     )
-    contributions = 4 * slopes[:, None] * np.asarray(directions)
+    contributions = 4 * derivatives[:, None] * np.asarray(directions)
     np.testing.assert_allclose(statistics._averages(contributions, 3, 1)[0], np.asarray(estimate.gradient), rtol=1e-4)
 
 
@@ -125,16 +127,24 @@ def test_the_cosine_of_many_directions_on_the_sphere_lies_above_that_of_normal_o
     assert statistics.expected_cosine(10, 10, "rademacher") is None
 
 
-def test_slopes_lose_to_rounding_at_small_radii_and_to_curvature_at_large_ones():
-    # For L = 1 + s + s³ in s = g.b, the slope along u at 0 is s + radius² s³ for s = g.u: the error is radius² s³.
+def test_probes_may_be_evaluated_together():
+    fun, directions = Partial(_cubic, jnp.asarray(GRADIENT)), jnp.eye(4)[:3]
+    alone = statistics.probe(fun, jnp.zeros(4), directions, 0.1)
+    np.testing.assert_allclose(
+        statistics.probe(fun, jnp.zeros(4), directions, 0.1, probe_batch_size=4), alone, rtol=1e-4
+    )
+
+
+def test_derivatives_lose_to_rounding_at_small_radii_and_to_curvature_at_large_ones():
+    # For L = 1 + s + s³ in s = g.b, the probe along u at 0 gives s + radius² s³ for s = g.u: the error is radius² s³.
     linear = jnp.asarray(GRADIENT / np.linalg.norm(GRADIENT))
     directions = glue_jax.sample_directions(jax.random.key(0), jnp.zeros(4), 64, "sphere")
     radii = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0]
-    errors, size = statistics.slope_errors(Partial(_cubic, linear), jnp.zeros(4), directions, radii)
+    errors, size = radius.derivative_errors(Partial(_cubic, linear), jnp.zeros(4), directions, radii)
     s = np.asarray(directions, np.float64) @ np.asarray(linear)
     assert size == pytest.approx(np.sqrt(np.mean(s**2)), rel=1e-4)
     np.testing.assert_allclose(errors[-3:], np.array(radii[-3:]) ** 2 * np.sqrt(np.mean(s**6)) / size, rtol=1e-2)
-    found = statistics.radius_findings(radii, errors, 0.01)
+    found = radius.radius_findings(radii, errors, 0.01)
     assert found["rounding_power"] == pytest.approx(-1, abs=0.25)
     assert found["curvature_power"] == pytest.approx(2, abs=0.1)
     low, high = found["good_radii"]
@@ -144,20 +154,24 @@ def test_slopes_lose_to_rounding_at_small_radii_and_to_curvature_at_large_ones()
 
 
 def test_good_radii_end_where_the_sweep_does_and_may_be_none():
-    found = statistics.radius_findings([0.1, 1.0, 10.0], [0.001, 0.002, 0.1], 0.01)
+    found = radius.radius_findings([0.1, 1.0, 10.0], [0.001, 0.002, 0.1], 0.01)
     assert found["good_radii"][0] == pytest.approx(0.1)
+    assert found["rounding_power"] is None
+    assert found["curvature_power"] == pytest.approx(np.log10(50))
     # Halfway from 0.002 to 0.1 on logarithmic axes lies 0.0141.
     assert found["good_radii"][1] == pytest.approx(10 ** (np.log(5) / np.log(50)))
-    assert statistics.radius_findings([0.1, 1.0], [0.2, 0.3], 0.01)["good_radii"] is None
+    nowhere = {"best_radius": 0.1, "good_radii": None, "rounding_power": None, "curvature_power": None}
+    assert radius.radius_findings([0.1, 1.0], [0.2, 0.3], 0.01) == nowhere
 
 
-def test_the_spectral_norm_is_that_of_all_floating_point_leaves_together():
+def test_the_experts_norms_are_those_of_all_floating_point_leaves_together():
     rng = np.random.default_rng(0)
     experts = {"w": rng.normal(size=(3, 2, 5)).astype(np.float32), "b": rng.normal(size=(3, 4)).astype(np.float32)}
     columns = np.concatenate([experts["w"].reshape(3, -1), experts["b"]], axis=1)
     experts["count"] = np.full(3, 1000)
     stacked = jax.tree.map(jnp.asarray, experts)
-    assert statistics.spectral_norm(stacked) == pytest.approx(np.linalg.norm(columns, 2), rel=1e-6)
+    expected = np.linalg.norm(columns, 2), np.linalg.norm(columns)
+    assert statistics.expert_norms(stacked) == pytest.approx(expected, rel=1e-6)
 
 
 def test_losses_and_gradients_that_are_no_use_are_refused():
@@ -168,7 +182,7 @@ def test_losses_and_gradients_that_are_no_use_are_refused():
 
 
 OPTIONS = ["--preset", "tiny", "--probes", "64", "--averaged", "1", "4", "2", "--subsets", "2", "8"]
-OPTIONS += ["--slope-directions", "32", "--examples", "32"]
+OPTIONS += ["--radius-directions", "32", "--examples", "32"]
 
 
 def _main(folder, *options):
@@ -183,29 +197,100 @@ def _main(folder, *options):
             jax.config.update("jax_disable_most_optimizations", False)
 
 
+def test_the_default_preset_is_the_experiments_own():
+    parsed = command._parse(["--experiment", "cifar10", "--probes", "512"])
+    assert (parsed.preset, parsed.config) == ("paper", cifar10.PRESETS["paper"])
+    assert (str(parsed.run_dir), str(parsed.out_dir)) == ("runs/cifar10", "runs/variance-cifar10")
+    parsed = command._parse(["--experiment", "cifar10", "--preset", "quick"])
+    assert (parsed.config, str(parsed.run_dir)) == (cifar10.PRESETS["quick"], "runs/cifar10-quick")
+    assert command._parse([]).config == digits.PRESETS["quick"]
+
+
+def test_an_accelerator_is_given_so_many_images_at_once(monkeypatch):
+    nothing: Any = None
+    setting = measurement._Setting(*[nothing] * 7)._replace(settings=Settings(examples=300))
+    monkeypatch.setattr(measurement, "on_cpu", lambda data: False)
+    assert setting.probe_batch_size == 6
+    assert setting._replace(settings=Settings(examples=10_000)).probe_batch_size == 1
+    monkeypatch.setattr(measurement, "on_cpu", lambda data: True)
+    assert setting.probe_batch_size is None
+
+
+def _row(k, m, error, variance, point="uniform", **fields):
+    means = {"error": error, "error_se": 1e-3, "variance": variance, "variance_se": 1e-3}
+    theirs = {"equation_19": (k - 1) / (m * k), "bound": 4 * (k - 1) / (m * k)}
+    return {"point": point, "K": k, "m": m, "space": "alpha", "directions": "sphere", **means, **theirs, **fields}
+
+
+def test_the_papers_claims_by_hand():
+    # Exact values: the error is (1 - 1/K)² + (K - 1)/(m K²). With K = 2 Eq. (19) is 0.05 for m = 10.
+    alpha = [_row(2, 1, 0.5, 0.25), _row(2, 10, 0.275, 0.025), _row(4, 1, 0.75, 0.1875), _row(4, 10, 0.58, 0.01875)]
+    beta = [_row(k, 1, 0, k - 1.0, space="beta") for k in (2, 4)]
+    norms = {"experts_spectral_norm": 3.0, "parameter_gradient_norm": 2.0, "alpha_gradient_norm": 3.0}
+    points = [{"point": "uniform", "K": k, "experts_frobenius_norm": 4.0, **norms} for k in (2, 4)]
+    radii = {"point": "uniform", "radii": [1e-3, 0.1, 1.0], "errors": [0.5, 0.01, 2.0], "best_radius": 0.1}
+    found = claims({"errors": [*alpha, *beta], "points": points, "radii": [radii]})
+    assert [(claim["measured"], claim["verdict"]) for claim in found] == [
+        (
+            "error less variance, the square of the bias: 0.25 (K = 2), 0.562 (K = 4); of a mean of g/K it is "
+            "(1 − 1/K)², 0.25 (K = 2), 0.562 (K = 4)",
+            "no",
+        ),
+        ("error over it: 1", "yes"),
+        ("error over it: 5.5 to 7.73; variance over it: 0.25 to 0.5, exact 1/K", "no"),
+        # sigma² ||grad_theta L||² over ||g||² is 4: 4 (K - 1)/(m K) and the error meet at m = (4 K - 1)/(K - 1).
+        (
+            "bound over error: 4 at m = 1, 0.517 to 0.727 at m = 10; it falls as 1/m, the error does not: by the "
+            "formulas they meet at m = 7 (uniform, K = 2), 5 (uniform, K = 4)",
+            "in 2 of 4",
+        ),
+        ("bound over variance: 8 to 16 at m = 1, 8 to 16 at m = 10", "yes"),
+        ("from m = 1 to 10 (uniform, K = 2): variance 0.25 to 0.025, error 0.5 to 0.275", "yes"),
+        (
+            "σ_max(Θ)/‖Θ‖_F: 0.75 (K = 2), 0.75 (K = 4); it is 1, its most, where all experts are parallel, and 1/√K "
+            "where they are orthogonal and of one length",
+            "no",
+        ),
+        (
+            "σ_max(Θ): 3 (K = 2), 3 (K = 4); variance, m = 1: 0.25 (K = 2), 0.188 (K = 4), exact (K − 1)/K² whatever "
+            "σ_max(Θ) is; not tested on experts of another σ_max(Θ)",
+            "-",
+        ),
+        (
+            "m = 1, not over ‖g‖²: 2.25 (K = 2), 1.69 (K = 4); of the unbiased estimate in β, over ‖∇βL‖²: 1 (K = 2), "
+            "3 (K = 4), exact K − 1",
+            "in 1 of 2",
+        ),
+        (
+            "relative error of the directional derivatives in β: uniform 50 % at 0.001, 1 % at 0.1, 200 % at 1",
+            "yes",
+        ),
+    ]
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory, compilation_cache):
     folder = tmp_path_factory.mktemp("variance")
     return _main(folder), folder
 
 
-def test_results_hold_each_place_estimator_and_m(done):
+def test_results_hold_each_point_estimator_and_m(done):
     results, folder = done
     assert json.loads((folder / "out" / "results.json").read_text()) == json.loads(json.dumps(results))
-    points = [(row["place"], row["K"]) for row in results["places"]]
+    points = [(row["point"], row["K"]) for row in results["points"]]
     assert points == [("uniform", 3), ("uniform", 2), ("learned", 3), ("corner", 3)]
     # The numbers asked for, and K - 1 and K.
     ms = {2: (1, 2, 4), 3: (1, 2, 3, 4)}
     expected = [(*point, *estimator, m) for point in points for estimator in ESTIMATORS for m in ms[point[1]]]
     assert [
-        tuple(row[name] for name in ("place", "K", "space", "directions", "scale", "m")) for row in results["errors"]
+        tuple(row[name] for name in ("point", "K", "space", "directions", "scale", "m")) for row in results["errors"]
     ] == expected
-    assert [row["place"] for row in results["radii"]] == ["uniform", "learned", "corner"]
+    assert [row["point"] for row in results["radii"]] == ["uniform", "learned", "corner"]
 
 
-def test_places_lie_where_they_say(done):
+def test_points_lie_where_they_say(done):
     results, _ = done
-    uniform, pair, learned, corner = (np.array(row["alpha"]) for row in results["places"])
+    uniform, pair, learned, corner = (np.array(row["alpha"]) for row in results["points"])
     np.testing.assert_allclose(uniform, 1 / 3, rtol=1e-6)
     np.testing.assert_allclose(pair, 1 / 2)
     assert 0 < np.abs(learned - uniform).max() < 0.05
@@ -214,18 +299,18 @@ def test_places_lie_where_they_say(done):
 
 def test_the_norms_of_equation_20_bound_the_gradient_and_proposition_1_follows_from_them(done):
     results, _ = done
-    for place in results["places"]:
-        above = place["experts_spectral_norm"] * place["parameter_gradient_norm"]
-        assert place["alpha_gradient_norm"] <= above * (1 + 1e-5)
+    for point in results["points"]:
+        above = point["experts_spectral_norm"] * point["parameter_gradient_norm"]
+        assert point["alpha_gradient_norm"] <= above * (1 + 1e-5)
         rows = [
             row
             for row in results["errors"]
-            if row["space"] == "alpha" and (row["place"], row["K"]) == (place["place"], place["K"])
+            if row["space"] == "alpha" and (row["point"], row["K"]) == (point["point"], point["K"])
         ]
         for row in rows:
             k, m = row["K"], row["m"]
             assert row["equation_19"] == pytest.approx((k - 1) / (m * k))
-            slack = (above / place["alpha_gradient_norm"]) ** 2
+            slack = (above / point["alpha_gradient_norm"]) ** 2
             assert row["bound"] == pytest.approx(slack * row["equation_19"], rel=1e-4)
 
 
@@ -235,9 +320,26 @@ def test_probes_of_a_network_have_the_theorys_error(done):
         assert abs(row["error"] - row["exact"]) <= 6 * row["error_se"] + 0.02 * row["exact"] + 1e-3
 
 
+def test_a_run_says_first_how_many_experts_are_to_be_trained(done, tmp_path, monkeypatch, capsys):
+    _, folder = done
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "measure", interrupted)
+    printed = []
+    for run_dir in (folder / "run", tmp_path):
+        with pytest.raises(SystemExit):
+            _main(tmp_path, "--run-dir", str(run_dir))
+        printed.append(capsys.readouterr().out)
+    assert "experts to train" not in printed[0]
+    assert "experts to train first: 3 of 3, " in printed[1]
+
+
 def test_the_report_has_its_files_and_says_what_was_measured(done):
     results, folder = done
     out = folder / "out"
+    assert [claim["verdict"] for claim in results["claims"]][5:8] == ["yes", "no", "-"]
     assert {path.name for path in out.iterdir()} == {"results.json", "report.md", "variance.png", "stages"}
     report = (out / "report.md").read_text()
     assert "python -m experiments.variance --preset tiny --probes 64" in report

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from experiments.presentation import verdict
+from experiments.presentation import ends, number, verdict
 
 Row = Mapping[str, Any]
 Rows = Sequence[Row]
@@ -28,7 +28,7 @@ def claims(rows: Rows, num_experts: int) -> list[dict[str, str]]:
         num_experts: K.
 
     Returns:
-        A dict for each: the paper's `section`; `claim`; `measured`, each network's range over its rows; `verdict`.
+        A dict for each: the `claim`; the paper's `section`; `measured`, each network's range over its rows; `verdict`.
     """
     timed = [row for row in rows if row["times"] is not None]
     pairs = [row for row in timed if row["num_directions"] == 1]
@@ -80,7 +80,7 @@ def claims(rows: Rows, num_experts: int) -> list[dict[str, str]]:
         ),
     ]
     return [
-        {"section": section, "claim": claim, "measured": measured, "verdict": verdict(holds)}
+        {"claim": claim, "section": section, "measured": measured, "verdict": verdict(holds)}
         for section, claim, measured, holds in found
     ]
 
@@ -108,9 +108,9 @@ def growth_table(rows: Rows, num_experts: int) -> tuple[list[str], list[list[str
         flops, cells = row["flops"], ["-"] * 4
         if row["times"]:
             values = (1000 * _backward_term(row), 1000 * _others(row), _time_gap(row))
-            cells = [*map(_number, values), f"{row['times']['spsa_over_full']:.3f}"]
+            cells = [*map(number, values), f"{row['times']['spsa_over_full']:.3f}"]
         ratio = flops["spsa_step_vmapped"] / flops["full_step"]
-        cells += [_number(_flops_gap(row)), f"{ratio:.3f}"]
+        cells += [number(_flops_gap(row)), f"{ratio:.3f}"]
         table.append([row["network"], f"{row['parameters']:,}", str(row["batch_size"]), *cells])
     return headers, table
 
@@ -120,8 +120,7 @@ def _ranges(rows: Rows, value: Callable[[Row], float]) -> str:
     groups: dict[str, list[float]] = {}
     for row in rows:
         groups.setdefault(row["network"], []).append(value(row))
-    ends = {name: dict.fromkeys((_number(min(found)), _number(max(found)))) for name, found in groups.items()}
-    parts = ", ".join(f"{name} {' to '.join(values)}" for name, values in ends.items())
+    parts = ", ".join(f"{name} {ends(values)}" for name, values in groups.items())
     return f"{parts} ({len(rows)} rows)" if rows else "no row"
 
 
@@ -130,7 +129,7 @@ def _by_batch_size(sizes: Mapping[int, Rows], value: Callable[[Row], float], uni
     parts = []
     for batch_size, group in sizes.items():
         if len(group) > 1:
-            values = ", ".join(f"{row['network']} {_number(value(row))}{unit}" for row in group)
+            values = ", ".join(f"{row['network']} {number(value(row))}{unit}" for row in group)
             parts.append(f"{values} at batch {batch_size}")
     return "; ".join(parts) or "one network alone"
 
@@ -177,8 +176,3 @@ def _time_gap(row: Row) -> float:
 def _flops_gap(row: Row) -> float:
     """Of the compiled steps, in GFLOP."""
     return (row["flops"]["full_step"] - row["flops"]["spsa_step_vmapped"]) / 1e9
-
-
-def _number(value: float) -> str:
-    """Three digits, or all before the point."""
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"

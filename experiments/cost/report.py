@@ -8,7 +8,7 @@ from rich.console import Console
 
 from experiments.cost.claims import EXPLANATION, growth_table
 from experiments.cost.figure import draw
-from experiments.presentation import markdown_table, rich_table, write_report
+from experiments.presentation import claim_table, markdown_table, rich_table, write_report
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -40,7 +40,7 @@ def print_tables(results: Mapping[str, Any], folder: Path, console: Console) -> 
     for line in _remarks(results["rows"]):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(rich_table("What is promised", *_promise_table(results["promises"])))
-    console.print(rich_table("The claims of section 4.1", *_claim_table(results["claims"])))
+    console.print(rich_table("The claims of section 4.1", *claim_table(results["claims"])))
     console.print(f"report: {folder / 'report.md'}", highlight=False, soft_wrap=True)
 
 
@@ -105,7 +105,7 @@ def _markdown(results: Mapping[str, Any]) -> str:
         markdown_table(*_promise_table(results["promises"])),
         "## The claims of section 4.1",
         EXPLANATION,
-        markdown_table(*_claim_table(results["claims"])),
+        markdown_table(*claim_table(results["claims"])),
         f"The terms of Eq. (21), and T_full − T_SPSA as measured, by the networks' parameters (K = {k}, m = 1):",
         markdown_table(*growth_table(rows, k)),
         "## Time",
@@ -148,11 +148,6 @@ def _promise_table(promises: Rows) -> tuple[list[str], list[list[str]]]:
         ]
         for promise in promises
     ]
-
-
-def _claim_table(claims: Rows) -> tuple[list[str], list[list[str]]]:
-    """The paper's claims with their verdicts."""
-    return ["section", "the paper", "measured", "holds"], [list(claim.values()) for claim in claims]
 
 
 def _time_table(rows: Rows) -> tuple[list[str], list[list[str]]]:

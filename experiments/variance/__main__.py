@@ -4,9 +4,10 @@
     python -m experiments.variance --experiment cifar10 --examples 64 --probes 128 --averaged 1 2 5 10 20
 
 The digits take about 3 minutes on 2 CPU cores. Experts are read from `--run-dir`, where the experiment's own command
-keeps them (give it the same options); those that are missing are trained.
+keeps them (give it the same options). Those that are missing are trained first, by default at the scale of the
+experiment's own default preset: the paper's, hours on a CPU, for cifar10.
 
-One batch of target images is the loss, so that its gradient is known. At each place in the experts' hull the loss is
+One batch of target images is the loss, so that its gradient is known. At each point of the experts' hull the loss is
 probed once along many random directions, which are then averaged by m: in alpha with the paper's scale, where its
 section 4.2 is set, and in beta, through the softmax, with the unbiased scale, which GLUE learns with.
 """
@@ -27,9 +28,11 @@ from rich.console import Console
 from experiments import data
 from experiments.config import Config
 from experiments.context import Context, prepare
-from experiments.progress import ProgressBars
-from experiments.stages import DamagedStageError, Stages, machine
+from experiments.experts import missing_experts
+from experiments.session import exit_on, session
+from experiments.stages import Stages, machine
 from experiments.variance import report
+from experiments.variance.claims import claims
 from experiments.variance.measurement import measure, number_of_directions
 from experiments.variance.settings import Settings, check
 
@@ -40,7 +43,7 @@ class Arguments:
 
     Attributes:
         experiment: whose experts; a module of `experiments` that has presets, as digits or cifar10.
-        preset: of that experiment: the defaults of its fields.
+        preset: of that experiment: the defaults of its fields. The default is its first.
         run_dir: the experiment's folder, which keeps the experts; the default is its own.
         out_dir: for the report and the finished parts; the default is `variance-` and the experiment's folder's name.
         data_dir: the data directory of tensorflow-datasets; the default is its own (TFDS_DATA_DIR, or
@@ -65,31 +68,22 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         arguments: the command line; None is the process's.
 
     Returns:
-        The results.
+        The results: of `experiments.variance.measurement.measure`, with `title`, `command` and `claims`.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
     console = Console()
-    with ProgressBars(console) as progress:
-        try:
-            parsed = _parse(words)
+    with exit_on(ValueError):
+        parsed = _parse(words)
+    with session(parsed.out_dir, console) as progress:
+        with exit_on(ValueError, OSError, data.DatasetNotFoundError):
             dataset = data.load(parsed.config.dataset, parsed.data_dir, parsed.config.image_size)
-            parsed.out_dir.mkdir(parents=True, exist_ok=True)
             context = prepare(parsed.config, dataset, parsed.run_dir / "stages", progress)
             check(context, parsed.settings)
-        except (ValueError, OSError, data.DatasetNotFoundError) as error:
-            sys.exit(f"{type(error).__name__}: {error}")
         progress.say(_plan(context, parsed.settings))
-        try:
-            results = measure(context, parsed.settings, Stages(parsed.out_dir / "stages"))
-        except (FloatingPointError, DamagedStageError) as error:
-            sys.exit(f"{type(error).__name__}: {error}")
-        except KeyboardInterrupt:
-            progress.say(
-                f"interrupted: finished parts are kept in {parsed.out_dir}, the same command goes on from them"
-            )
-            sys.exit(130)
+        results = measure(context, parsed.settings, Stages(parsed.out_dir / "stages"))
     results["title"] = f"The error of the gradient estimates: {parsed.experiment}, preset {parsed.preset}"
     results["command"] = shlex.join(["python", "-m", "experiments.variance", *words])
+    results["claims"] = claims(results)
     report.write(results, parsed.out_dir)
     report.print_table(results, parsed.out_dir, console)
     return results
@@ -97,11 +91,16 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 def _plan(context: Context, settings: Settings) -> str:
     """What is going to be done."""
-    probes, slopes = (2 * count for count in number_of_directions(context.config, settings))
+    config, missing = context.config, len(missing_experts(context))
+    training = (
+        f"experts to train first: {missing} of {config.num_experts}, {config.expert_epochs} epochs of "
+        f"{config.expert_examples} images each\n"
+    )
+    errors, radii = (2 * count for count in number_of_directions(config, settings))
     return (
-        f"{context.dataset.name}; {machine()}\n"
-        f"forward passes of {settings.examples} images: errors {probes}, radii {slopes}; learning at most "
-        f"{context.config.alpha_steps} steps"
+        f"{context.dataset.name}; {machine()}\n{training if missing else ''}"
+        f"forward passes of {settings.examples} images: errors {errors}, radii {radii}; learning at most "
+        f"{config.alpha_steps} steps"
     )
 
 
@@ -109,12 +108,14 @@ def _parse(words: Sequence[str]) -> Arguments:
     """The command line over the defaults of its experiment's preset."""
     first_pass = argparse.ArgumentParser(prog="python -m experiments.variance", add_help=False, allow_abbrev=False)
     first_pass.add_argument("--experiment", default="digits")
-    first_pass.add_argument("--preset", default="quick")
+    first_pass.add_argument("--preset")
     chosen = first_pass.parse_known_args(words)[0]
     presets = _presets(chosen.experiment)
-    if chosen.preset not in presets:
-        raise ValueError(f"preset is {chosen.preset!r}; expected one of {tuple(presets)}, those of {chosen.experiment}")
-    folder = chosen.experiment if chosen.preset == next(iter(presets)) else f"{chosen.experiment}-{chosen.preset}"
+    default = next(iter(presets))
+    preset = chosen.preset or default
+    if preset not in presets:
+        raise ValueError(f"preset is {preset!r}; expected one of {tuple(presets)}, those of {chosen.experiment}")
+    folder = chosen.experiment if preset == default else f"{chosen.experiment}-{preset}"
     return tyro.cli(
         Arguments,
         prog=first_pass.prog,
@@ -122,11 +123,11 @@ def _parse(words: Sequence[str]) -> Arguments:
         args=list(words),
         default=Arguments(
             experiment=chosen.experiment,
-            preset=chosen.preset,
+            preset=preset,
             run_dir=Path("runs") / folder,
             out_dir=Path("runs") / f"variance-{folder}",
             settings=Settings(),
-            config=presets[chosen.preset],
+            config=presets[preset],
         ),
     )
 

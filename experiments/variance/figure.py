@@ -1,4 +1,4 @@
-"""The picture of `experiments.variance`: errors, cosines and slopes, measured and expected."""
+"""The picture of `experiments.variance`: errors, cosines and directional derivatives, measured and expected."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from glue_jax.directions import DirectionName, dimension
 
 Rows = Sequence[Mapping[str, Any]]
 
-_PLACE_COLORS = {"uniform": "#0072b2", "learned": "#d55e00", "corner": "#009e73"}
+_POINT_COLORS = {"uniform": "#0072b2", "learned": "#d55e00", "corner": "#009e73"}
 _DIRECTION_COLORS: Mapping[DirectionName, str] = {
     "rademacher": "#e69f00",
     "sphere": "#0072b2",
@@ -54,9 +54,9 @@ def _alpha_panel(axes: Axes, rows: Rows, k: int) -> None:
     exact = [theory.estimator_mean_squared_error(gradient, int(n), "sphere", scale="paper") / k for n in m]
     axes.plot(m, exact, color="black", label="exact")
     axes.plot(m, [theory.paper_mean_squared_error(gradient, int(n)) / k for n in m], "k--", label="Eq. (18), (19)")
-    for offset, (place, color) in zip((0.93, 1, 1.07), _PLACE_COLORS.items(), strict=True):
-        chosen = [row for row in rows if row["space"] == "alpha" and row["place"] == place]
-        _points(axes, [offset * row["m"] for row in chosen], chosen, "error", color=color, marker="o", label=place)
+    for offset, (point, color) in zip((0.93, 1, 1.07), _POINT_COLORS.items(), strict=True):
+        chosen = [row for row in rows if row["space"] == "alpha" and row["point"] == point]
+        _draw_means(axes, [offset * row["m"] for row in chosen], chosen, "error", color=color, marker="o", label=point)
     axes.set(xscale="log", xlabel="directions averaged, m", ylabel=_ERROR, ylim=(0, 1.1))
     axes.set_title(f"In α, the paper's scale, K = {k}")
     axes.legend()
@@ -67,13 +67,13 @@ def _beta_panel(axes: Axes, rows: Rows, k: int) -> None:
     m = _numbers(rows)
     for name, color in _DIRECTION_COLORS.items():
         chosen = [
-            row for row in rows if row["space"] == "beta" and row["place"] == "uniform" and row["directions"] == name
+            row for row in rows if row["space"] == "beta" and row["point"] == "uniform" and row["directions"] == name
         ]
         d = dimension(np.zeros(k), name)
         exact = np.array([theory.relative_variance(d, int(n), name) for n in m])
         axes.plot(m, np.where(exact > 0, exact, np.nan), ".-", color=color, linewidth=1, markersize=3)
         random = [row for row in chosen if row["exact_variance"] > 0]
-        _points(axes, [row["m"] for row in random], random, "error", color=color, marker=_MARKERS[name], label=name)
+        _draw_means(axes, [row["m"] for row in random], random, "error", color=color, marker=_MARKERS[name], label=name)
     axes.set(xscale="log", yscale="log", xlabel="directions averaged, m", ylabel=_ERROR)
     axes.set_title(f"In β, unbiased, K = {k}, uniform\n(lines exact; orthogonal: 0 in whole blocks)")
     axes.legend()
@@ -81,22 +81,22 @@ def _beta_panel(axes: Axes, rows: Rows, k: int) -> None:
 
 def _experts_panel(axes: Axes, rows: Rows) -> None:
     """The errors against K, of one direction and of more."""
-    uniform = [row for row in rows if row["place"] == "uniform" and row["directions"] == "sphere"]
+    uniform = [row for row in rows if row["point"] == "uniform" and row["directions"] == "sphere"]
     ks = sorted({row["K"] for row in uniform})
     ms = sorted(set.intersection(*({row["m"] for row in uniform if row["K"] == k} for k in ks)))
     grid = np.arange(2, max(ks) + 1)
     colors = itertools.cycle(["#0072b2", "#d55e00"])
     for m in sorted({ms[0], ms[len(ms) // 2]}):
         color = next(colors)
-        for space, marker, line in (("beta", "s", "-"), ("alpha", "o", "-")):
+        for space, marker in (("beta", "s"), ("alpha", "o")):
             chosen = sorted(
                 (row for row in uniform if row["space"] == space and row["m"] == m), key=lambda row: row["K"]
             )
             scale = chosen[0]["scale"]
             exact = [theory.estimator_mean_squared_error(np.ones(n), m, "sphere", scale=scale) / n for n in grid]
-            axes.plot(grid, exact, color=color, linestyle=line, linewidth=1)
+            axes.plot(grid, exact, color=color, linewidth=1)
             what = "β, unbiased" if space == "beta" else "α, paper's"
-            _points(
+            _draw_means(
                 axes,
                 [row["K"] for row in chosen],
                 chosen,
@@ -115,10 +115,10 @@ def _experts_panel(axes: Axes, rows: Rows) -> None:
 
 def _bound_panel(axes: Axes, rows: Rows, k: int) -> None:
     """Proposition 1 over the measured error."""
-    for place, color in _PLACE_COLORS.items():
-        chosen = [row for row in rows if row["space"] == "alpha" and row["place"] == place]
+    for point, color in _POINT_COLORS.items():
+        chosen = [row for row in rows if row["space"] == "alpha" and row["point"] == point]
         m = [row["m"] for row in chosen]
-        axes.plot(m, [row["bound"] / row["error"] for row in chosen], "o", color=color, label=f"{place}, measured")
+        axes.plot(m, [row["bound"] / row["error"] for row in chosen], "o", color=color, label=f"{point}, measured")
         axes.plot(m, [row["bound"] / row["exact"] for row in chosen], color=color, linewidth=1)
     axes.axhline(1, color="black", linestyle=":")
     axes.set(xscale="log", yscale="log", xlabel="directions averaged, m", ylabel="bound / error")
@@ -128,7 +128,7 @@ def _bound_panel(axes: Axes, rows: Rows, k: int) -> None:
 
 def _cosine_panel(axes: Axes, rows: Rows, k: int) -> None:
     """The cosine to the true gradient against m."""
-    uniform = [row for row in rows if row["place"] == "uniform"]
+    uniform = [row for row in rows if row["point"] == "uniform"]
     names: tuple[DirectionName, ...] = ("sphere", "orthogonal", "simplex_orthogonal")
     for name in names:
         color, d = _DIRECTION_COLORS[name], dimension(np.zeros(k), name)
@@ -136,9 +136,11 @@ def _cosine_panel(axes: Axes, rows: Rows, k: int) -> None:
         ms = [row["m"] for row in chosen]
         expected = [(m, expected_cosine(d, m, name)) for m in (ms if name == "sphere" else range(1, d + 1))]
         axes.plot(*np.array(expected, float).T, color=color, linewidth=1)
-        _points(axes, ms, chosen, "cosine", color=color, marker=_MARKERS[name], label=f"β, {name}")
+        _draw_means(axes, ms, chosen, "cosine", color=color, marker=_MARKERS[name], label=f"β, {name}")
     in_alpha = [row for row in uniform if row["space"] == "alpha"]
-    _points(axes, [row["m"] for row in in_alpha], in_alpha, "cosine", color="#999999", marker="x", label="α, sphere")
+    _draw_means(
+        axes, [row["m"] for row in in_alpha], in_alpha, "cosine", color="#999999", marker="x", label="α, sphere"
+    )
     m = np.arange(1, k + 1)
     axes.plot(m, np.sqrt(m / k), "k:", label="√(m/K)")
     axes.set(xscale="log", xlabel="directions averaged, m", ylabel="mean cosine to g", ylim=(0, 1.05))
@@ -147,10 +149,10 @@ def _cosine_panel(axes: Axes, rows: Rows, k: int) -> None:
 
 
 def _radius_panel(axes: Axes, rows: Rows, radius: float) -> None:
-    """The slopes' error against the radius."""
+    """The directional derivatives' error against the radius."""
     for row in rows:
-        color = _PLACE_COLORS[row["place"]]
-        axes.plot(row["radii"], row["errors"], "o-", color=color, markersize=4, label=row["place"])
+        color = _POINT_COLORS[row["point"]]
+        axes.plot(row["radii"], row["errors"], "o-", color=color, markersize=4, label=row["point"])
     radii, errors = np.array(rows[0]["radii"]), np.array(rows[0]["errors"])
     low, high = radii[radii <= 1e-4], radii[radii >= 0.3]
     axes.plot(low, 4 * errors[0] * radii[0] / low, "k--", linewidth=1)
@@ -162,8 +164,8 @@ def _radius_panel(axes: Axes, rows: Rows, radius: float) -> None:
     axes.text(0.99, 0.02, "∝ radius²", fontsize=10, ha="right", transform=axes.transAxes)
     axes.annotate(f"radius {radius:g}", (radius, max(errors)), xytext=(4, -4), **words)
     axes.annotate(f"{100 * TOLERANCE:g} %", (radii[0], TOLERANCE), xytext=(0, 3), **words)
-    axes.set(xscale="log", yscale="log", xlabel="radius of a probe in β", ylabel="relative rms error of the slopes")
-    axes.set_title("Slopes (L₊ − L₋)/(2 radius)")
+    axes.set(xscale="log", yscale="log", xlabel="radius of a probe in β", ylabel="relative rms error")
+    axes.set_title("Directional derivatives (L₊ − L₋)/(2 radius)")
     axes.legend(loc="lower left")
 
 
@@ -172,7 +174,7 @@ def _numbers(rows: Rows) -> np.ndarray:
     return np.arange(1, max(row["m"] for row in rows) + 1)
 
 
-def _points(axes: Axes, x: Sequence[float], rows: Rows, name: str, *, color: str, marker: str, label: str) -> None:
+def _draw_means(axes: Axes, x: Sequence[float], rows: Rows, name: str, *, color: str, marker: str, label: str) -> None:
     """Measured means with 2 standard errors."""
     bars = [2 * row[f"{name}_se"] for row in rows]
     axes.errorbar(x, [row[name] for row in rows], bars, color=color, fmt=marker, markersize=5, capsize=2, label=label)

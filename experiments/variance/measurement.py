@@ -21,9 +21,11 @@ from experiments.progress import Stage
 from experiments.protocol import learn_coefficients
 from experiments.stages import Stages
 from experiments.variance import statistics
+from experiments.variance.radius import RADII, derivative_errors, radius_findings
 from experiments.variance.settings import TOLERANCE, Settings
 from experiments.variance.statistics import Estimator, Objective
 from glue_jax import theory
+from glue_jax.batches import on_cpu
 from glue_jax.types import LinkFn, LossFn, Params
 
 ESTIMATORS = (
@@ -33,12 +35,13 @@ ESTIMATORS = (
     Estimator("beta", "orthogonal", "unbiased"),
     Estimator("beta", "simplex_orthogonal", "unbiased"),
 )
-RADII = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
 
 _LINKS: Mapping[str, LinkFn] = {"alpha": glue_jax.unconstrained, "beta": jax.nn.softmax}
-_PLACES = ("uniform", "learned", "corner")
+_POINTS = ("uniform", "learned", "corner")
 # The best expert's coefficient at the corner.
 _CORNER_WEIGHT = 0.9
+# So many go through an accelerator at once: all probes of a chunk might not fit its memory.
+_IMAGES_AT_ONCE = 2048
 
 
 def measure(context: Context, settings: Settings, stages: Stages) -> dict[str, Any]:
@@ -50,8 +53,17 @@ def measure(context: Context, settings: Settings, stages: Stages) -> dict[str, A
         stages: where the parts are kept.
 
     Returns:
-        A dict that JSON holds: `config`, `settings`, `data`, `places` (a row for each place and K), `errors` (a row for
-        each of these, each estimator and m), `radii` (a row for each place), `learning_steps`, `seconds`, `machine`.
+        A dict that JSON holds: `config`, `settings`, `data` (its name, the number of target images), `machine`,
+        `seconds` by kind of part, `learning_steps`, and
+
+        - `points`, a row for each point in the experts' hull: its `point` (uniform, learned or corner), `K`, `alpha`
+          and `loss` in nats, the norms of the gradients for alpha (and of its zero-sum part), for beta and for the
+          parameters, and the spectral and the Frobenius norm of the experts;
+        - `errors`, a row for each point, estimator and m: see `experiments.variance.statistics.error_rows`; in alpha
+          with `equation_19` and `bound`, Eq. (13), over ||g||², too;
+        - `radii`, a row for each point of all experts: `radii`, the directional derivatives' `errors`, and
+          `error_at_radius` at the run's; `rms_derivative` and `loss_rounding` in nats; and what
+          `experiments.variance.radius.radius_findings` returns.
 
     Raises:
         FloatingPointError: a loss that is not finite, or a gradient of zero, with the part that it stopped.
@@ -70,26 +82,26 @@ def measure(context: Context, settings: Settings, stages: Stages) -> dict[str, A
         batch=take(target, rows),
         losses={space: functools.partial(_blended_loss, context.problem.loss, link) for space, link in _LINKS.items()},
     )
-    num_probes, num_slopes = number_of_directions(config, settings)
+    num_probes, num_radii = number_of_directions(config, settings)
     with jax.default_matmul_precision(config.matmul_precision):
         learned, corner = _learned(setting), _corner(setting)
         uniform = [glue_jax.uniform(k) for k in (config.num_experts, *_subsets(config, settings))]
-        points = [("uniform", np.asarray(alpha).tolist()) for alpha in uniform]
-        points += [("learned", learned["alpha"]), ("corner", corner["alpha"])]
-        places = [_geometry(setting, place, alpha) for place, alpha in points]
+        alphas = [("uniform", np.asarray(alpha).tolist()) for alpha in uniform]
+        alphas += [("learned", learned["alpha"]), ("corner", corner["alpha"])]
+        points = [_geometry(setting, name, alpha) for name, alpha in alphas]
         bar = context.progress.stage("Errors", num_probes)
-        errors = [_errors(setting, where, estimator, bar) for where in places for estimator in ESTIMATORS]
-        bar = context.progress.stage("Radii", num_slopes)
-        slopes = [_slopes(setting, where, bar) for where in places if where["K"] == config.num_experts]
-    records = {"experts": training, "places": [learned, corner, *places], "errors": errors, "radii": slopes}
+        errors = [_errors(setting, point, estimator, bar) for point in points for estimator in ESTIMATORS]
+        bar = context.progress.stage("Radii", num_radii)
+        radii = [_radii_at(setting, point, bar) for point in points if point["K"] == config.num_experts]
+    records = {"experts": training, "points": [learned, corner, *points], "errors": errors, "radii": radii}
     return {
         "config": dataclasses.asdict(config),
         "settings": dataclasses.asdict(settings),
         "data": {"name": context.dataset.name, "target": len(target.labels)},
-        "places": places,
+        "points": points,
         "learning_steps": learned["steps"],
         "errors": [row for record in errors for row in record["rows"]],
-        "radii": slopes,
+        "radii": radii,
         "seconds": {name: sum(record["seconds"] for record in group) for name, group in records.items()},
         "machine": "; ".join(sorted({record["machine"] for group in records.values() for record in group})),
     }
@@ -97,8 +109,8 @@ def measure(context: Context, settings: Settings, stages: Stages) -> dict[str, A
 
 def number_of_directions(config: Config, settings: Settings) -> tuple[int, int]:
     """Returns how many directions are probed: for the errors, and for the radii."""
-    points = len(_PLACES) + len(_subsets(config, settings))
-    return points * len(ESTIMATORS) * settings.probes, len(_PLACES) * len(_radii(config)) * settings.slope_directions
+    points = len(_POINTS) + len(_subsets(config, settings))
+    return points * len(ESTIMATORS) * settings.probes, len(_POINTS) * len(_radii(config)) * settings.radius_directions
 
 
 def _subsets(config: Config, settings: Settings) -> list[int]:
@@ -107,7 +119,7 @@ def _subsets(config: Config, settings: Settings) -> list[int]:
 
 
 def _radii(config: Config) -> list[float]:
-    """The radii of the slopes, the run's among them."""
+    """The radii that are tried, the run's among them."""
     return sorted({*RADII, config.radius})
 
 
@@ -125,6 +137,11 @@ class _Setting(NamedTuple):
     def first(self, k: int) -> Params:
         """The first K experts."""
         return jax.tree.map(lambda leaf: leaf[:k], self.experts)
+
+    @property
+    def probe_batch_size(self) -> int | None:
+        """How many probes an accelerator evaluates at once; None on a CPU, whose default is one."""
+        return None if on_cpu(self.batch) else max(1, _IMAGES_AT_ONCE // self.settings.examples)
 
     def objective(self, space: str, k: int) -> Objective:
         """The loss of a blend of the first K experts."""
@@ -174,7 +191,7 @@ def _learned(setting: _Setting) -> dict[str, Any]:
         bar.skip(max_steps - done)
         return {"alpha": np.asarray(result.last_alpha).tolist(), "steps": done}
 
-    return setting.part("places/learned", part(context.config, CoefficientFields), compute, bar, max_steps)
+    return setting.part("points/learned", part(context.config, CoefficientFields), compute, bar, max_steps)
 
 
 def _corner(setting: _Setting) -> dict[str, Any]:
@@ -189,11 +206,11 @@ def _corner(setting: _Setting) -> dict[str, Any]:
         alpha[best] = _CORNER_WEIGHT
         return {"alpha": alpha.tolist()}
 
-    return setting.part("places/corner", {"weight": _CORNER_WEIGHT}, compute)
+    return setting.part("points/corner", {"weight": _CORNER_WEIGHT}, compute)
 
 
-def _geometry(setting: _Setting, place: str, alpha: list[float]) -> dict[str, Any]:
-    """The loss at a place, its gradients, and the two norms of Eq. (20)."""
+def _geometry(setting: _Setting, name: str, alpha: list[float]) -> dict[str, Any]:
+    """The loss at a point, its gradients, and the two norms of Eq. (20)."""
     k = len(alpha)
 
     def compute(key: jax.Array) -> dict[str, Any]:
@@ -201,8 +218,9 @@ def _geometry(setting: _Setting, place: str, alpha: list[float]) -> dict[str, An
         loss, in_alpha = statistics.value_and_gradient(setting.objective("alpha", k), _coordinates("alpha", alpha))
         _, in_beta = statistics.value_and_gradient(setting.objective("beta", k), _coordinates("beta", alpha))
         blend = glue_jax.blend(setting.first(k), _coordinates("alpha", alpha))
+        spectral_norm, frobenius_norm = statistics.expert_norms(setting.first(k))
         return {
-            "place": place,
+            "point": name,
             "K": k,
             "alpha": alpha,
             "loss": loss,
@@ -210,68 +228,74 @@ def _geometry(setting: _Setting, place: str, alpha: list[float]) -> dict[str, An
             "zero_sum_gradient_norm": float(np.linalg.norm(in_alpha - in_alpha.mean())),
             "beta_gradient_norm": float(np.linalg.norm(in_beta)),
             "parameter_gradient_norm": float(_gradient_norm(setting.context.problem.loss, blend, setting.batch)),
-            "experts_spectral_norm": statistics.spectral_norm(setting.first(k)),
+            "experts_spectral_norm": spectral_norm,
+            "experts_frobenius_norm": frobenius_norm,
         }
 
-    return setting.part(f"places/{place}-K{k}", {"alpha": alpha}, compute)
+    return setting.part(f"points/{name}-K{k}", {"alpha": alpha}, compute)
 
 
-def _errors(setting: _Setting, where: Mapping[str, Any], estimator: Estimator, bar: Stage) -> dict[str, Any]:
-    """The errors of one estimator at one place, a row for each m."""
-    k, settings, radius = where["K"], setting.settings, setting.context.config.radius
+def _errors(setting: _Setting, point: Mapping[str, Any], estimator: Estimator, bar: Stage) -> dict[str, Any]:
+    """The errors of one estimator at one point, a row for each m."""
+    k, settings, radius = point["K"], setting.settings, setting.context.config.radius
     # With whole blocks of both orthogonal kinds.
     averaged = sorted({*settings.averaged, k - 1, k})
-    at = _coordinates(estimator.space, where["alpha"])
-    names = {"place": where["place"], "K": k, **estimator._asdict()}
+    at = _coordinates(estimator.space, point["alpha"])
 
     def compute(key: jax.Array) -> dict[str, Any]:
         fun = setting.objective(estimator.space, k)
         _, gradient = statistics.value_and_gradient(fun, at)
         directions = glue_jax.sample_directions(key, at, settings.probes, estimator.directions)
-        slopes = statistics.probe(fun, at, directions, radius, bar.advance)
-        rows = statistics.error_rows(directions, slopes, gradient, estimator, averaged)
+        derivatives = statistics.probe(
+            fun, at, directions, radius, probe_batch_size=setting.probe_batch_size, advance=bar.advance
+        )
+        rows = statistics.error_rows(directions, derivatives, gradient, estimator, averaged)
         if estimator.space == "alpha":
-            norms = where["experts_spectral_norm"], where["parameter_gradient_norm"]
+            norms = point["experts_spectral_norm"], point["parameter_gradient_norm"]
             square = float(np.sum(gradient**2))
             for row in rows:
                 row["equation_19"] = theory.paper_mean_squared_error(gradient, row["m"]) / square
                 row["bound"] = theory.proposition_1_bound(k, row["m"], *norms) / square
-        return {"rows": [{**names, **row} for row in rows]}
+        return {"rows": rows}
 
     depends_on = {
-        "alpha": where["alpha"],
+        "alpha": point["alpha"],
         "estimator": estimator,
         "radius": radius,
         "probes": settings.probes,
         "averaged": averaged,
     }
-    name = f"errors/{where['place']}-K{k}-{estimator.space}-{estimator.directions}"
-    return setting.part(name, depends_on, compute, bar, settings.probes)
+    name = f"errors/{point['point']}-K{k}-{estimator.space}-{estimator.directions}"
+    record = setting.part(name, depends_on, compute, bar, settings.probes)
+    names = {"point": point["point"], "K": k, **estimator._asdict()}
+    return {**record, "rows": [{**names, **row} for row in record["rows"]]}
 
 
-def _slopes(setting: _Setting, where: Mapping[str, Any], bar: Stage) -> dict[str, Any]:
-    """The slopes' error in beta against the radius, and what it grows by on either side."""
-    count, radii = setting.settings.slope_directions, _radii(setting.context.config)
-    at = _coordinates("beta", where["alpha"])
+def _radii_at(setting: _Setting, point: Mapping[str, Any], bar: Stage) -> dict[str, Any]:
+    """The directional derivatives' error in beta against the radius, and what it grows by on either side."""
+    config, count, radii = setting.context.config, setting.settings.radius_directions, _radii(setting.context.config)
+    at = _coordinates("beta", point["alpha"])
 
     def compute(key: jax.Array) -> dict[str, Any]:
-        fun = setting.objective("beta", where["K"])
+        fun = setting.objective("beta", point["K"])
         directions = glue_jax.sample_directions(key, at, count, "sphere")
-        errors, slope = statistics.slope_errors(fun, at, directions, radii, bar.advance)
-        return {
-            "place": where["place"],
-            "radii": radii,
-            "errors": errors,
-            "slope": slope,
-            # Independent rounding errors r of two losses put r/(√2 radius) into a slope.
-            "loss_rounding": float(np.sqrt(2) * slope * errors[0] * radii[0]),
-        }
+        errors, size = derivative_errors(
+            fun, at, directions, radii, probe_batch_size=setting.probe_batch_size, advance=bar.advance
+        )
+        # Independent rounding errors r of two losses put r/(√2 radius) into a derivative.
+        rounding = float(np.sqrt(2) * size * errors[0] * radii[0])
+        return {"errors": errors, "rms_derivative": size, "loss_rounding": rounding}
 
-    depends_on = {"alpha": where["alpha"], "radii": radii, "slope_directions": count}
-    record = setting.part(f"radii/{where['place']}", depends_on, compute, bar, len(radii) * count)
+    depends_on = {"alpha": point["alpha"], "radii": radii, "radius_directions": count}
+    record = setting.part(f"radii/{point['point']}", depends_on, compute, bar, len(radii) * count)
     errors = record["errors"]
-    at_radius = errors[radii.index(setting.context.config.radius)]
-    return {**record, "error_at_radius": at_radius, **statistics.radius_findings(radii, errors, TOLERANCE)}
+    return {
+        "point": point["point"],
+        "radii": radii,
+        **record,
+        "error_at_radius": errors[radii.index(config.radius)],
+        **radius_findings(radii, errors, TOLERANCE),
+    }
 
 
 def _coordinates(space: str, alpha: list[float]) -> jax.Array:

@@ -5,7 +5,7 @@ import dataclasses
 from experiments.context import Context
 
 TOLERANCE = 0.01
-"""A radius is good where its slopes' relative error is at most this."""
+"""A radius is good where the directional derivatives' relative error is at most this."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,12 +15,12 @@ class Settings:
     examples: int = 256
     """Target images in the batch that is the loss."""
     probes: int = 1024
-    """Directions probed for each place, K and distribution."""
+    """Directions probed for each point, K and distribution."""
     averaged: tuple[int, ...] = (1, 2, 5, 10, 20, 50, 100, 200)
     """Numbers of directions m in an estimate, beside K - 1 and K."""
     subsets: tuple[int, ...] = (2, 5)
     """Numbers of experts K to try beside all of them: the first ones. Those that are not fewer are left out."""
-    slope_directions: int = 64
+    radius_directions: int = 64
     """Directions probed with each radius."""
     measuring_seed: int = 0
     """Of the batch, of the directions and of learning."""
@@ -31,7 +31,7 @@ class Settings:
         Raises:
             ValueError: with the field, its value, and what was expected.
         """
-        for field in ("examples", "slope_directions"):
+        for field in ("examples", "radius_directions"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; expected at least 1")
         if self.measuring_seed < 0:
