@@ -5,18 +5,26 @@ The method is of Park, Chaudhari, Pranav, Joe-Wong and Moura, "GLUE: Gradient-fr
 """
 
 from glue_jax import theory
+from glue_jax.ask_tell import ask, tell
+from glue_jax.batch_norm import refresh_statistics
 from glue_jax.batches import batched_mean, minibatch_indices
 from glue_jax.coefficients import (
     data_size_weights,
     proxy_accuracy_weights,
-    unconstrained,
     uniform,
     weights_to_logits,
 )
+from glue_jax.diagnostics import Calibration, Diagnostics, calibrate, probe_diagnostics
 from glue_jax.directions import Directions, sample_directions
 from glue_jax.estimators import Estimate, forward_gradient, full_gradient, spsa_gradient
 from glue_jax.experts import blend, num_experts, stack_experts
+from glue_jax.groups import Groups, group_by_path
 from glue_jax.learning import NonFiniteLossError, learn
+from glue_jax.links import Tempered, box, task_vector_weights, tempered_link, tempered_merge, unconstrained
+from glue_jax.objectives import entropy, error_rate
+from glue_jax.paths import combine, leaf_paths, partition
+from glue_jax.soups import best_expert, diagonal_fisher, fisher_merge, greedy_soup, loss_weights
+from glue_jax.starts import learn_from_starts
 from glue_jax.steps import alpha, forward_gradient_step, full_gradient_step, init, spsa_step
 from glue_jax.types import (
     GlueMetrics,
@@ -33,10 +41,13 @@ from glue_jax.types import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
+    "Diagnostics",
     "Directions",
     "Estimate",
     "GlueMetrics",
     "GlueState",
+    "Groups",
     "History",
     "LearnResult",
     "LinkFn",
@@ -45,23 +56,45 @@ __all__ = [
     "NonFiniteLossError",
     "Progress",
     "StepFn",
+    "Tempered",
     "alpha",
+    "ask",
     "batched_mean",
+    "best_expert",
     "blend",
+    "box",
+    "calibrate",
+    "combine",
     "data_size_weights",
+    "diagonal_fisher",
+    "entropy",
+    "error_rate",
+    "fisher_merge",
     "forward_gradient",
     "forward_gradient_step",
     "full_gradient",
     "full_gradient_step",
+    "greedy_soup",
+    "group_by_path",
     "init",
+    "leaf_paths",
     "learn",
+    "learn_from_starts",
+    "loss_weights",
     "minibatch_indices",
     "num_experts",
+    "partition",
+    "probe_diagnostics",
     "proxy_accuracy_weights",
+    "refresh_statistics",
     "sample_directions",
     "spsa_gradient",
     "spsa_step",
     "stack_experts",
+    "task_vector_weights",
+    "tell",
+    "tempered_link",
+    "tempered_merge",
     "theory",
     "unconstrained",
     "uniform",

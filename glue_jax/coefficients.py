@@ -83,14 +83,6 @@ def weights_to_logits(weights: ArrayLike) -> jax.Array:
     return jnp.asarray(logits - logits.mean(axis=-1, keepdims=True), jnp.float32)
 
 
-def unconstrained(beta: PyTree) -> PyTree:
-    """Returns `beta` itself: the `link_fn` of Eq. (7), which updates alpha without the softmax.
-
-    Start it inside the hull: `init(k, optimizer, beta=uniform(k))`.
-    """
-    return beta
-
-
 def check_floating(beta: PyTree) -> None:
     """Raises a TypeError, by path, where coefficients are not floating point and so cannot be learned."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(beta):

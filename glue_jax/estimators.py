@@ -84,20 +84,11 @@ def spsa_gradient(
         Array(True, dtype=bool)
     """
     check_floating(beta)
-    if isinstance(radius, int | float | np.number) and not 0 < radius < math.inf:
-        raise ValueError(f"radius is {radius}; expected a finite number above 0")
-    factor = _scale_factor(scale, dimension(beta, directions))
+    check_radius(radius)
+    factor = scale_factor(scale, dimension(beta, directions))
     u = sample_directions(key, beta, num_directions, directions)
-    radius = jnp.asarray(radius)
-
-    def perturbed(leaf: jax.Array, directions: jax.Array) -> jax.Array:
-        step = (radius * directions).astype(leaf.dtype)
-        return jnp.stack([leaf[None] + step, leaf[None] - step], axis=1).reshape(-1, *leaf.shape)
-
-    probes = jax.tree.map(perturbed, jax.tree.map(jnp.asarray, beta), u)
-    values = _map_probes(_scalar_valued(fun), probes, probe_batch_size).reshape(-1, 2)
-    slopes = (values[:, 0] - values[:, 1]) / (2 * radius)
-    return Estimate(value=jnp.mean(values), gradient=_combine(slopes, u, factor), probe_values=values)
+    values = map_probes(_scalar_valued(fun), spsa_probes(beta, u, radius), probe_batch_size)
+    return spsa_estimate(values, u, radius, factor)
 
 
 def forward_gradient(
@@ -132,10 +123,10 @@ def forward_gradient(
         TypeError: coefficients that are not floating point.
     """
     check_floating(beta)
-    factor = _scale_factor(scale, dimension(beta, directions))
+    factor = scale_factor(scale, dimension(beta, directions))
     u = sample_directions(key, beta, num_directions, directions)
     slope_along = functools.partial(jax.jvp, _scalar_valued(fun), (beta,))
-    values, slopes = _map_probes(lambda direction: slope_along((direction,)), u, probe_batch_size)
+    values, slopes = map_probes(lambda direction: slope_along((direction,)), u, probe_batch_size)
     return Estimate(value=values[0], gradient=_combine(slopes, u, factor), probe_values=None)
 
 
@@ -160,7 +151,30 @@ def full_gradient(key: jax.Array | None, fun: Callable[[PyTree], jax.Array], bet
     return Estimate(value=value, gradient=gradient, probe_values=None)
 
 
-def _map_probes(fun: Callable[[PyTree], Any], probes: PyTree, probe_batch_size: int | None) -> Any:
+def spsa_probes(beta: PyTree, directions: PyTree, radius: ArrayLike) -> PyTree:
+    """The points `[2m, ...]` that SPSA evaluates: `beta + radius u` and `beta - radius u` of each direction in turn."""
+
+    def perturbed(leaf: jax.Array, directions: jax.Array) -> jax.Array:
+        step = (jnp.asarray(radius) * directions).astype(leaf.dtype)
+        return jnp.stack([leaf[None] + step, leaf[None] - step], axis=1).reshape(-1, *leaf.shape)
+
+    return jax.tree.map(perturbed, jax.tree.map(jnp.asarray, beta), directions)
+
+
+def spsa_estimate(values: jax.Array, directions: PyTree, radius: ArrayLike, factor: float) -> Estimate:
+    """Eq. (3) to (6), from the values `[2m]` at the points of `spsa_probes`."""
+    pairs = values.reshape(-1, 2)
+    slopes = (pairs[:, 0] - pairs[:, 1]) / (2 * jnp.asarray(radius))
+    return Estimate(value=jnp.mean(pairs), gradient=_combine(slopes, directions, factor), probe_values=pairs)
+
+
+def check_radius(radius: ArrayLike) -> None:
+    """Refuses a radius that is known and no finite number above 0."""
+    if isinstance(radius, int | float | np.number) and not 0 < radius < math.inf:
+        raise ValueError(f"radius is {radius}; expected a finite number above 0")
+
+
+def map_probes(fun: Callable[[PyTree], Any], probes: PyTree, probe_batch_size: int | None) -> Any:
     """`fun` over the leading axis of `probes`, all at once or some at a time."""
     all_at_once = jax.vmap(fun)
     num_probes = jax.tree.leaves(probes)[0].shape[0]
@@ -185,7 +199,7 @@ def _combine(slopes: jax.Array, directions: PyTree, factor: float) -> PyTree:
     return jax.tree.map(combine, directions)
 
 
-def _scale_factor(scale: Scale, d: int) -> float:
+def scale_factor(scale: Scale, d: int) -> float:
     """What Eq. (6) is multiplied by."""
     if scale not in get_args(Scale):
         raise ValueError(f"scale is {scale!r}; expected one of {get_args(Scale)}")

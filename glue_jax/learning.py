@@ -169,9 +169,8 @@ def learn(
         next_state, metrics = _run_chunk(run, jax.random.fold_in(key, _STEPS), current, experts, data, rows, count)
         for name in ("loss", "gradient_norm"):
             values = getattr(metrics, name)
-            if (bad := np.flatnonzero(~np.isfinite(values))).size:
-                step = int(bad[0])
-                raise NonFiniteLossError(name, first_step + done + step, float(values[step]), result())
+            if (bad := np.argwhere(~np.isfinite(values))).size:
+                raise NonFiniteLossError(name, first_step + done + int(bad[0][0]), float(values[*bad[0]]), result())
         current, done = next_state, done + count
         chunks.append(metrics)
         validate(first_step + done)
@@ -253,8 +252,8 @@ def _validate(
     merge_fn: MergeFn,
     batch_size: int,
 ) -> jax.Array:
-    """The validation value of the unperturbed blend."""
-    return batched_mean(function, merge_fn(experts, link_fn(beta)), data, batch_size)
+    """The validation value of the unperturbed blend; of several (`glue_jax.starts`), the lowest."""
+    return jnp.min(batched_mean(function, merge_fn(experts, link_fn(beta)), data, batch_size))
 
 
 class _Validation(NamedTuple):

@@ -217,6 +217,13 @@ def _step(
         return loss_fn(merge_fn(experts, link_fn(beta)), batch)
 
     estimate = estimator(jax.random.fold_in(key, state.step), objective, state.beta)
+    return update(estimate, state, optimizer, link_fn)
+
+
+def update(
+    estimate: Estimate, state: GlueState, optimizer: optax.GradientTransformation, link_fn: LinkFn
+) -> tuple[GlueState, GlueMetrics]:
+    """The step that an estimate says: the next state, and the metrics of the one that went in."""
     updates, opt_state = optimizer.update(estimate.gradient, state.opt_state, state.beta)
     metrics = GlueMetrics(
         loss=estimate.value,
