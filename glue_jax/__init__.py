@@ -5,6 +5,7 @@ The method is of Park, Chaudhari, Pranav, Joe-Wong and Moura, "GLUE: Gradient-fr
 """
 
 from glue_jax import theory
+from glue_jax.alignment import Alignment, PermutationSpec, align, align_experts, permute
 from glue_jax.ask_tell import ask, tell
 from glue_jax.batch_norm import refresh_statistics
 from glue_jax.batches import batched_mean, minibatch_indices
@@ -41,6 +42,7 @@ from glue_jax.types import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "Alignment",
     "Calibration",
     "Diagnostics",
     "Directions",
@@ -54,9 +56,12 @@ __all__ = [
     "LossFn",
     "MergeFn",
     "NonFiniteLossError",
+    "PermutationSpec",
     "Progress",
     "StepFn",
     "Tempered",
+    "align",
+    "align_experts",
     "alpha",
     "ask",
     "batched_mean",
@@ -84,6 +89,7 @@ __all__ = [
     "minibatch_indices",
     "num_experts",
     "partition",
+    "permute",
     "probe_diagnostics",
     "proxy_accuracy_weights",
     "refresh_statistics",

@@ -1,8 +1,7 @@
 """BatchNorm statistics of a blend.
 
-An average of networks has activations of its own: the average of their running means and variances does not describe
-them (Wortsman et al., 2022, https://arxiv.org/abs/2203.05482; Jordan et al., 2023, https://arxiv.org/abs/2211.08403). Two
-remedies, both of forward passes alone:
+An average of networks has activations of its own, which the average of their running means and variances does not
+describe (Jordan et al., 2023, https://arxiv.org/abs/2211.08403). Two remedies, both of forward passes alone:
 
 - after learning, `refresh_statistics` estimates them anew on target batches;
 - in learning, a `loss_fn` that normalises by its own minibatch (the network in training mode, its updated statistics
@@ -38,8 +37,8 @@ def refresh_statistics(
     Args:
         params: the model, with its statistics below `collection`; what they hold, None included, is replaced.
         batches: pytrees of arrays `[B, ...]`.
-        statistics_fn: `statistics_fn(params, batch)`, the statistics of that batch alone in training mode, a tree of the
-            structure of the collection: with Flax, what a BatchNorm of momentum 0 has updated them to. Jit it.
+        statistics_fn: `statistics_fn(params, batch)`, the statistics of that batch alone in training mode, a tree of
+            the structure of the collection: with Flax, what a BatchNorm of momentum 0 has updated them to. Jit it.
         collection: the path of the statistics in `params`, keys joined by slashes.
         mean: the last key of the leaves that are means.
         var: the last key of the leaves that are (biased) variances.

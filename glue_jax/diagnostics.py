@@ -23,8 +23,8 @@ class Diagnostics(NamedTuple):
             point at the loss, `[]`. Below some 100 the radius is too small: a network's rounding errors add up.
         curvature: the mean over directions of `(L+ + L- - 2 L) / radius^2`, the second derivative along a direction,
             `[]`.
-        bend: the root mean square of `(L+ + L-) / 2 - L` over that of `(L+ - L-) / 2`, `[]`: well above 1 the loss bends
-            within the radius more than it falls. A smaller radius, or a minimum is near.
+        bend: the root mean square of `(L+ + L-) / 2 - L` over that of `(L+ - L-) / 2`, `[]`. Well above 1, the loss
+            bends within the radius more than it falls: the radius is large, or a minimum near.
     """
 
     signal_to_noise: jax.Array
@@ -58,8 +58,8 @@ class Calibration(NamedTuple):
         learning_rate: for plain SGD, the one at which the first step's root mean square over the entries of beta is
             `first_step`. Adam's first step is its learning rate, whatever the gradient's size: pass it `first_step`.
         radii: tried, ascending, `[R]`.
-        disagreement: of the slopes at a radius and at its neighbours, relative to their size, `[R]`: rounding or steps in
-            the loss below the best radius, its curvature above.
+        disagreement: of the slopes at a radius and at its neighbours, relative to their size, `[R]`: rounding or steps
+            in the loss below the best radius, its curvature above.
     """
 
     radius: float
@@ -97,13 +97,13 @@ def calibrate(
         The proposal.
 
     Raises:
-        ValueError: radii that are not finite, positive and ascending, a count below 1, or a function that is the same at
-            all probes.
+        ValueError: radii that are not finite, positive and ascending, a count below 1, or a function that is the same
+            at all probes.
         TypeError: coefficients that are not floating point.
     """
     check_floating(beta)
     tried = np.asarray(radii, np.float64)
-    if tried.ndim != 1 or len(tried) < 3 or not (0 < tried[0] and tried[-1] < math.inf and (np.diff(tried) > 0).all()):
+    if tried.ndim != 1 or len(tried) < 3 or not (tried[0] > 0 and tried[-1] < math.inf and (np.diff(tried) > 0).all()):
         raise ValueError(f"radii are {list(radii)}; expected at least three finite numbers above 0, ascending")
     if not 0 < first_step < math.inf:
         raise ValueError(f"first_step is {first_step}; expected a finite number above 0")

@@ -26,7 +26,7 @@ class Groups(NamedTuple):
 
 
 def group_by_path(experts: Params, pattern: str | Callable[[str], str]) -> Groups:
-    """Groups the leaves of a model by their paths.
+    r"""Groups the leaves of a model by their paths.
 
     Learn with it by `merge_fn=functools.partial(blend, groups=groups.rows)` from
     `init(K, optimizer, beta=jnp.zeros((len(groups.names), K)))`.
@@ -35,7 +35,7 @@ def group_by_path(experts: Params, pattern: str | Callable[[str], str]) -> Group
         experts: stacked experts, or one of them.
         pattern: a regular expression. A leaf's group is what it finds in the leaf's path (`glue_jax.paths`): its
             first capture group where it has one, else all that it matches; leaves in whose paths it is not share
-            the group `rest`. BatchNorm statistics should go with their layer: `blocks/\\d+` finds both
+            the group `rest`. BatchNorm statistics should go with their layer: `blocks/\d+` finds both
             `params/blocks/0/conv/kernel` and `batch_stats/blocks/0/norm/mean`. Or a function from path to group.
 
     Returns:
@@ -47,7 +47,7 @@ def group_by_path(experts: Params, pattern: str | Callable[[str], str]) -> Group
     Example:
         >>> import glue_jax
         >>> experts = {"blocks": [{"w": 0.0, "b": 0.0}, {"w": 0.0, "b": 0.0}], "head": 0.0}
-        >>> groups = glue_jax.group_by_path(experts, r"blocks/\\d+")
+        >>> groups = glue_jax.group_by_path(experts, r"blocks/\d+")
         >>> groups.names
         ('blocks/0', 'blocks/1', 'rest')
         >>> groups.rows

@@ -1,7 +1,7 @@
 """Parts of a pytree, named by the paths of its leaves.
 
-A leaf's path is its keys joined by slashes, `params/blocks/0/conv1/kernel`, and a pattern is a regular expression that is
-searched for in it (`re.search`): `^batch_stats/` is a collection, `head` whatever has it in its path.
+A leaf's path is its keys joined by slashes, `params/blocks/0/conv1/kernel`, and a pattern is a regular expression that
+is searched for in it (`re.search`): `^batch_stats/` is a collection, `head` whatever has it in its path.
 """
 
 import re

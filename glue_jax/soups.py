@@ -87,7 +87,8 @@ def fisher_merge(experts: Params, fishers: PyTree, alpha: jax.typing.ArrayLike, 
     """Averages experts by alpha and by how much each of their parameters matters (Matena & Raffel, 2022).
 
     `sum_i alpha_i (F_i + epsilon) theta_i / sum_i alpha_i (F_i + epsilon)`, elementwise
-    (https://arxiv.org/abs/2111.09832, Eq. 5). Where no Fisher information is, as for BatchNorm statistics, it is `blend`.
+    (https://arxiv.org/abs/2111.09832, Eq. 5). Where there is no Fisher information, as for BatchNorm statistics, it is
+    `blend`.
 
     Args:
         experts: stacked experts, each leaf `[K, ...]`.

@@ -60,8 +60,8 @@ def learn_from_starts(
         **options: `learn`'s others: `batch_size`, `max_steps`, `validate_every`, `patience`, `callback`.
 
     Returns:
-        As `learn` does, of the best start; the history's metrics are of all, `[steps, S, ...]`, and its validation values
-        the lowest of them.
+        As `learn` does, of the best start; the history's metrics are of all, `[steps, S, ...]`, and its validation
+        values the lowest of them.
 
     Raises:
         ValueError: as for `learn`.

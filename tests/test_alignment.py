@@ -1,0 +1,177 @@
+"""Permutation alignment: the function stays, and a permuted expert is found again."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import glue_jax
+from experiments import models
+from experiments.models.permutations import SPECS
+
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+
+MLP = {
+    "dense1/kernel": (None, "hidden1"),
+    "dense1/bias": ("hidden1",),
+    "dense2/kernel": ("hidden1", "hidden2"),
+    "dense2/bias": ("hidden2",),
+    "dense3/kernel": ("hidden2", None),
+    "dense3/bias": (None,),
+}
+VIT = {"depth": 2, "width": 24, "heads": 3, "mlp_width": 32, "patch_size": 4, "pooling": "mean", "positions": "learned"}
+NETWORKS = {
+    "convnet": ("convnet", {}, (8, 8, 1)),
+    "resnet20": ("resnet20", {}, (8, 8, 3)),
+    "mobilenetv2": ("mobilenetv2", {}, (8, 8, 3)),
+    "vit": ("vit", VIT, (8, 8, 3)),
+    "vit, fixed positions, token": ("vit", {**VIT, "positions": "sincos", "pooling": "token"}, (8, 8, 3)),
+}
+
+
+def mlp(key):
+    keys = jax.random.split(key, 3)
+    sizes = ((5, 7), (7, 6), (6, 3))
+    return {
+        f"dense{index}": {"kernel": jax.random.normal(k, shape), "bias": jax.random.normal(k, shape[1:])}
+        for index, (k, shape) in enumerate(zip(keys, sizes, strict=True), 1)
+    }
+
+
+def mlp_logits(params, x):
+    for name in ("dense1", "dense2"):
+        x = jnp.tanh(x @ params[name]["kernel"] + params[name]["bias"][None])
+    return x @ params["dense3"]["kernel"] + params["dense3"]["bias"][None]
+
+
+def shuffled(spec, params, seed=0):
+    """Random permutations of all that a spec names."""
+    identity = glue_jax.align(params, params, spec)
+    rng = np.random.default_rng(seed)
+    drawn = {name: rng.permutation(len(permutation)) for name, permutation in identity.items()}
+    # None stays as it is.
+    return {name: np.roll(found, 1) if (found == identity[name]).all() else found for name, found in drawn.items()}
+
+
+def assert_trees_equal(first, second):
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+@pytest.fixture(params=NETWORKS, scope="module")
+def network(request):
+    """Network, variables whose leaves are all different, spec and images."""
+    name, options, shape = NETWORKS[request.param]
+    network = models.build(name, image_shape=shape, num_classes=4, **options)
+    variables = jax.jit(network.init)(jax.random.key(0))
+    keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(variables))))
+    variables = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.uniform(next(keys), leaf.shape), variables)
+    images = jax.random.normal(jax.random.key(2), (3, *shape))
+    return network, variables, SPECS[name](**options), images
+
+
+def test_a_permuted_network_computes_the_same(network):
+    network, variables, spec, images = network
+    moved = glue_jax.permute(variables, spec, shuffled(spec, variables))
+    kernels = [path for path in spec if path.endswith("kernel")]
+    by_path = dict(zip(jax.tree.leaves(glue_jax.leaf_paths(moved)), jax.tree.leaves(moved), strict=True))
+    before = dict(zip(by_path, jax.tree.leaves(variables), strict=True))
+    assert all((np.asarray(by_path[path]) != before[path]).any() for path in kernels if any(spec[path]))
+    logits = jax.jit(network.apply)
+    np.testing.assert_allclose(logits(moved, images), logits(variables, images), rtol=1e-3, atol=1e-4)
+
+
+def test_a_permuted_expert_is_aligned_back_exactly(network):
+    _, variables, spec, _ = network
+    moved = glue_jax.permute(variables, spec, shuffled(spec, variables))
+    found = glue_jax.align(moved, variables, spec)
+    assert_trees_equal(glue_jax.permute(moved, spec, found), variables)
+
+
+def test_every_leaf_of_a_network_is_in_its_spec(network):
+    # Positions that are fixed hold the stream in its place; they are no leaf.
+    _, variables, spec, _ = network
+    assert set(spec) == set(jax.tree.leaves(glue_jax.leaf_paths(variables)))
+
+
+def test_a_permutation_takes_each_unit_from_its_place():
+    params = {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.arange(3.0)}
+    moved = glue_jax.permute(params, {"a": (None, "unit"), "b": ("unit",)}, {"unit": np.array([2, 0, 1])})
+    np.testing.assert_array_equal(moved["a"], [[2, 0, 1], [5, 3, 4]])
+    np.testing.assert_array_equal(moved["b"], [2, 0, 1])
+
+
+def test_segments_move_the_units_of_each_permutation_among_its_own_places():
+    # Units 0 and 1 of "outer" lie on either side of "inner".
+    spec = {"a": ((("outer", 0, 1), ("inner", 0, 2), ("outer", 1, 2)),), "b": ("inner",)}
+    params = {"a": jnp.array([10.0, 20.0, 21.0, 11.0]), "b": jnp.array([20.0, 21.0])}
+    swapped = {"inner": np.array([1, 0]), "outer": np.array([1, 0])}
+    moved = glue_jax.permute(params, spec, swapped)
+    np.testing.assert_array_equal(moved["a"], [11, 21, 20, 10])
+    np.testing.assert_array_equal(moved["b"], [21, 20])
+    np.testing.assert_array_equal(glue_jax.permute(params, spec, {"outer": np.array([1, 0])})["a"], [11, 20, 21, 10])
+
+
+def test_experts_aligned_to_one_of_them_differ_as_they_did_before_they_were_permuted():
+    base = mlp(jax.random.key(3))
+    noise = [jax.tree.map(lambda leaf: 0.01 * leaf, mlp(jax.random.key(4 + index))) for index in range(3)]
+    originals = [jax.tree.map(jnp.add, base, tree) for tree in noise]
+    moved = [
+        glue_jax.permute(expert, MLP, shuffled(MLP, base, index)) if index else expert
+        for index, expert in enumerate(originals)
+    ]
+    found = glue_jax.align_experts(glue_jax.stack_experts(moved), MLP)
+    jax.tree.map(np.testing.assert_allclose, found.experts, glue_jax.stack_experts(originals))
+    for index, expert in enumerate(moved):
+        assert_trees_equal(
+            glue_jax.permute(expert, MLP, found.permutations[index]),
+            jax.tree.map(lambda leaf, index=index: leaf[index], found.experts),
+        )
+
+
+def test_joint_alignment_brings_permuted_copies_of_one_expert_together():
+    base = mlp(jax.random.key(5))
+    experts = glue_jax.stack_experts([glue_jax.permute(base, MLP, shuffled(MLP, base, index)) for index in range(4)])
+    found = glue_jax.align_experts(experts, MLP, reference=None)
+    average = glue_jax.blend(found.experts, glue_jax.uniform(4))
+    x = jax.random.normal(jax.random.key(6), (10, 5))
+    np.testing.assert_allclose(mlp_logits(average, x), mlp_logits(base, x), rtol=1e-3, atol=1e-4)
+    # Before, their average is another function.
+    before = mlp_logits(glue_jax.blend(experts, glue_jax.uniform(4)), x)
+    assert np.abs(before - mlp_logits(base, x)).max() > 0.1
+
+
+def test_an_expert_is_never_further_from_the_reference_than_before():
+    first, second = mlp(jax.random.key(7)), mlp(jax.random.key(8))
+
+    def distance(params):
+        return sum(
+            float(jnp.sum(jnp.square(a - b))) for a, b in zip(*map(jax.tree.leaves, (params, first)), strict=True)
+        )
+
+    aligned = glue_jax.permute(second, MLP, glue_jax.align(second, first, MLP))
+    assert distance(aligned) < distance(second)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"dense9/kernel": (None, "hidden1")}, "the spec names 'dense9/kernel', where the model has no leaf"),
+        ({"dense1/kernel": ("hidden1",)}, r"the spec has 1 axes for dense1/kernel, whose shape is \(5, 7\)"),
+        (
+            {"dense1/kernel": (None, "hidden1"), "dense3/kernel": ("hidden1", None)},
+            "'hidden1' has 6 units at dense3/kernel and 7 elsewhere",
+        ),
+        ({"dense1/bias": ((("hidden1", 0, 3),),)}, "do not fill an axis of dense1/bias, whose length is 7"),
+        ({"dense1/bias": ((("hidden1", 1, 8),),)}, "leave out units of 'hidden1'"),
+    ],
+)
+def test_a_spec_that_does_not_fit_is_refused(spec, message):
+    params = mlp(jax.random.key(9))
+    with pytest.raises(ValueError, match=message):
+        glue_jax.align(params, params, spec)
+
+
+def test_a_reference_that_is_no_experts_number_is_refused():
+    experts = glue_jax.stack_experts([mlp(jax.random.key(10))] * 2)
+    with pytest.raises(ValueError, match="reference is 2; expected the number of one of 2 experts, or None"):
+        glue_jax.align_experts(experts, MLP, reference=2)
