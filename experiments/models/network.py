@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 Variables: TypeAlias = dict[str, Any]
@@ -18,11 +19,14 @@ class Network(NamedTuple):
         apply: `apply(variables, images) -> logits [B, classes]`, BatchNorm by its running statistics.
         apply_training: `apply_training(variables, images) -> (logits, batch_stats)`, BatchNorm by the minibatch; the
             statistics returned are the updated running ones.
+        apply_minibatch: `apply_minibatch(params, images) -> (logits, batch_stats)`, BatchNorm by the minibatch; the
+            statistics returned are those of the minibatch alone.
     """
 
     init: Callable[[jax.Array], Variables]
     apply: Callable[[Variables, jax.Array], jax.Array]
     apply_training: Callable[[Variables, jax.Array], tuple[jax.Array, Any]]
+    apply_minibatch: Callable[[Any, jax.Array], tuple[jax.Array, Any]]
 
 
 def as_functions(build: Callable[[nnx.Rngs], Any]) -> Network:
@@ -38,12 +42,22 @@ def as_functions(build: Callable[[nnx.Rngs], Any]) -> Network:
         return nnx.graphdef(view)
 
     evaluation, training = graph(use_running_average=True), graph(use_running_average=False)
+    for _, module in nnx.iter_modules(abstract):
+        if isinstance(module, nnx.BatchNorm):
+            module.momentum = 0.0
+    minibatch = graph(use_running_average=False)
+    placeholders = nnx.to_pure_dict(nnx.state(abstract, nnx.BatchStat))
 
     def init(key: jax.Array) -> Variables:
         _, params, batch_stats = nnx.split(build(nnx.Rngs(params=key)), nnx.Param, nnx.BatchStat)
         return {"params": nnx.to_pure_dict(params), "batch_stats": nnx.to_pure_dict(batch_stats)}
 
     def apply(variables: Variables, images: jax.Array) -> jax.Array:
+        if len(jax.tree.leaves(variables["batch_stats"])) < len(jax.tree.leaves(placeholders)):
+            raise ValueError(
+                "the variables have no BatchNorm statistics, as outside the experts' convex hull, where they are not "
+                "blended: normalise by the minibatch (apply_minibatch), or estimate them (glue_jax.refresh_statistics)"
+            )
         return nnx.merge(evaluation, variables["params"], variables["batch_stats"])(images)
 
     def apply_training(variables: Variables, images: jax.Array) -> tuple[jax.Array, Any]:
@@ -51,4 +65,10 @@ def as_functions(build: Callable[[nnx.Rngs], Any]) -> Network:
         logits = module(images)
         return logits, nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
 
-    return Network(init, apply, apply_training)
+    def apply_minibatch(params: Any, images: jax.Array) -> tuple[jax.Array, Any]:
+        unknown = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), placeholders)
+        module = nnx.merge(minibatch, params, unknown)
+        logits = module(images)
+        return logits, nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
+
+    return Network(init, apply, apply_training, apply_minibatch)

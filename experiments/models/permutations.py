@@ -1,4 +1,4 @@
-"""Which units of each network may change places, for `glue_jax.align`: specs of `{"params": ..., "batch_stats": ...}`."""
+"""Which units of each network may change places: a `glue_jax.PermutationSpec` of each one's variables."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -50,7 +50,7 @@ def mobilenetv2(**_: Any) -> PermutationSpec:
     spec = {**_conv("conv", None, "stem"), **_batch_norm("norm1", "stem")}
     before, index = "stem", 0
     for stage, (expansion, _channels, count, _stride) in enumerate(STAGES):
-        for _ in range(count):
+        for _number in range(count):
             block, inner, after = f"blocks/{index}", f"block{index}", f"stage{stage}"
             if expansion > 1:
                 spec |= {**_conv(f"{block}/expand", before, inner), **_batch_norm(f"{block}/norm1", inner)}

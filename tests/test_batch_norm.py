@@ -1,0 +1,106 @@
+"""BatchNorm statistics of a blend, estimated anew."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import glue_jax
+from experiments import models
+
+
+def statistics(params, batch):
+    """Of one layer whose input is the batch times a parameter."""
+    x = batch * params["params"]["scale"]
+    return {"norm": {"mean": jnp.mean(x, axis=0), "var": jnp.var(x, axis=0)}}
+
+
+DATA = jax.random.normal(jax.random.key(0), (50, 3)) * jnp.array([[1.0, 2.0, 3.0]]) + jnp.array([[0.0, 5.0, -100.0]])
+PARAMS = {"params": {"scale": jnp.array(2.0)}, "batch_stats": {"norm": {"mean": jnp.zeros(3), "var": jnp.ones(3)}}}
+
+
+@pytest.mark.parametrize("cuts", [[], [25], [1, 3, 40]], ids=["one batch", "equal batches", "unequal batches"])
+def test_statistics_of_batches_are_those_of_all_examples(cuts):
+    refreshed = glue_jax.refresh_statistics(PARAMS, np.split(np.asarray(DATA), cuts), statistics)
+    norm = refreshed["batch_stats"]["norm"]
+    np.testing.assert_allclose(norm["mean"], 2 * DATA.mean(axis=0), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(norm["var"], 4 * DATA.var(axis=0), rtol=1e-4)
+    assert refreshed["params"] is PARAMS["params"] or refreshed["params"] == PARAMS["params"]
+
+
+def test_what_statistics_held_before_makes_no_difference():
+    without, _ = glue_jax.partition(PARAMS, "^batch_stats/")
+    first, second = (glue_jax.refresh_statistics(params, [DATA], statistics) for params in (PARAMS, without))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def test_a_flax_nnx_networks_statistics_are_its_minibatchs():
+    network = models.build("convnet", image_shape=(8, 8, 1), num_classes=4)
+    variables = network.init(jax.random.key(1))
+    images = 3 + 2 * jax.random.normal(jax.random.key(2), (32, 8, 8, 1))
+
+    def statistics_fn(variables, batch):
+        return network.apply_minibatch(variables["params"], batch)[1]
+
+    logits, _ = network.apply_minibatch(variables["params"], images)
+    refreshed = glue_jax.refresh_statistics(variables, [images], jax.jit(statistics_fn))
+    # In evaluation mode with the statistics of a batch, the network does to it what it does in training mode.
+    np.testing.assert_allclose(network.apply(refreshed, images), logits, rtol=1e-4, atol=1e-4)
+    assert np.abs(network.apply(variables, images) - logits).max() > 0.1
+    # The network's own update of running statistics, of momentum 0.9, goes a tenth of the way.
+    _, updated = network.apply_training(variables, images)
+    expected = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, variables["batch_stats"], refreshed["batch_stats"])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), updated, expected)
+
+
+def test_evaluation_without_statistics_is_refused_with_the_reason():
+    network = models.build("convnet", image_shape=(8, 8, 1), num_classes=4)
+    without, _ = glue_jax.partition(network.init(jax.random.key(3)), "^batch_stats/")
+    with pytest.raises(ValueError, match="no BatchNorm statistics, as outside the experts' convex hull"):
+        network.apply(without, jnp.zeros((2, 8, 8, 1)))
+
+
+def test_a_flax_linen_networks_statistics_are_found_by_their_collection():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.BatchNorm(use_running_average=False, momentum=0.0)(nn.Dense(2)(x))
+
+    net = Net()
+    variables = net.init(jax.random.key(4), DATA)
+
+    def statistics_fn(variables, batch):
+        return net.apply(variables, batch, mutable="batch_stats")[1]["batch_stats"]
+
+    refreshed = glue_jax.refresh_statistics(variables, [DATA[:20], DATA[20:]], statistics_fn)
+    whole = statistics_fn(variables, DATA)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), refreshed["batch_stats"], whole)
+
+
+@pytest.mark.parametrize(
+    ("batches", "function", "message"),
+    [
+        ([], statistics, "batches is empty"),
+        ([DATA], lambda params, batch: {"norm": {"mean": jnp.zeros(3)}}, "norm/mean has no partner"),
+        ([DATA], lambda params, batch: {"norm": {"median": jnp.zeros(3)}}, "norm/median has no partner"),
+        (
+            [DATA],
+            lambda params, batch: {"other": {"mean": jnp.zeros(3), "var": jnp.zeros(3)}},
+            "returned nothing for batch_stats/norm/mean",
+        ),
+        (
+            [DATA],
+            lambda params, batch: {"norm": {"mean": jnp.zeros(2), "var": jnp.zeros(2)}},
+            r"returned shape \(2,\) for batch_stats/norm/mean; expected \(3,\)",
+        ),
+        (
+            [DATA],
+            lambda params, batch: {name: {"mean": jnp.zeros(3), "var": jnp.zeros(3)} for name in ("norm", "another")},
+            "params has no place for",
+        ),
+    ],
+)
+def test_statistics_that_do_not_fit_are_refused(batches, function, message):
+    with pytest.raises(ValueError, match=message):
+        glue_jax.refresh_statistics(PARAMS, batches, function)

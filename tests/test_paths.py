@@ -1,0 +1,64 @@
+"""Parts of a pytree by their paths."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import glue_jax
+
+MODEL = {"params": {"body": [{"w": 1.0}, {"w": 2.0}], "head": {"w": 3.0, "b": 4.0}}, "batch_stats": {"body": 5.0}}
+
+
+def test_a_path_is_its_keys_joined_by_slashes():
+    assert jax.tree.leaves(glue_jax.leaf_paths(MODEL)) == [
+        "batch_stats/body",
+        "params/body/0/w",
+        "params/body/1/w",
+        "params/head/b",
+        "params/head/w",
+    ]
+
+
+@pytest.mark.parametrize("pattern", ["head", "^batch_stats/", "/w$", ""])
+def test_combining_what_was_partitioned_gives_the_tree_again(pattern):
+    rest, part = glue_jax.partition(MODEL, pattern)
+    assert len(jax.tree.leaves(rest)) + len(jax.tree.leaves(part)) == 5
+    assert glue_jax.combine(rest, part) == glue_jax.combine(part, rest) == MODEL
+
+
+def test_a_part_is_what_the_pattern_is_in():
+    rest, part = glue_jax.partition(MODEL, "^params/head")
+    assert jax.tree.leaves(part) == [4, 3]
+    assert jax.tree.leaves(rest) == [5, 1, 2]
+
+
+def test_backbones_are_blended_and_one_head_is_put_back():
+    def expert(value, classes):
+        return {"body": jnp.full(3, value), "head": jnp.full((3, classes), value)}
+
+    first, second = expert(0.0, 2), expert(1.0, 5)
+    with pytest.raises(ValueError, match=r"expert 1 differs from expert 0 at \['head'\]: \(3, 5\) against \(3, 2\)"):
+        glue_jax.stack_experts([first, second])
+    (body, head), (other_body, _) = (glue_jax.partition(model, "^head") for model in (first, second))
+    blend = glue_jax.blend(glue_jax.stack_experts([body, other_body]), jnp.array([0.25, 0.75]))
+    model = glue_jax.combine(blend, head)
+    np.testing.assert_allclose(model["body"], [0.75] * 3)
+    np.testing.assert_array_equal(model["head"], first["head"])
+
+
+def test_a_pattern_in_no_path_is_refused_with_the_paths():
+    with pytest.raises(ValueError, match=r"the pattern 'tail' is in no path; the paths are \['batch_stats/body', "):
+        glue_jax.partition(MODEL, "tail")
+
+
+@pytest.mark.parametrize(
+    ("rest", "part", "message"),
+    [
+        ({"a": 1.0, "b": None}, {"a": 2.0, "b": 1.0}, "each of the two trees has a leaf at a"),
+        ({"a": 1.0, "b": None}, {"a": None, "b": None}, "neither of the two trees has a leaf at b"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(rest, part, message):
+    with pytest.raises(ValueError, match=message):
+        glue_jax.combine(rest, part)
