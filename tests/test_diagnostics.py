@@ -1,0 +1,94 @@
+"""What probes tell beside the gradient, and which radius they ask for."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import glue_jax
+
+
+def test_curvature_and_bend_of_a_parabola_by_hand():
+    # L(x) = 3 + 2 x + 5 x^2 along the one direction, radius 0.1: L+ - L- = 0.4, L+ + L- - 2 L = 0.1.
+    losses = jnp.array([[3 + 0.2 + 0.05, 3 - 0.2 + 0.05]])
+    found = glue_jax.probe_diagnostics(losses, jnp.array(3.0), 0.1)
+    np.testing.assert_allclose(found.curvature, 10, rtol=1e-4)
+    np.testing.assert_allclose(found.bend, 0.05 / 0.2, rtol=1e-4)
+    np.testing.assert_allclose(found.signal_to_noise, 0.2 / (3 * np.finfo(np.float32).eps), rtol=1e-4)
+
+
+def test_a_steps_metrics_have_what_it_needs():
+    estimate = glue_jax.spsa_gradient(
+        jax.random.key(0),
+        lambda beta: 3 * beta @ beta,
+        jnp.ones(4),
+        num_directions=4,
+        directions="orthogonal",
+        radius=0.1,
+    )
+    found = glue_jax.probe_diagnostics(estimate.probe_values, jnp.array(12.0), 0.1)
+    # The second derivative of 3 |beta|^2 along any direction.
+    np.testing.assert_allclose(found.curvature, 6, rtol=1e-3)
+
+
+def quartic(beta):
+    """Of curvature that changes on a scale of 1, and values that float32 rounds at 1e-7 of 100."""
+    return 100 + jnp.sum(jnp.sin(2 * beta))
+
+
+def test_the_radius_proposed_lies_between_rounding_and_curvature():
+    found = glue_jax.calibrate(jax.random.key(1), quartic, jnp.linspace(-1, 1, 6))
+    assert 3e-3 <= found.radius <= 0.3
+    assert found.disagreement[0] > 10 * found.disagreement.min()
+    assert found.disagreement[-1] > 10 * found.disagreement.min()
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_the_radius_follows_the_scale_of_the_coefficients(scale):
+    radii = tuple(float(radius) for radius in np.logspace(-6, 4, 21))
+    found = glue_jax.calibrate(
+        jax.random.key(2), lambda beta: quartic(beta / scale), scale * jnp.linspace(-1, 1, 6), radii=radii
+    )
+    assert 1e-3 <= found.radius / scale <= 0.5
+
+
+def test_a_metric_that_counts_asks_for_a_radius_at_which_it_changes():
+    # 1000 thresholds: the fraction of them below the sum of beta moves by 0.1 % a step of 2e-3.
+    thresholds = jax.random.uniform(jax.random.key(3), (1000,), minval=-1.0, maxval=1.0)
+
+    def fraction(beta):
+        return jnp.mean(thresholds < jnp.sum(beta))
+
+    found = glue_jax.calibrate(jax.random.key(4), fraction, jnp.zeros(5), num_directions=8)
+    assert found.radius >= 0.03
+
+
+@pytest.mark.parametrize("gain", [0.1, 10.0])
+def test_plain_sgd_takes_a_first_step_of_the_length_asked_for(gain):
+    beta = jnp.linspace(-1, 1, 6)
+    found = glue_jax.calibrate(
+        jax.random.key(5),
+        lambda beta: gain * quartic(beta),
+        beta,
+        directions="orthogonal",
+        num_directions=6,
+        first_step=0.03,
+    )
+    gradient = gain * 2 * np.cos(2 * np.asarray(beta))
+    np.testing.assert_allclose(found.learning_rate * np.sqrt(np.mean(gradient**2)), 0.03, rtol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"radii": (0.1, 1.0)}, "expected at least three finite numbers above 0, ascending"),
+        ({"radii": (0.1, 1.0, 0.5)}, "ascending"),
+        ({"radii": (0.0, 1.0, 2.0)}, "above 0"),
+        ({"first_step": 0.0}, "first_step is 0.0"),
+        ({"num_directions": 0}, "num_directions is 0"),
+        ({"fun": lambda beta: jnp.float32(1) + 0 * jnp.sum(beta)}, "the function has the same value"),
+    ],
+)
+def test_bad_arguments_are_refused(words, message):
+    with pytest.raises(ValueError, match=message):
+        glue_jax.calibrate(**({"key": jax.random.key(6), "fun": quartic, "beta": jnp.zeros(3)} | words))

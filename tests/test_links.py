@@ -1,0 +1,100 @@
+"""Links beside the softmax: boxes, task vectors, a temperature."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import glue_jax
+
+STEPS = [glue_jax.spsa_step, glue_jax.full_gradient_step, glue_jax.forward_gradient_step]
+
+
+def learned(step_fn, experts, loss, beta, steps=80, rate=0.1, **words):
+    """The state and the last metrics of some steps on a batch that makes no difference."""
+    optimizer = optax.adam(rate)
+    if step_fn is not glue_jax.full_gradient_step:
+        words |= {"directions": "orthogonal", "num_directions": sum(leaf.size for leaf in jax.tree.leaves(beta))}
+    step = jax.jit(
+        functools.partial(step_fn, loss_fn=lambda p, b: loss(p) + 0 * jnp.sum(b), optimizer=optimizer, **words)
+    )
+    state = glue_jax.init(2, optimizer, beta=beta)
+    for _ in range(steps):
+        state, metrics = step(jax.random.key(0), state, experts, jnp.zeros(1))
+    return state, metrics
+
+
+def test_a_box_keeps_its_bounds_and_starts_in_its_middle():
+    values = glue_jax.box(jnp.array([-1e3, 0.0, 1e3]), low=-0.5, high=1.5)
+    np.testing.assert_allclose(values, [-0.5, 0.5, 1.5], atol=1e-6)
+    with pytest.raises(ValueError, match=r"low is 1.0 and high is 1.0; expected low < high"):
+        glue_jax.box(jnp.zeros(2), low=1.0, high=1.0)
+
+
+def test_task_vector_weights_are_the_origin_and_its_differences():
+    origin, first, second = (jnp.array(values) for values in ([1.0, 2.0], [2.0, 2.0], [1.0, 5.0]))
+    scales = jnp.array([0.5, -2.0])
+    merged = glue_jax.blend(glue_jax.stack_experts([origin, first, second]), glue_jax.task_vector_weights(scales))
+    np.testing.assert_allclose(merged, origin + 0.5 * (first - origin) - 2 * (second - origin), rtol=1e-6)
+    rows = glue_jax.task_vector_weights(jnp.stack([scales, jnp.zeros(2)]))
+    np.testing.assert_allclose(rows, [[2.5, 0.5, -2], [1, 0, 0]])
+
+
+@pytest.mark.parametrize("step_fn", STEPS)
+def test_a_point_outside_the_hull_is_reached_by_task_vectors_in_a_box(step_fn):
+    # The origin is 0, the task vectors are the axes, and the best point has a negative part.
+    experts = glue_jax.stack_experts([jnp.zeros(2), jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0])])
+
+    def link(beta):
+        return glue_jax.task_vector_weights(glue_jax.box(beta, low=-1.0, high=2.0))
+
+    def loss(params):
+        return jnp.sum(jnp.square(params - jnp.array([1.5, -0.5])))
+
+    state, _ = learned(step_fn, experts, loss, jnp.zeros(2), link_fn=link)
+    np.testing.assert_allclose(glue_jax.alpha(state, link), [0.0, 1.5, -0.5], atol=0.05)
+
+
+def model(value):
+    return {"body": jnp.full((3, 3), value), "head": {"kernel": jnp.full((3, 2), value), "bias": jnp.full(2, value)}}
+
+
+def test_a_temperature_divides_the_heads_parameters_and_no_others():
+    experts = glue_jax.stack_experts([model(0.0), model(1.0)])
+    merge = glue_jax.tempered_merge(glue_jax.blend, head="^head/")
+    merged = merge(experts, glue_jax.Tempered(jnp.array([0.5, 0.5]), jnp.array(0.25)))
+    np.testing.assert_allclose(merged["head"]["kernel"], 2.0)
+    np.testing.assert_allclose(merged["head"]["bias"], 2.0)
+    np.testing.assert_allclose(merged["body"], 0.5)
+    with pytest.raises(ValueError, match="the pattern 'tail' is in no path"):
+        glue_jax.tempered_merge(glue_jax.blend, head="tail")(experts, glue_jax.Tempered(jnp.ones(2) / 2, jnp.ones(())))
+
+
+@pytest.mark.parametrize("step_fn", STEPS)
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_temperature_is_learned_beside_the_coefficients(step_fn, grouped):
+    # Of the second expert's direction, but logits twice as large.
+    experts = glue_jax.stack_experts([{"head": jnp.array([1.0, 0.0])}, {"head": jnp.array([0.0, 1.0])}])
+    blend, coefficients = glue_jax.blend, jnp.zeros(2)
+    if grouped:
+        groups = glue_jax.group_by_path(experts, "head")
+        blend, coefficients = functools.partial(blend, groups=groups.rows), jnp.zeros((1, 2))
+    link = glue_jax.tempered_link()
+    state, metrics = learned(
+        step_fn,
+        experts,
+        lambda params: jnp.sum(jnp.square(params["head"] - jnp.array([0.5, 1.5]))),
+        glue_jax.Tempered(coefficients, jnp.zeros(())),
+        link_fn=link,
+        merge_fn=glue_jax.tempered_merge(blend, head="head"),
+    )
+    alpha = glue_jax.alpha(state, link)
+    np.testing.assert_allclose(
+        alpha.coefficients, jnp.broadcast_to(jnp.array([0.25, 0.75]), coefficients.shape), atol=0.03
+    )
+    np.testing.assert_allclose(alpha.temperature, 0.5, atol=0.03)
+    # Reported with the coefficients.
+    assert metrics.alpha.temperature.shape == ()
