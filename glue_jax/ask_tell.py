@@ -6,6 +6,8 @@ for _ in range(100):
     state, metrics = glue_jax.tell(key, state, losses, optimizer=optimizer)
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -65,7 +67,7 @@ def ask(
 def tell(
     key: jax.Array,
     state: GlueState,
-    losses: ArrayLike,
+    losses: ArrayLike | Sequence[float],
     *,
     optimizer: optax.GradientTransformation,
     link_fn: LinkFn = jax.nn.softmax,

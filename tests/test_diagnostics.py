@@ -26,6 +26,7 @@ def test_a_steps_metrics_have_what_it_needs():
         directions="orthogonal",
         radius=0.1,
     )
+    assert estimate.probe_values is not None
     found = glue_jax.probe_diagnostics(estimate.probe_values, jnp.array(12.0), 0.1)
     # The second derivative of 3 |beta|^2 along any direction.
     np.testing.assert_allclose(found.curvature, 6, rtol=1e-3)

@@ -21,7 +21,7 @@ def learned(step_fn, experts, loss, beta, steps=80, rate=0.1, **words):
     step = jax.jit(
         functools.partial(step_fn, loss_fn=lambda p, b: loss(p) + 0 * jnp.sum(b), optimizer=optimizer, **words)
     )
-    state = glue_jax.init(2, optimizer, beta=beta)
+    state, metrics = glue_jax.init(2, optimizer, beta=beta), None
     for _ in range(steps):
         state, metrics = step(jax.random.key(0), state, experts, jnp.zeros(1))
     return state, metrics
@@ -97,4 +97,5 @@ def test_a_temperature_is_learned_beside_the_coefficients(step_fn, grouped):
     )
     np.testing.assert_allclose(alpha.temperature, 0.5, atol=0.03)
     # Reported with the coefficients.
+    assert metrics is not None
     assert metrics.alpha.temperature.shape == ()
