@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments import checkpoints
 from experiments.context import Context, take
-from experiments.devices import everywhere
+from experiments.devices import everywhere, put
 from experiments.models.network import Variables
 from experiments.progress import Stage
 from experiments.stages import naming
@@ -105,6 +105,14 @@ def measurement(context: Context) -> tuple[str, dict[str, Any]]:
     return "experts/accuracies", depends_on
 
 
+def initial_variables(context: Context) -> Variables:
+    """Returns what all experts of a common initialisation began with."""
+    if context.config.initialization != "common":
+        raise ValueError(f"initialization is {context.config.initialization!r}; expected 'common', with one origin")
+    numbers = jnp.zeros((1,), jnp.uint32)
+    return jax.tree.map(lambda leaf: leaf[0], _initialize(context, numbers))
+
+
 def _stage_of(context: Context, index: int) -> tuple[str, dict[str, Any]]:
     """The name of an expert's stage, and all that it depends on."""
     return f"experts/{index}", {**context.expert_fields, "expert": index}
@@ -115,7 +123,6 @@ def _train_experts(context: Context, group: list[int], stage: Stage) -> tuple[Va
     config = context.config
     key = jax.random.key(config.expert_seed)
     numbers = jnp.asarray(group, jnp.uint32)
-    initializations = jnp.zeros_like(numbers) if config.initialization == "common" else numbers
     losses = []
 
     def after_epoch(_: Variables, loss: np.ndarray) -> None:
@@ -125,9 +132,7 @@ def _train_experts(context: Context, group: list[int], stage: Stage) -> tuple[Va
     trained = train(
         context.training,
         _keys(jax.random.fold_in(key, _EXPERT_TRAINING), numbers),
-        jax.jit(jax.vmap(context.problem.network.init))(
-            _keys(jax.random.fold_in(key, _INITIALIZATION), initializations)
-        ),
+        _initialize(context, jnp.zeros_like(numbers) if config.initialization == "common" else numbers),
         context.train,
         jnp.asarray(np.stack([context.splits.experts[index] for index in group])),
         num_epochs=config.expert_epochs,
@@ -136,6 +141,12 @@ def _train_experts(context: Context, group: list[int], stage: Stage) -> tuple[Va
     for index, loss in zip(group, losses[-1], strict=True):
         context.progress.say(f"expert {index}: training loss {loss:.3f} in the last epoch")
     return trained, losses
+
+
+def _initialize(context: Context, numbers: jax.Array) -> Variables:
+    """Initial variables of each number, leaves `[M, ...]`."""
+    key = jax.random.fold_in(jax.random.key(context.config.expert_seed), _INITIALIZATION)
+    return put(jax.jit(jax.vmap(context.problem.network.init))(_keys(key, numbers)), context.problem.mesh)
 
 
 def _keys(key: jax.Array, numbers: jax.Array) -> jax.Array:

@@ -145,6 +145,46 @@ def learn_coefficients(
         )
 
 
+def fine_tune(context: Context, prior: Variables, seed: int, *, num_epochs: int, stage: Stage) -> dict[str, Any]:
+    """Fine-tunes all parameters of a model on a seed's target images.
+
+    Args:
+        context: of `experiments.context.prepare`.
+        prior: the model to begin with.
+        seed: of target images, minibatches and augmentation.
+        num_epochs: of all target images.
+        stage: counts the epochs.
+
+    Returns:
+        `test_loss` and `test_accuracy`, of the prior (epoch 0) and after each epoch, and `training_loss` of each epoch.
+
+    Raises:
+        FloatingPointError: a loss that is infinite or not a number, with its epoch and step.
+    """
+    measures = [context.evaluate(prior, context.test)]
+    losses = []
+
+    def after_epoch(variables: Variables, loss: np.ndarray) -> None:
+        losses.append(float(loss[0]))
+        measures.append(context.evaluate(jax.tree.map(lambda leaf: leaf[0], variables), context.test))
+        stage.advance()
+
+    train(
+        context.tuning,
+        jax.random.fold_in(jax.random.key(seed), _FINE_TUNING)[None],
+        jax.tree.map(lambda leaf: leaf[None], prior),
+        context.train,
+        jnp.asarray(context.targets[seed])[None],
+        num_epochs=num_epochs,
+        after_epoch=after_epoch,
+    )
+    return {
+        "test_loss": [row["loss"] for row in measures],
+        "test_accuracy": [row["accuracy"] for row in measures],
+        "training_loss": losses,
+    }
+
+
 def _heuristic(context: Context, number: int, measured: dict[str, Any]) -> list[float]:
     """The coefficients of Configs 1 and 2."""
     if number == 1:
@@ -233,28 +273,7 @@ def _fine_tune(
 
     def compute() -> dict[str, Any]:
         prior = glue_jax.blend(experts, jnp.asarray(alpha, jnp.float32))
-        measures = [context.evaluate(prior, context.test)]
-        losses = []
-
-        def after_epoch(variables: Variables, loss: np.ndarray) -> None:
-            losses.append(float(loss[0]))
-            measures.append(context.evaluate(jax.tree.map(lambda leaf: leaf[0], variables), context.test))
-            stage.advance()
-
-        train(
-            context.tuning,
-            jax.random.fold_in(jax.random.key(seed), _FINE_TUNING)[None],
-            jax.tree.map(lambda leaf: leaf[None], prior),
-            context.train,
-            jnp.asarray(context.targets[seed])[None],
-            num_epochs=config.fine_tuning_epochs,
-            after_epoch=after_epoch,
-        )
-        return {
-            "test_loss": [row["loss"] for row in measures],
-            "test_accuracy": [row["accuracy"] for row in measures],
-            "training_loss": losses,
-        }
+        return fine_tune(context, prior, seed, num_epochs=context.config.fine_tuning_epochs, stage=stage)
 
     stage_of_this = _fine_tuning_stage(context, number, seed, alpha)
     if context.stages.read(*stage_of_this) is not None:

@@ -87,13 +87,25 @@ class Problem:
         mean, std = (jnp.expand_dims(values, (0, 1, 2)) for values in (self.mean, self.std))
         return (images.astype(jnp.float32) / 255 - mean) / std
 
+    def minibatch_logits(self, variables: Variables, images: jax.Array) -> jax.Array:
+        """Logits `[B, classes]` with BatchNorm by the minibatch; the variables' statistics are not looked at."""
+        return self.network.apply_minibatch(variables["params"], self.normalize(images))[0]
+
+    def minibatch_statistics(self, variables: Variables, images: jax.Array) -> Any:
+        """BatchNorm's statistics of a minibatch alone, for `glue_jax.refresh_statistics`."""
+        return self.network.apply_minibatch(variables["params"], self.normalize(images))[1]
+
+    def logits(self, variables: Variables, images: jax.Array) -> jax.Array:
+        """Logits `[B, classes]` in evaluation mode."""
+        return self.network.apply(variables, self.normalize(images))
+
     def loss(self, variables: Variables, batch: Examples) -> jax.Array:
         """The mean cross-entropy in evaluation mode: what the coefficients are learned by (Eq. 2)."""
-        return cross_entropy(self.network.apply(variables, self.normalize(batch.images)), batch.labels)
+        return cross_entropy(self.logits(variables, batch.images), batch.labels)
 
     def measures(self, variables: Variables, batch: Examples) -> dict[str, jax.Array]:
         """The mean cross-entropy and the accuracy (a fraction) in evaluation mode."""
-        logits = self.network.apply(variables, self.normalize(batch.images))
+        logits = self.logits(variables, batch.images)
         accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == batch.labels)
         return {"loss": cross_entropy(logits, batch.labels), "accuracy": accuracy}
 

@@ -1,0 +1,247 @@
+"""What `experiments.ablation` measures: each recipe's model, before fine-tuning and after."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import glue_jax
+from experiments.ablation.recipes import BLOCKS, LAYERS, Measured, Recipe
+from experiments.config import CoefficientFields, FineTuningFields, part
+from experiments.context import Context, take
+from experiments.data import Examples
+from experiments.experts import initial_variables, measure_experts, train_experts
+from experiments.models.network import Variables
+from experiments.models.permutations import SPECS
+from experiments.protocol import fine_tune
+from experiments.stages import Stages
+from experiments.training import Problem, cross_entropy
+from glue_jax.types import LinkFn, LossFn, MergeFn
+
+HEAD = "^params/head/"
+"""The layer that a temperature is folded into."""
+REFRESH_BATCH, REFRESH_BATCHES = 256, 8
+"""Target images that BatchNorm's statistics are estimated on, at most."""
+_COEFFICIENTS = 2
+
+
+class Learner(NamedTuple):
+    """A recipe's parts, built once: what is compiled for one seed serves the next.
+
+    Attributes:
+        experts: stacked; aligned, with an origin, without statistics, as the recipe has it.
+        link_fn: of `glue_jax.learn`.
+        merge_fn: of `glue_jax.learn`.
+        loss_fn: of `glue_jax.learn`.
+        beta: the start, leaves `[...]`, or of several starts `[S, ...]`.
+        num_starts: S.
+    """
+
+    experts: Variables
+    link_fn: LinkFn
+    merge_fn: MergeFn
+    loss_fn: LossFn
+    beta: Any
+    num_starts: int
+
+
+def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: Stages) -> dict[str, Any]:
+    """Measures what is not measured yet.
+
+    Args:
+        context: of the run whose experts these are; they are trained where they are missing.
+        recipes: to follow.
+        num_epochs: of fine-tuning.
+        stages: where the measurements are kept.
+
+    Returns:
+        A dict that JSON holds: `experts` (their test accuracies), `ensemble` (test loss and accuracy of their mean
+        probabilities), `rows`: for each recipe and seed `recipe`, `seed`, `test_loss`, `test_accuracy` (of the prior and
+        after each epoch), `forward_passes` (of one model on one image, on target and validation images), `seconds` (to the
+        prior, compilation included), and `alpha`, `temperature`, `steps` where there are any.
+    """
+    experts, _ = train_experts(context)
+    table = measure_experts(context, experts)["experts"]
+    stacked = glue_jax.stack_experts(experts)
+    evaluated = 0
+
+    def validation_loss(variables: Variables) -> float:
+        nonlocal evaluated
+        evaluated += len(context.validation.labels)
+        return context.evaluate(variables, context.validation)["loss"]
+
+    measured = Measured(
+        problem=context.problem,
+        experts=stacked,
+        losses=[row["validation_loss"] for row in table],
+        accuracies=[row["validation_accuracy"] for row in table],
+        validation=context.validation,
+        validation_loss=validation_loss,
+    )
+    shared = {**context.expert_fields, "experts": context.config.num_experts}
+    fields = {**shared, **part(context.config, CoefficientFields), **part(context.config, FineTuningFields)}
+    bar = context.progress.stage("Recipes", len(recipes) * len(context.config.seeds) * (1 + num_epochs))
+    rows = []
+    for recipe in recipes:
+        learner = functools.cache(lambda recipe=recipe: _learner(context, recipe, measured))
+        for seed in context.config.seeds:
+
+            def compute(
+                recipe: Recipe = recipe, seed: int = seed, learner: Callable[[], Learner] = learner
+            ) -> dict[str, Any]:
+                nonlocal evaluated
+                evaluated, begin = 0, time.perf_counter()
+                variables, passes, details = _model(context, recipe, measured, learner, seed)
+                jax.block_until_ready(variables)
+                seconds = time.perf_counter() - begin
+                bar.advance()
+                tuned = fine_tune(context, variables, seed, num_epochs=num_epochs, stage=bar)
+                return {**details, **tuned, "forward_passes": passes + evaluated, "prior_seconds": seconds}
+
+            name, depends_on = (
+                f"ablation/{recipe.slug}-seed{seed}",
+                {**fields, "recipe": recipe.name, "epochs": num_epochs},
+            )
+            if stages.read(name, {**depends_on, "seed": seed}) is not None:
+                bar.skip(1 + num_epochs)
+            row = stages.run(name, {**depends_on, "seed": seed}, compute)
+            rows.append({"recipe": recipe.name, "part": recipe.part, "seed": seed, **row})
+            context.progress.say(
+                f"{recipe.name}, seed {seed}: {100 * row['test_accuracy'][0]:.1f} % before fine-tuning"
+            )
+    ensemble = stages.run(
+        "ablation/ensemble", {**shared, "test": len(context.test.labels)}, lambda: _ensemble(context, experts)
+    )
+    return {"config": dataclasses.asdict(context.config), "experts": table, "ensemble": ensemble, "rows": rows}
+
+
+def _model(
+    context: Context, recipe: Recipe, measured: Measured, learner: Callable[[], Learner], seed: int
+) -> tuple[Variables, int, dict[str, Any]]:
+    """A recipe's model, how many forward passes it took, and what else is known of it."""
+    target = take(context.train, context.targets[seed])
+    passes, details = 0, {}
+    if recipe.merge is not None:
+        variables = recipe.merge(measured)
+    elif recipe.step_fn is None:
+        alpha = recipe.start(measured)
+        variables = glue_jax.blend(_aligned(context, recipe, measured.experts), alpha)
+        details["alpha"] = np.asarray(alpha).tolist()
+    else:
+        variables, passes, details = _learn(context, recipe, learner(), target, seed)
+    if recipe.statistics != "blended":
+        images = target.images[: REFRESH_BATCH * REFRESH_BATCHES]
+        batches = [images[at : at + REFRESH_BATCH] for at in range(0, len(images), REFRESH_BATCH)]
+        variables = glue_jax.refresh_statistics(variables, batches, _statistics_fn(context.problem))
+        passes += len(images)
+    return variables, passes, details
+
+
+def _learn(
+    context: Context, recipe: Recipe, learner: Learner, target: Examples, seed: int
+) -> tuple[Variables, int, dict[str, Any]]:
+    """The model of learned coefficients."""
+    config = context.config
+    words: dict[str, Any] = {
+        "loss_fn": learner.loss_fn,
+        "optimizer": context.alpha_optimizer,
+        "step_fn": recipe.step_fn,
+        "link_fn": learner.link_fn,
+        "merge_fn": learner.merge_fn,
+        "validation_data": context.validation,
+        "batch_size": config.alpha_batch_size,
+        "max_steps": config.alpha_steps,
+        "validate_every": config.validate_every,
+        "patience": config.patience,
+    }
+    key = jax.random.fold_in(jax.random.key(seed), _COEFFICIENTS)
+    if learner.num_starts > 1:
+        result = glue_jax.learn_from_starts(key, learner.experts, target, starts=learner.beta, **words)
+    else:
+        state = glue_jax.init(config.num_experts, context.alpha_optimizer, beta=learner.beta)
+        result = glue_jax.learn(key, learner.experts, target, state=state, **words)
+    metrics, alpha = result.history.metrics, result.alpha
+    steps = len(metrics.loss)
+    # One pass a step where there are no probes: the full gradient's, which its backward pass is not counted in.
+    per_step = 1 if metrics.probe_losses is None else metrics.probe_losses[0].size
+    validations = len(result.history.validation_steps) * learner.num_starts * len(context.validation.labels)
+    temperature = None
+    variables = learner.merge_fn(learner.experts, alpha)
+    if recipe.temperature:
+        alpha, temperature = alpha.coefficients, float(alpha.temperature)
+    details = {"alpha": np.asarray(alpha).tolist(), "temperature": temperature, "steps": steps}
+    return variables, steps * per_step * config.alpha_batch_size + validations, details
+
+
+def _learner(context: Context, recipe: Recipe, measured: Measured) -> Learner:
+    """What a recipe learns with."""
+    experts, weights = _aligned(context, recipe, measured.experts), recipe.start(measured)
+    link: LinkFn = recipe.link_fn
+    merge: MergeFn = glue_jax.blend
+    # A softmax reaches a single expert only in the limit.
+    is_softmax = link is jax.nn.softmax
+    beta = glue_jax.weights_to_logits(0.99 * weights + 0.01 / weights.shape[-1]) if is_softmax else weights
+    if recipe.task_vectors:
+        origin = initial_variables(context)
+        experts = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), origin, experts)
+        link = glue_jax.task_vector_weights
+    if recipe.statistics == "minibatch":
+        experts, _ = glue_jax.partition(experts, "^batch_stats/")
+    if recipe.grouping != "model":
+        pattern = LAYERS if recipe.grouping == "layer" else BLOCKS[context.config.network]
+        groups = glue_jax.group_by_path(experts, pattern)
+        merge = functools.partial(merge, groups=groups.rows)
+        beta = jnp.tile(beta[None], (len(groups.names), 1))
+    if recipe.temperature:
+        link, merge = glue_jax.tempered_link(link), glue_jax.tempered_merge(merge, head=HEAD)
+        beta = glue_jax.Tempered(beta, jnp.zeros(()))
+    loss = functools.partial(_loss, context.problem, recipe.objective, recipe.statistics == "minibatch")
+    return Learner(experts, link, merge, loss, beta, len(weights) if weights.ndim == 2 else 1)
+
+
+def _loss(
+    problem: Problem,
+    objective: Callable[[jax.Array, jax.Array], jax.Array],
+    by_minibatch: bool,
+    variables: Variables,
+    batch: Examples,
+) -> jax.Array:
+    """An objective of a model's logits."""
+    logits = problem.minibatch_logits if by_minibatch else problem.logits
+    return objective(logits(variables, batch.images), batch.labels)
+
+
+@functools.cache
+def _statistics_fn(problem: Problem) -> Callable[[Variables, jax.Array], Any]:
+    """Of a minibatch of images, compiled once for a problem."""
+    return jax.jit(problem.minibatch_statistics)
+
+
+def _aligned(context: Context, recipe: Recipe, experts: Variables) -> Variables:
+    """The experts with their units permuted."""
+    if recipe.aligned == "no":
+        return experts
+    spec = SPECS[context.config.network](**context.config.network_options)
+    reference = 0 if recipe.aligned == "to the first" else None
+    return jax.tree.map(jnp.asarray, glue_jax.align_experts(experts, spec, reference=reference).experts)
+
+
+def _ensemble(context: Context, experts: list[Variables]) -> dict[str, Any]:
+    """Test loss and accuracy of the experts' mean probabilities: K networks, not one."""
+    logits = jax.jit(context.problem.logits)
+    images, labels = context.test
+    rows = []
+    for at in range(0, len(labels), REFRESH_BATCH):
+        batch = images[at : at + REFRESH_BATCH]
+        log_probabilities = jnp.stack([jax.nn.log_softmax(logits(expert, batch)) for expert in experts])
+        rows.append(jax.nn.logsumexp(log_probabilities, axis=0) - jnp.log(len(experts)))
+    mean = jnp.concatenate(rows)
+    return {
+        "test_loss": float(cross_entropy(mean, labels)),
+        "test_accuracy": float(1 - glue_jax.error_rate(mean, labels)),
+    }

@@ -1,0 +1,223 @@
+"""Ways from K experts to one model: the paper's, each remedy alone, and combinations."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Mapping
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import glue_jax
+from experiments.data import Examples
+from experiments.models.network import Variables
+from experiments.training import Problem, cross_entropy
+from glue_jax.types import LinkFn, StepFn
+
+Statistics = Literal["blended", "refreshed", "minibatch"]
+Part = Literal["the paper", "remedies", "combinations", "references"]
+Grouping = Literal["model", "block", "layer"]
+
+BLOCKS: Mapping[str, str] = {
+    "convnet": r"(?:conv|norm)(\d)",
+    "resnet20": r"blocks/\d+|head",
+    "mobilenetv2": r"blocks/\d+|head",
+    "vit": r"blocks/\d+|head",
+}
+"""By network, the pattern of `glue_jax.group_by_path` that gives each block a group."""
+
+LAYERS = r"^[^/]+/(.+)/[^/]+$"
+"""The pattern that gives each module a group, its parameters with its statistics."""
+
+
+class Measured(NamedTuple):
+    """Experts, and what is known of them from validation images.
+
+    Attributes:
+        problem: the network with the preparation of its images.
+        experts: stacked, each leaf `[K, ...]`.
+        losses: of each on the validation images, `[K]`.
+        accuracies: of each on the validation images, fractions `[K]`.
+        validation: those images.
+        validation_loss: of any model on them.
+    """
+
+    problem: Problem
+    experts: Variables
+    losses: list[float]
+    accuracies: list[float]
+    validation: Examples
+    validation_loss: Callable[[Variables], float]
+
+
+Start = Callable[[Measured], jax.Array]
+"""From what is known of the experts to coefficients `[K]` on the simplex, or to several, `[S, K]`."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One way, made of independent parts.
+
+    Attributes:
+        name: in the table.
+        part: of the table.
+        start: where learning starts; without learning, the coefficients.
+        step_fn: learns the coefficients; None keeps the start.
+        link_fn: from what is learned to coefficients.
+        task_vectors: whether the experts' common initialisation is blended with them, as the origin of their differences.
+        grouping: what has coefficients of its own.
+        temperature: whether a temperature is learned, too.
+        objective: from logits and labels to what is minimised.
+        statistics: BatchNorm's: `blended` as all else, `refreshed` on target images once the coefficients are known, or by
+            the `minibatch` while they are learned and refreshed then.
+        aligned: whether the experts' units are permuted first: to the first expert, or jointly.
+        merge: in place of coefficients, from what is known of the experts to the model.
+    """
+
+    name: str
+    part: Part
+    start: Start = lambda measured: glue_jax.uniform(len(measured.losses))
+    step_fn: StepFn | None = None
+    link_fn: LinkFn = jax.nn.softmax
+    task_vectors: bool = False
+    grouping: Grouping = "model"
+    temperature: bool = False
+    objective: Callable[[jax.Array, jax.Array], jax.Array] = cross_entropy
+    statistics: Statistics = "blended"
+    aligned: Literal["no", "to the first", "jointly"] = "no"
+    merge: Callable[[Measured], Variables] | None = None
+
+    @property
+    def slug(self) -> str:
+        """Its name in files."""
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be.
+
+        Raises:
+            ValueError: coefficients outside the experts' hull with BatchNorm statistics that are blended.
+        """
+        if self.link_fn is not jax.nn.softmax and self.statistics != "minibatch":
+            raise ValueError(
+                f"{self.name}: statistics is {self.statistics!r}; expected 'minibatch' with coefficients outside the "
+                "experts' convex hull, where a blended variance can be negative"
+            )
+
+
+def _fisher(measured: Measured) -> Variables:
+    """The experts averaged by their Fisher information on the validation images."""
+    fishers = [
+        glue_jax.diagonal_fisher(
+            measured.problem.logits,
+            jax.tree.map(lambda leaf, i=i: leaf[i], measured.experts),
+            measured.validation.images,
+        )
+        for i in range(len(measured.losses))
+    ]
+    return glue_jax.fisher_merge(
+        measured.experts, glue_jax.stack_experts(fishers), glue_jax.uniform(len(measured.losses))
+    )
+
+
+def _several_starts(measured: Measured) -> jax.Array:
+    """The uniform average, the best expert, and a softmax of negative losses."""
+    return jnp.stack(
+        [
+            glue_jax.uniform(len(measured.losses)),
+            glue_jax.best_expert(measured.losses),
+            glue_jax.loss_weights(measured.losses),
+        ]
+    )
+
+
+def recipes(*, radius: float, num_experts: int) -> list[Recipe]:
+    """Returns all recipes.
+
+    Args:
+        radius: of SPSA's probes.
+        num_experts: K.
+    """
+    spsa = functools.partial(glue_jax.spsa_step, radius=radius, directions="sphere")
+    many = functools.partial(
+        glue_jax.spsa_step, radius=radius, directions="simplex_orthogonal", num_directions=num_experts - 1
+    )
+    # A step function: see glue_jax.objectives.
+    coarse = functools.partial(many, radius=0.3)
+    free = functools.partial(glue_jax.spsa_step, radius=radius, directions="orthogonal", num_directions=num_experts)
+    full = glue_jax.full_gradient_step
+
+    def paper(name: str, **parts: object) -> Recipe:
+        return Recipe(name=name, part="the paper", **parts)  # pyright: ignore[reportArgumentType]
+
+    def remedy(name: str, **parts: object) -> Recipe:
+        return Recipe(name=name, part="remedies", **parts)  # pyright: ignore[reportArgumentType]
+
+    def combination(name: str, **parts: object) -> Recipe:
+        return Recipe(name=name, part="combinations", **parts)  # pyright: ignore[reportArgumentType]
+
+    def best(measured: Measured) -> jax.Array:
+        return glue_jax.best_expert(measured.losses)
+
+    def greedy(measured: Measured) -> jax.Array:
+        return glue_jax.greedy_soup(measured.experts, measured.losses, measured.validation_loss)
+
+    def by_loss(measured: Measured) -> jax.Array:
+        return glue_jax.loss_weights(measured.losses)
+
+    def by_accuracy(measured: Measured) -> jax.Array:
+        return glue_jax.proxy_accuracy_weights(measured.accuracies)
+
+    def entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+        del labels
+        return glue_jax.entropy(logits)
+
+    return [
+        paper("1 data size (uniform)"),
+        paper("2 proxy accuracy", start=by_accuracy),
+        paper("3 full gradient", step_fn=full),
+        paper("4 GLUE", step_fn=spsa),
+        remedy("best expert", start=best),
+        remedy("softmax(-loss)", start=by_loss),
+        remedy("greedy soup", start=greedy),
+        remedy("Fisher-weighted", merge=_fisher),
+        remedy("uniform, refreshed", statistics="refreshed"),
+        remedy("uniform, aligned to the first", aligned="to the first"),
+        remedy("uniform, aligned jointly", aligned="jointly"),
+        remedy("GLUE, refreshed", step_fn=spsa, statistics="refreshed"),
+        remedy("GLUE, minibatch statistics", step_fn=spsa, statistics="minibatch"),
+        remedy("GLUE, K - 1 directions", step_fn=many),
+        remedy("GLUE from the best of three starts", step_fn=spsa, start=_several_starts),
+        remedy("GLUE, an alpha a block", step_fn=many, grouping="block"),
+        remedy("GLUE, an alpha a layer", step_fn=many, grouping="layer"),
+        remedy("GLUE, temperature", step_fn=spsa, temperature=True),
+        remedy("GLUE on accuracy", step_fn=coarse, objective=glue_jax.error_rate),
+        remedy("GLUE on entropy", step_fn=spsa, objective=entropy),
+        remedy("free coefficients", step_fn=free, link_fn=glue_jax.unconstrained, statistics="minibatch"),
+        remedy("task vectors", step_fn=free, link_fn=glue_jax.unconstrained, statistics="minibatch", task_vectors=True),
+        combination("uniform, aligned jointly, refreshed", aligned="jointly", statistics="refreshed"),
+        combination("minibatch, block", step_fn=many, statistics="minibatch", grouping="block"),
+        combination(
+            "minibatch, block, temperature", step_fn=many, statistics="minibatch", grouping="block", temperature=True
+        ),
+        combination(
+            "minibatch, layer, temperature", step_fn=many, statistics="minibatch", grouping="layer", temperature=True
+        ),
+        combination(
+            "minibatch, layer, temperature, free",
+            step_fn=free,
+            statistics="minibatch",
+            grouping="layer",
+            temperature=True,
+            link_fn=glue_jax.unconstrained,
+        ),
+        combination(
+            "the same by the full gradient",
+            step_fn=full,
+            statistics="minibatch",
+            grouping="layer",
+            temperature=True,
+            link_fn=glue_jax.unconstrained,
+        ),
+    ]
