@@ -15,6 +15,7 @@ from experiments import data, protocol, run_report
 from experiments.config import Config
 from experiments.context import Context, prepare
 from experiments.estimate import describe, estimate
+from experiments.presets import folder_of
 from experiments.session import exit_on, session
 from experiments.stages import machine, naming
 
@@ -108,11 +109,12 @@ def _parse(name: str, description: str, presets: Mapping[str, Config], arguments
     first_pass = argparse.ArgumentParser(prog=f"python -m experiments.{name}", add_help=False, allow_abbrev=False)
     first_pass.add_argument("--preset", choices=list(presets), default=next(iter(presets)))
     preset = first_pass.parse_known_args(arguments)[0].preset
-    folder = name if preset == next(iter(presets)) else f"{name}-{preset}"
     return tyro.cli(
         Arguments,
         prog=first_pass.prog,
         description=f"{description.strip()}\n\nPresets: {', '.join(presets)}.",
         args=list(arguments),
-        default=Arguments(preset=preset, out_dir=Path("runs") / folder, config=presets[preset]),
+        default=Arguments(
+            preset=preset, out_dir=Path("runs") / folder_of(name, preset, presets), config=presets[preset]
+        ),
     )

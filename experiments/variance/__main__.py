@@ -12,13 +12,10 @@ probed once along many random directions, which are then averaged by m: in alpha
 section 4.2 is set, and in beta, through the softmax, with the unbiased scale, which GLUE learns with.
 """
 
-import argparse
 import dataclasses
-import importlib
-import importlib.util
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +26,7 @@ from experiments import data
 from experiments.config import Config
 from experiments.context import Context, prepare
 from experiments.experts import missing_experts
+from experiments.presets import choose
 from experiments.session import exit_on, session
 from experiments.stages import Stages, machine
 from experiments.variance import report
@@ -106,42 +104,22 @@ def _plan(context: Context, settings: Settings) -> str:
 
 def _parse(words: Sequence[str]) -> Arguments:
     """The command line over the defaults of its experiment's preset."""
-    first_pass = argparse.ArgumentParser(prog="python -m experiments.variance", add_help=False, allow_abbrev=False)
-    first_pass.add_argument("--experiment", default="digits")
-    first_pass.add_argument("--preset")
-    chosen = first_pass.parse_known_args(words)[0]
-    presets = _presets(chosen.experiment)
-    default = next(iter(presets))
-    preset = chosen.preset or default
-    if preset not in presets:
-        raise ValueError(f"preset is {preset!r}; expected one of {tuple(presets)}, those of {chosen.experiment}")
-    folder = chosen.experiment if preset == default else f"{chosen.experiment}-{preset}"
+    prog = "python -m experiments.variance"
+    chosen = choose(prog, words)
     return tyro.cli(
         Arguments,
-        prog=first_pass.prog,
+        prog=prog,
         description=(__doc__ or "").strip(),
         args=list(words),
         default=Arguments(
             experiment=chosen.experiment,
-            preset=preset,
-            run_dir=Path("runs") / folder,
-            out_dir=Path("runs") / f"variance-{folder}",
+            preset=chosen.preset,
+            run_dir=Path("runs") / chosen.folder,
+            out_dir=Path("runs") / f"variance-{chosen.folder}",
             settings=Settings(),
-            config=presets[preset],
+            config=chosen.config,
         ),
     )
-
-
-def _presets(experiment: str) -> Mapping[str, Config]:
-    """The presets of an experiment's module."""
-    name = f"experiments.{experiment}"
-    found = experiment.isidentifier() and importlib.util.find_spec(name) is not None
-    presets = getattr(importlib.import_module(name), "PRESETS", None) if found else None
-    if presets is None:
-        raise ValueError(
-            f"experiment is {experiment!r}; expected a module of experiments with PRESETS, as digits, cifar10"
-        )
-    return presets
 
 
 if __name__ == "__main__":

@@ -1,0 +1,63 @@
+"""Which experiment a command line is about, for the commands that take up another's experts."""
+
+import argparse
+import importlib
+import importlib.util
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from experiments.config import Config
+
+
+class Chosen(NamedTuple):
+    """An experiment with its preset.
+
+    Attributes:
+        experiment: a module of `experiments` that has presets.
+        preset: one of them.
+        config: that preset's.
+        folder: the name of its runs' folder under `runs/`.
+    """
+
+    experiment: str
+    preset: str
+    config: Config
+    folder: str
+
+
+def choose(prog: str, words: Sequence[str]) -> Chosen:
+    """Returns what a command line chooses by `--experiment` and `--preset`: by default digits, and its first preset.
+
+    Args:
+        prog: the command's name.
+        words: its command line.
+
+    Raises:
+        ValueError: a module without presets, or a preset that it does not have.
+    """
+    parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
+    parser.add_argument("--experiment", default="digits")
+    parser.add_argument("--preset")
+    given = parser.parse_known_args(words)[0]
+    presets = _presets(given.experiment)
+    preset = given.preset or next(iter(presets))
+    if preset not in presets:
+        raise ValueError(f"preset is {preset!r}; expected one of {tuple(presets)}, those of {given.experiment}")
+    return Chosen(given.experiment, preset, presets[preset], folder_of(given.experiment, preset, presets))
+
+
+def folder_of(experiment: str, preset: str, presets: Mapping[str, Config]) -> str:
+    """Returns the name of a run's folder: the experiment's, with its preset's where that is not the first."""
+    return experiment if preset == next(iter(presets)) else f"{experiment}-{preset}"
+
+
+def _presets(experiment: str) -> Mapping[str, Config]:
+    """The presets of an experiment's module."""
+    name = f"experiments.{experiment}"
+    found = experiment.isidentifier() and importlib.util.find_spec(name) is not None
+    presets = getattr(importlib.import_module(name), "PRESETS", None) if found else None
+    if presets is None:
+        raise ValueError(
+            f"experiment is {experiment!r}; expected a module of experiments with PRESETS, as digits, cifar10"
+        )
+    return presets
