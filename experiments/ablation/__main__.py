@@ -1,7 +1,149 @@
 """What each remedy gives a blend, alone and with others, before fine-tuning and after.
 
-    python -m experiments.ablation                                          # digits, minutes on a CPU
-    python -m experiments.ablation --experiment cifar10 --preset paper --run-dir runs/cifar10
+    python -m experiments.ablation
+    python -m experiments.ablation --experiment cifar10 --initializations common --recipes GLUE "free coefficients"
 
-Experts are those of the experiment's run; where there are none, they are trained first, and kept there.
+Experts are read from `--run-dir`, where the experiment's own command keeps them (give it the same options); those that
+are missing are trained.
 """
+
+import dataclasses
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+
+from experiments import data
+from experiments.ablation import report
+from experiments.ablation.measurement import measure
+from experiments.ablation.recipes import Recipe, recipes
+from experiments.config import Config, Initialization
+from experiments.context import prepare
+from experiments.experts import missing_experts
+from experiments.presets import choose
+from experiments.session import exit_on, session
+from experiments.stages import Stages, machine
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """What a command line says.
+
+    Attributes:
+        experiment: whose experts; a module of `experiments` that has presets, as digits or cifar10.
+        preset: of that experiment: the defaults of its fields. The default is its first.
+        run_dir: the experiment's folder, which keeps the experts; the default is its own.
+        out_dir: for the report and the finished parts; the default is `ablation-` and the experiment's folder's name.
+        data_dir: the data directory of tensorflow-datasets; the default is its own (TFDS_DATA_DIR, or
+            ~/tensorflow_datasets).
+        initializations: of the experts; `initialization` itself has no effect here.
+        recipes: those whose names contain one of these words; none given are all.
+        epochs: of fine-tuning.
+        config: every number of the experiment.
+    """
+
+    experiment: str
+    preset: str
+    run_dir: Path
+    out_dir: Path
+    data_dir: str | None = None
+    initializations: tuple[Initialization, ...] = ("common", "separate")
+    recipes: tuple[str, ...] = ()
+    epochs: int = 5
+    config: tyro.conf.OmitArgPrefixes[Config]
+
+    def __post_init__(self) -> None:
+        """Refuses values out of their range.
+
+        Raises:
+            ValueError: with the field, its value, and what was expected.
+        """
+        if self.epochs < 0:
+            raise ValueError(f"epochs is {self.epochs}; expected at least 0")
+        if not self.initializations or len(set(self.initializations)) < len(self.initializations):
+            raise ValueError(f"initializations are {self.initializations}; expected at least one, each given once")
+        self.chosen()
+
+    def chosen(self) -> list[Recipe]:
+        """Returns the recipes whose names contain one of the words."""
+        known = recipes(radius=self.config.radius, num_experts=self.config.num_experts)
+        for word in self.recipes:
+            if not any(word in recipe.name for recipe in known):
+                raise ValueError(f"recipes has {word!r}; expected part of one of {[recipe.name for recipe in known]}")
+        return [recipe for recipe in known if not self.recipes or any(word in recipe.name for word in self.recipes)]
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measures, from a command line to the report.
+
+    Args:
+        arguments: the command line; None is the process's.
+
+    Returns:
+        The results: `title`, `command`, `machine`, and `sets`, for each initialisation what
+        `experiments.ablation.measurement.measure` returns.
+    """
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    console = Console()
+    with exit_on(ValueError):
+        parsed = _parse(words)
+    sets = []
+    with session(parsed.out_dir, console) as progress:
+        with exit_on(ValueError, OSError, data.DatasetNotFoundError):
+            dataset = data.load(parsed.config.dataset, parsed.data_dir, parsed.config.image_size)
+            contexts = [
+                prepare(
+                    dataclasses.replace(parsed.config, initialization=initialization),
+                    dataset,
+                    parsed.run_dir / "stages",
+                    progress,
+                )
+                for initialization in parsed.initializations
+            ]
+        for context in contexts:
+            # Experts of separate initialisations have no origin in common.
+            is_common = context.config.initialization == "common"
+            chosen = [recipe for recipe in parsed.chosen() if is_common or not recipe.task_vectors]
+            progress.say(
+                f"{dataset.name}, {context.config.initialization} initialisation; {machine()}\n"
+                f"experts to train first: {len(missing_experts(context))} of {context.config.num_experts}; "
+                f"{len(chosen)} recipes of {len(context.config.seeds)} seeds, each with {parsed.epochs} epochs of "
+                "fine-tuning"
+            )
+            sets.append(measure(context, chosen, parsed.epochs, Stages(parsed.out_dir / "stages")))
+    results = {
+        "title": f"Ways from experts to one model: {parsed.experiment}, preset {parsed.preset}",
+        "command": shlex.join(["python", "-m", "experiments.ablation", *words]),
+        "machine": "; ".join(sorted({row["machine"] for found in sets for row in found["rows"]})),
+        "sets": sets,
+    }
+    report.write(results, parsed.out_dir)
+    report.print_tables(results, parsed.out_dir, console)
+    return results
+
+
+def _parse(words: Sequence[str]) -> Arguments:
+    """The command line over the defaults of its experiment's preset."""
+    prog = "python -m experiments.ablation"
+    chosen = choose(prog, words)
+    return tyro.cli(
+        Arguments,
+        prog=prog,
+        description=(__doc__ or "").strip(),
+        args=list(words),
+        default=Arguments(
+            experiment=chosen.experiment,
+            preset=chosen.preset,
+            run_dir=Path("runs") / chosen.folder,
+            out_dir=Path("runs") / f"ablation-{chosen.folder}",
+            config=chosen.config,
+        ),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -60,10 +60,10 @@ def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: St
         stages: where the measurements are kept.
 
     Returns:
-        A dict that JSON holds: `experts` (their test accuracies), `ensemble` (test loss and accuracy of their mean
-        probabilities), `rows`: for each recipe and seed `recipe`, `seed`, `test_loss`, `test_accuracy` (of the prior and
-        after each epoch), `forward_passes` (of one model on one image, on target and validation images), `seconds` (to the
-        prior, compilation included), and `alpha`, `temperature`, `steps` where there are any.
+        A dict that JSON holds: `config`, `data`, `experts` (a row of `measure_experts` each), `ensemble` (test loss and
+        accuracy of their mean probabilities), and `rows`: for each recipe and seed `recipe`,
+        `part`, `seed`, `test_loss` and `test_accuracy` (of the prior and after each epoch), `forward_passes` (of one model on one image),
+        `prior_seconds` (to the prior, compilation included), and `alpha`, `temperature`, `steps` where there are any.
     """
     experts, _ = train_experts(context)
     table = measure_experts(context, experts)["experts"]
@@ -91,9 +91,7 @@ def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: St
         learner = functools.cache(lambda recipe=recipe: _learner(context, recipe, measured))
         for seed in context.config.seeds:
 
-            def compute(
-                recipe: Recipe = recipe, seed: int = seed, learner: Callable[[], Learner] = learner
-            ) -> dict[str, Any]:
+            def compute(recipe: Recipe, learner: Callable[[], Learner], seed: int) -> dict[str, Any]:
                 nonlocal evaluated
                 evaluated, begin = 0, time.perf_counter()
                 variables, passes, details = _model(context, recipe, measured, learner, seed)
@@ -103,21 +101,26 @@ def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: St
                 tuned = fine_tune(context, variables, seed, num_epochs=num_epochs, stage=bar)
                 return {**details, **tuned, "forward_passes": passes + evaluated, "prior_seconds": seconds}
 
-            name, depends_on = (
+            stage = (
                 f"ablation/{recipe.slug}-seed{seed}",
-                {**fields, "recipe": recipe.name, "epochs": num_epochs},
+                {**fields, "recipe": recipe.name, "epochs": num_epochs, "seed": seed},
             )
-            if stages.read(name, {**depends_on, "seed": seed}) is not None:
+            if stages.read(*stage) is not None:
                 bar.skip(1 + num_epochs)
-            row = stages.run(name, {**depends_on, "seed": seed}, compute)
+            row = stages.run(*stage, functools.partial(compute, recipe, learner, seed))
             rows.append({"recipe": recipe.name, "part": recipe.part, "seed": seed, **row})
-            context.progress.say(
-                f"{recipe.name}, seed {seed}: {100 * row['test_accuracy'][0]:.1f} % before fine-tuning"
-            )
+            accuracy = row["test_accuracy"][0]
+            context.progress.say(f"{recipe.name}, seed {seed}: {100 * accuracy:.1f} % before fine-tuning")
     ensemble = stages.run(
         "ablation/ensemble", {**shared, "test": len(context.test.labels)}, lambda: _ensemble(context, experts)
     )
-    return {"config": dataclasses.asdict(context.config), "experts": table, "ensemble": ensemble, "rows": rows}
+    return {
+        "config": dataclasses.asdict(context.config),
+        "data": context.dataset.name,
+        "experts": table,
+        "ensemble": ensemble,
+        "rows": rows,
+    }
 
 
 def _model(

@@ -16,7 +16,7 @@ from experiments.training import Problem, cross_entropy
 from glue_jax.types import LinkFn, StepFn
 
 Statistics = Literal["blended", "refreshed", "minibatch"]
-Part = Literal["the paper", "remedies", "combinations", "references"]
+Part = Literal["the paper", "remedies", "combinations"]
 Grouping = Literal["model", "block", "layer"]
 
 BLOCKS: Mapping[str, str] = {
@@ -65,12 +65,12 @@ class Recipe:
         start: where learning starts; without learning, the coefficients.
         step_fn: learns the coefficients; None keeps the start.
         link_fn: from what is learned to coefficients.
-        task_vectors: whether the experts' common initialisation is blended with them, as the origin of their differences.
+        task_vectors: whether the experts' common initialisation is blended with them, as their differences' origin.
         grouping: what has coefficients of its own.
         temperature: whether a temperature is learned, too.
         objective: from logits and labels to what is minimised.
-        statistics: BatchNorm's: `blended` as all else, `refreshed` on target images once the coefficients are known, or by
-            the `minibatch` while they are learned and refreshed then.
+        statistics: BatchNorm's: `blended` as all else, `refreshed` on target images once the coefficients are known, or
+            by the `minibatch` while they are learned and refreshed then.
         aligned: whether the experts' units are permuted first: to the first expert, or jointly.
         merge: in place of coefficients, from what is known of the experts to the model.
     """

@@ -1,0 +1,118 @@
+"""Each remedy alone and with others, at a tiny scale."""
+
+import dataclasses
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+import glue_jax
+from experiments import data, digits
+from experiments.ablation import __main__ as ablation
+from experiments.ablation import measurement
+from experiments.ablation.recipes import Recipe, recipes
+from experiments.context import prepare
+from experiments.progress import ProgressBars
+from experiments.stages import Stages
+from tests.test_protocol import TINY
+
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+
+ONE_SEED = dataclasses.replace(TINY, seeds=(0,))
+ALL = {recipe.name: recipe for recipe in recipes(radius=0.01, num_experts=2)}
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(digits.PRESETS, "quick", ONE_SEED)
+
+
+def run(folder, *words):
+    return ablation.main(["--run-dir", str(folder / "run"), "--out-dir", str(folder / "out"), "--epochs", "1", *words])
+
+
+def test_every_recipe_gives_a_model_of_the_experts_architecture(tmp_path):
+    context = prepare(ONE_SEED, data.load("digits"), tmp_path, ProgressBars(Console(file=io.StringIO())))
+    found = measurement.measure(context, list(ALL.values()), 0, Stages(tmp_path / "out"))
+    assert [row["recipe"] for row in found["rows"]] == list(ALL)
+    rows = {row["recipe"]: row for row in found["rows"]}
+    assert all(0 <= row["test_accuracy"][0] <= 1 and np.isfinite(row["test_loss"]).all() for row in rows.values())
+    # Nothing to learn, nothing looked at.
+    assert rows["1 data size (uniform)"]["forward_passes"] == 0
+    # 5 steps of two probes of 16 images, validated at step 0, 2, 4, 5 on 20.
+    assert rows["4 GLUE"]["forward_passes"] == 5 * 2 * 16 + 4 * 20
+    assert rows["3 full gradient"]["forward_passes"] == 5 * 16 + 4 * 20
+    # And statistics of all 64 target images.
+    assert rows["GLUE, refreshed"]["forward_passes"] == rows["4 GLUE"]["forward_passes"] + 64
+    # The second expert joins the first, or not.
+    assert rows["greedy soup"]["forward_passes"] == 20
+    assert rows["GLUE, refreshed"]["alpha"] == rows["4 GLUE"]["alpha"]
+    assert np.shape(rows["GLUE, an alpha a layer"]["alpha"]) == (5, 2)
+    assert rows["GLUE, temperature"]["temperature"] != 1
+    best = max(found["experts"], key=lambda row: -row["validation_loss"])
+    assert rows["best expert"]["test_accuracy"][0] == pytest.approx(best["test_accuracy"])
+
+
+def test_a_command_line_comes_to_its_report_and_has_nothing_to_do_again(tiny, tmp_path, monkeypatch, capsys):
+    words = ("--recipes", "4 GLUE", "task vectors")
+    first = run(tmp_path, *words)
+    assert [found["config"]["initialization"] for found in first["sets"]] == ["common", "separate"]
+    # Separate initialisations have no origin.
+    assert [[row["recipe"] for row in found["rows"]] for found in first["sets"]] == [
+        ["4 GLUE", "task vectors"],
+        ["4 GLUE"],
+    ]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "stages",
+        "results.json",
+        "report.md",
+        "ablation.png",
+    }
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "nan" not in report
+    assert "| 4 GLUE |" in report
+    assert "Experts of separate initialisation" in report
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["title"] in report
+    monkeypatch.setattr(measurement, "_model", None)
+    again = run(tmp_path, *words)
+    assert again["sets"] == first["sets"]
+    assert "report:" in capsys.readouterr().out
+
+
+def test_coefficients_outside_the_hull_with_blended_statistics_are_refused_with_the_reason():
+    with pytest.raises(
+        ValueError, match=r"x: statistics is 'blended'; expected 'minibatch' .* variance can be negative"
+    ):
+        Recipe(name="x", part="remedies", link_fn=glue_jax.unconstrained)
+
+
+def test_the_ensemble_is_of_mean_probabilities(tmp_path):
+    context = prepare(ONE_SEED, data.load("digits"), tmp_path, ProgressBars(Console(file=io.StringIO())))
+    experts = [context.problem.network.init(jax.random.key(seed)) for seed in range(3)]
+    found = measurement._ensemble(context, experts)
+    probabilities = np.mean([jax.nn.softmax(context.problem.logits(e, context.test.images)) for e in experts], axis=0)
+    labels = np.asarray(context.test.labels)
+    assert found["test_accuracy"] == pytest.approx((probabilities.argmax(axis=1) == labels).mean())
+    assert found["test_loss"] == pytest.approx(-np.log(probabilities[np.arange(len(labels)), labels]).mean(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--recipes", "magic"], "recipes has 'magic'; expected part of one of"),
+        (["--epochs", "-1"], "epochs is -1; expected at least 0"),
+        (["--initializations", "common", "common"], "each given once"),
+        (["--experiment", "nowhere"], "experiment is 'nowhere'"),
+        (["--preset", "huge"], "preset is 'huge'"),
+    ],
+)
+def test_a_bad_command_line_is_refused_before_any_work(words, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        ablation.main(["--out-dir", str(tmp_path / "out"), *words])
+    printed = capsys.readouterr()
+    said = f"{stopped.value.code} {printed.out} {printed.err}".replace("│", " ")
+    assert message in " ".join(said.split())
+    assert not (tmp_path / "out").exists()
