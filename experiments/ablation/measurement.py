@@ -62,8 +62,8 @@ def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: St
     Returns:
         A dict that JSON holds: `config`, `data`, `experts` (a row of `measure_experts` each), `ensemble` (test loss and
         accuracy of their mean probabilities), and `rows`, one for each recipe and seed: `recipe`, `part`, `seed`,
-        `test_loss` and `test_accuracy` (of the prior and after each epoch), `forward_passes` (of one model on one image),
-        `prior_seconds` (to the prior, compilation included), and `alpha`, `temperature`, `steps` where there are any.
+        `test_loss` and `test_accuracy` (of the prior and after each epoch), `forward_passes` (of one model on one
+        image), `prior_seconds` (compilation included), and `alpha`, `temperature`, `steps` where there are any.
     """
     experts, _ = train_experts(context)
     table = measure_experts(context, experts)["experts"]
