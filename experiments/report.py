@@ -10,7 +10,7 @@ import functools
 import json
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from experiments import claims
 from experiments.paper import EXPERIMENTS, EXPERT_ACCURACY, experiment_of, is_at_its_scale
 from experiments.presentation import STYLE, markdown_table, png
-from experiments.run_report import draw_accuracy
+from experiments.run_report import config_table, draw_accuracy
 from experiments.stages import write_whole
 
 
@@ -126,9 +126,21 @@ def table1(runs: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]
     return headers, rows
 
 
+def configs(runs: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Returns the four Configs, headers and rows, run by run: the test split before fine-tuning and after."""
+    return _by_run(runs, config_table)
+
+
 def leads(runs: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Returns section 5's leads of GLUE, headers and rows, run by run."""
-    tables = [(results["title"], *claims.leads(results)) for results in runs]
+    return _by_run(runs, claims.leads)
+
+
+def _by_run(
+    runs: Sequence[Mapping[str, Any]], table: Callable[[Mapping[str, Any]], tuple[list[str], list[list[str]]]]
+) -> tuple[list[str], list[list[str]]]:
+    """A table of each run, one below the other."""
+    tables = [(results["title"], *table(results)) for results in runs]
     return ["run", *tables[0][1]], [[title, *row] for title, _, rows in tables for row in rows]
 
 
@@ -154,6 +166,11 @@ def _page(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     yield "## Figure 1"
     yield "Mean and standard deviation of the test accuracy over seeds, by fine-tuning epoch; epoch 0 is the prior."
     yield "![test accuracy by fine-tuning epoch, a panel a run](figure1.png)"
+    yield (
+        "Test accuracy and test loss (cross-entropy, nats) of the prior and after the last epoch, means over seeds ± "
+        "their standard deviation:"
+    )
+    yield markdown_table(*configs(runs))
     yield "GLUE (Config 4) against the others, points of test accuracy, means over seeds ± their standard deviation:"
     yield markdown_table(*leads(runs))
     yield "## Table 1"

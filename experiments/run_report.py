@@ -47,15 +47,12 @@ def draw_accuracy(axes: Axes, results: Mapping[str, Any]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def print_table(results: Mapping[str, Any], folder: Path, console: Console) -> None:
-    """Prints the table of the four Configs, and where the report lies."""
-    table = rich_table(results["title"], *_config_table(results), caption=_caption(results))
-    console.print(table)
-    console.print(f"report: {folder / 'report.md'}", highlight=False, soft_wrap=True)
+def config_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Returns headers and rows of the four Configs: accuracy and loss on the test split, before fine-tuning and after.
 
-
-def _config_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The four Configs: accuracy and loss on the test split, before fine-tuning and after."""
+    Args:
+        results: of a run.
+    """
     accuracy, loss = by_config(results, "test_accuracy"), by_config(results, "test_loss")
     headers = ["Config", "prior, %", "prior, loss", "tuned, %", "tuned, loss"]
     rows = []
@@ -65,6 +62,13 @@ def _config_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]
             row += [spread(100 * accuracy[number][:, epoch], 1), spread(loss[number][:, epoch], 3)]
         rows.append(row)
     return headers, rows
+
+
+def print_table(results: Mapping[str, Any], folder: Path, console: Console) -> None:
+    """Prints the table of the four Configs, and where the report lies."""
+    table = rich_table(results["title"], *config_table(results), caption=_caption(results))
+    console.print(table)
+    console.print(f"report: {folder / 'report.md'}", highlight=False, soft_wrap=True)
 
 
 def _caption(results: Mapping[str, Any]) -> str:
@@ -90,7 +94,7 @@ def _markdown(results: Mapping[str, Any]) -> str:
         f"Run on {machine}.",
         "## The four Configs",
         f"{_caption(results)[0].upper()}{_caption(results)[1:]}.",
-        markdown_table(*_config_table(results)),
+        markdown_table(*config_table(results)),
         f"The experts' own test accuracy: {100 * test.mean():.1f} % on average, {100 * test.max():.1f} % the best. All "
         "experts have as many images, so Config 1 is the uniform average, where Configs 3 and 4 start.",
         "![test accuracy by fine-tuning epoch](figure1.png)",

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from experiments import claims, paper, report
-from experiments.analysis import clear_sign, lead, num_mixed
+from experiments.analysis import CONFIGS, clear_sign, lead, num_mixed
 from experiments.config import Config
 
 
@@ -20,7 +20,12 @@ def _results(accuracies, dataset="cifar10", network="resnet20"):
         "data": {"name": f"{dataset}/1", "target": 10, "test": 10},
         "experts": [expert, {**expert, "test_accuracy": 0.5}],
         "runs": [
-            {"seed": seed, "config": number, "test_accuracy": values[seed]}
+            {
+                "seed": seed,
+                "config": number,
+                "test_accuracy": values[seed],
+                "test_loss": [2 - value for value in values[seed]],
+            }
             for seed in seeds
             for number, values in accuracies.items()
         ],
@@ -65,6 +70,15 @@ def test_one_seed_has_a_lead_but_no_verdict():
     assert lead(one, 1).at(1) == "+3.0"
     _, rows = claims.verdicts(one)
     assert {row[-1] for row in rows} == {"-"}
+
+
+def test_the_four_configs_of_each_run_have_mean_and_deviation_of_the_prior_and_of_the_end():
+    headers, rows = report.configs([RESULTS, RESULTS])
+    assert [row[:2] for row in rows[:4]] == [["a run", f"{number} {name}"] for number, name in CONFIGS.items()]
+    assert len(rows) == 8
+    row = dict(zip(headers, rows[3], strict=True))
+    assert (row["prior, %"], row["tuned, %"]) == ("33.5 ± 0.7", "51.0")
+    assert row["prior, loss"] == "1.665 ± 0.007"
 
 
 def test_the_leads_stand_beside_the_papers_with_the_difference():
