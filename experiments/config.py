@@ -101,7 +101,7 @@ class CoefficientFields:
     """Open in the paper (mu): the length of a probe's step in beta, between what float32 rounds away and what the loss
     curves over (measured by `experiments.variance`)."""
     alpha_steps: int = 2000
-    """Open in the paper: the most steps. On CIFAR-10 the loss still falls there, after a plateau of a thousand steps."""
+    """Open in the paper: the most steps. On CIFAR-10 the loss still falls there, after a long plateau."""
     validate_every: int = 50
     """Open in the paper: steps between two validations."""
     patience: int = 10
