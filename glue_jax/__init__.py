@@ -24,6 +24,7 @@ from glue_jax.learning import NonFiniteLossError, learn
 from glue_jax.links import Tempered, box, task_vector_weights, tempered_link, tempered_merge, unconstrained
 from glue_jax.objectives import entropy, error_rate
 from glue_jax.paths import combine, leaf_paths, partition
+from glue_jax.similarity import Similarity, loss_barriers, weight_similarity
 from glue_jax.soups import best_expert, diagonal_fisher, fisher_merge, greedy_soup, loss_weights
 from glue_jax.starts import learn_from_starts
 from glue_jax.steps import alpha, forward_gradient_step, full_gradient_step, init, spsa_step
@@ -58,6 +59,7 @@ __all__ = [
     "NonFiniteLossError",
     "PermutationSpec",
     "Progress",
+    "Similarity",
     "StepFn",
     "Tempered",
     "align",
@@ -85,6 +87,7 @@ __all__ = [
     "leaf_paths",
     "learn",
     "learn_from_starts",
+    "loss_barriers",
     "loss_weights",
     "minibatch_indices",
     "num_experts",
@@ -104,5 +107,6 @@ __all__ = [
     "theory",
     "unconstrained",
     "uniform",
+    "weight_similarity",
     "weights_to_logits",
 ]

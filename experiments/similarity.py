@@ -1,0 +1,237 @@
+"""Whether a run's experts can be averaged at all: from their weights alone, and by the loss on the line between two.
+
+    python -m experiments.similarity
+    python -m experiments.similarity --experiment cifar10 --initialization separate --barriers 3
+
+Experts are read from `--run-dir`, where the experiment's own command keeps them (give it the same options); those that
+are missing are trained. The first experts' barriers are measured on the validation images, with BatchNorm statistics
+that are blended as all else, and with statistics estimated on each model's own images.
+"""
+
+import dataclasses
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+from rich.console import Console
+
+import glue_jax
+from experiments import data
+from experiments.config import Config
+from experiments.context import Context, prepare, take
+from experiments.experts import initial_variables, missing_experts, train_experts
+from experiments.models.network import Variables
+from experiments.models.permutations import SPECS
+from experiments.presentation import markdown_table, rich_table, write_report
+from experiments.presets import choose
+from experiments.session import exit_on, session
+from experiments.stages import machine
+
+_MODULES = r"^params/(.+)/[^/]+$"
+_UNRELATED = 0.3
+"""Below this mean cosine, over all weights, the command advises to align first."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """What a command line says.
+
+    Attributes:
+        experiment: whose experts; a module of `experiments` that has presets, as digits or cifar10.
+        preset: of that experiment: the defaults of its fields. The default is its first.
+        run_dir: the experiment's folder, which keeps the experts; the default is its own.
+        out_dir: for the report; the default is `similarity-` and the experiment's folder's name.
+        data_dir: the data directory of tensorflow-datasets; the default is its own (TFDS_DATA_DIR, or
+            ~/tensorflow_datasets).
+        barriers: how many of the experts, the first, have their barriers measured, at most all; 0 is none.
+        config: every number of the experiment.
+    """
+
+    experiment: str
+    preset: str
+    run_dir: Path
+    out_dir: Path
+    data_dir: str | None = None
+    barriers: int = 3
+    config: tyro.conf.OmitArgPrefixes[Config]
+
+    def __post_init__(self) -> None:
+        """Refuses values out of their range.
+
+        Raises:
+            ValueError: with the field, its value, and what was expected.
+        """
+        if self.barriers < 0 or self.barriers == 1:
+            raise ValueError(f"barriers is {self.barriers}; expected 0, or at least 2 experts")
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Compares a run's experts, from a command line to the report.
+
+    Args:
+        arguments: the command line; None is the process's.
+
+    Returns:
+        The results: `title`, `command`, `machine`, `advice`, `cosine` (all weights, the mean over pairs),
+        `aligned_cosine` (the same after `glue_jax.align_experts`), `modules` (a row each) and `barriers`, in nats.
+    """
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    console = Console()
+    with exit_on(ValueError):
+        parsed = _parse(words)
+    with session(parsed.out_dir, console) as progress:
+        with exit_on(ValueError, OSError, data.DatasetNotFoundError):
+            dataset = data.load(parsed.config.dataset, parsed.data_dir, parsed.config.image_size)
+            context = prepare(parsed.config, dataset, parsed.run_dir / "stages", progress)
+        progress.say(
+            f"{dataset.name}; {machine()}\n"
+            f"experts to train first: {len(missing_experts(context))} of {parsed.config.num_experts}"
+        )
+        experts = glue_jax.stack_experts(train_experts(context)[0])
+        results = {
+            "title": f"Whether experts can be averaged: {parsed.experiment}, preset {parsed.preset}, "
+            f"{parsed.config.initialization} initialisation",
+            "command": shlex.join(["python", "-m", "experiments.similarity", *words]),
+            "machine": machine(),
+            **_weights(context, experts),
+            "barriers": _barriers(context, experts, parsed.barriers),
+        }
+    write_report(parsed.out_dir, results, _markdown(results), {})
+    console.print(rich_table(results["title"], *_module_table(results), caption=results["advice"]))
+    if results["barriers"]:
+        console.print(rich_table("Loss barriers, nats", *_barrier_table(results)))
+    console.print(f"report: {parsed.out_dir / 'report.md'}", highlight=False, soft_wrap=True)
+    return results
+
+
+def _weights(context: Context, experts: Variables) -> dict[str, Any]:
+    """What the weights alone say."""
+    is_common = context.config.initialization == "common"
+    origin = initial_variables(context)["params"] if is_common else None
+    spec = SPECS[context.config.network](**context.config.network_options)
+    aligned = glue_jax.align_experts(experts, spec).experts
+    params = {"params": experts["params"]}
+    found = glue_jax.weight_similarity(
+        params, glue_jax.group_by_path(params, _MODULES), origin=None if origin is None else {"params": origin}
+    )
+    whole, after = (_mean_of_pairs(glue_jax.weight_similarity(tree["params"]).cosine)[0] for tree in (experts, aligned))
+    learned = [None] * len(found.names)
+    if found.cosine_from_origin is not None:
+        learned = _mean_of_pairs(found.cosine_from_origin)
+    if whole >= _UNRELATED:
+        advice = f"The experts' weights are related (mean cosine {whole:.2f}): average them as they are."
+    else:
+        advice = (
+            f"The experts' weights have next to nothing in common (mean cosine {whole:.2f}): align them first "
+            f"(glue_jax.align_experts brings it to {after:.2f}), and expect little of a plain average."
+        )
+    return {
+        "advice": advice,
+        "cosine": whole,
+        "aligned_cosine": after,
+        "modules": [
+            {"module": name, "cosine": cosine, "distance": float(distance.mean()), "cosine_from_origin": of_learned}
+            for name, cosine, distance, of_learned in zip(
+                found.names, _mean_of_pairs(found.cosine), found.distance, learned, strict=True
+            )
+        ],
+    }
+
+
+def _barriers(context: Context, experts: Variables, count: int) -> dict[str, list[list[float]]]:
+    """The barriers between the first experts, with statistics that are blended and estimated anew."""
+    if not count:
+        return {}
+    first = jax.tree.map(lambda leaf: leaf[:count], experts)
+    images = take(context.train, context.targets[context.config.seeds[0]]).images[:512]
+    statistics = jax.jit(context.problem.minibatch_statistics)
+
+    def loss(variables: Variables) -> float:
+        return context.evaluate(variables, context.validation)["loss"]
+
+    def refreshed(variables: Variables) -> float:
+        batches = [images[at : at + 256] for at in range(0, len(images), 256)]
+        return loss(glue_jax.refresh_statistics(variables, batches, statistics))
+
+    has_statistics = bool(jax.tree.leaves(experts["batch_stats"]))
+    ways = {"blended statistics": loss} | ({"statistics refreshed": refreshed} if has_statistics else {})
+    return {name: glue_jax.loss_barriers(first, function).tolist() for name, function in ways.items()}
+
+
+def _mean_of_pairs(cosine: np.ndarray) -> list[float]:
+    """The mean over pairs of different experts, `[G]`."""
+    first, second = np.triu_indices(cosine.shape[-1], 1)
+    return cosine[:, first, second].mean(axis=1).tolist()
+
+
+def _markdown(results: Mapping[str, Any]) -> str:
+    """The report."""
+    blocks = [
+        f"# {results['title']}",
+        f"    {results['command']}",
+        f"Run on {results['machine']}.",
+        results["advice"],
+        "Cosine: of the angle between two experts' weights, the mean over pairs. Distance: from the common "
+        "initialisation over its length, where there is one, else from the experts' mean. Learned: the cosine between "
+        "two experts' differences from their common initialisation.",
+        markdown_table(*_module_table(results)),
+    ]
+    if results["barriers"]:
+        blocks += [
+            "The loss's largest rise on the line between two experts, over the line between their losses, in nats on "
+            "the validation images: about 0 where their average is as good as they are.",
+            markdown_table(*_barrier_table(results)),
+        ]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _module_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """A row a module."""
+    return ["module", "cosine", "distance", "learned"], [
+        [
+            row["module"],
+            f"{row['cosine']:.2f}",
+            f"{row['distance']:.2f}",
+            "-" if row["cosine_from_origin"] is None else f"{row['cosine_from_origin']:.2f}",
+        ]
+        for row in results["modules"]
+    ]
+
+
+def _barrier_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """A row for each two experts."""
+    ways = list(results["barriers"])
+    count = len(results["barriers"][ways[0]])
+    pairs = [(first, second) for first in range(count) for second in range(first + 1, count)]
+    return ["experts", *ways], [
+        [f"{first}, {second}", *(f"{results['barriers'][way][first][second]:.3f}" for way in ways)]
+        for first, second in pairs
+    ]
+
+
+def _parse(words: Sequence[str]) -> Arguments:
+    """The command line over the defaults of its experiment's preset."""
+    prog = "python -m experiments.similarity"
+    chosen = choose(prog, words)
+    return tyro.cli(
+        Arguments,
+        prog=prog,
+        description=(__doc__ or "").strip(),
+        args=list(words),
+        default=Arguments(
+            experiment=chosen.experiment,
+            preset=chosen.preset,
+            run_dir=Path("runs") / chosen.folder,
+            out_dir=Path("runs") / f"similarity-{chosen.folder}",
+            config=chosen.config,
+        ),
+    )
+
+
+if __name__ == "__main__":
+    main()

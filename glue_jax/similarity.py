@@ -1,0 +1,101 @@
+"""Whether experts can be averaged at all, from their weights, and from the loss between them."""
+
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from glue_jax.experts import blend, num_experts
+from glue_jax.groups import Groups
+from glue_jax.types import Params
+
+
+class Similarity(NamedTuple):
+    """How alike experts are, group by group.
+
+    Attributes:
+        names: of the G groups.
+        cosine: of the angles between their weights, `[G, K, K]`. Near 1 they are close to one another; about 0 they
+            have nothing in common, as from separate initialisations.
+        distance: from the origin over its length, `[G, K]`; without an origin, from their mean over its length.
+        cosine_from_origin: of the angles between what they learned, their differences from the origin, `[G, K, K]`;
+            None without one. Near 1 they learned the same; at 0 what they learned does not conflict.
+    """
+
+    names: tuple[str, ...]
+    cosine: np.ndarray
+    distance: np.ndarray
+    cosine_from_origin: np.ndarray | None
+
+
+def weight_similarity(experts: Params, groups: Groups | None = None, *, origin: Params | None = None) -> Similarity:
+    """Compares experts by their weights alone.
+
+    Args:
+        experts: stacked, each leaf `[K, ...]`. Leave out BatchNorm statistics (`partition`), which are no weights.
+        groups: of `group_by_path`; None is one group of all.
+        origin: the common initialisation, if there is one: of the structure of one expert.
+
+    Returns:
+        NumPy arrays, float64.
+    """
+    k = num_experts(experts)
+    leaves = [np.asarray(leaf, np.float64).reshape(k, -1) for leaf in jax.tree.leaves(experts)]
+    rows = [0] * len(leaves) if groups is None else jax.tree.leaves(groups.rows)
+    names = ("all",) if groups is None else groups.names
+    centre = (
+        [leaf.mean(axis=0) for leaf in leaves]
+        if origin is None
+        else [np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(origin)]
+    )
+    inner, moved = np.zeros((2, len(names), k, k))
+    length = np.zeros(len(names))
+    for row, leaf, start in zip(rows, leaves, centre, strict=True):
+        inner[row] += leaf @ leaf.T
+        moved[row] += (leaf - start) @ (leaf - start).T
+        length[row] += start @ start
+    distances = np.sqrt(np.diagonal(moved, axis1=1, axis2=2) / length[:, None])
+    return Similarity(names, _cosine(inner), distances, None if origin is None else _cosine(moved))
+
+
+def loss_barriers(
+    experts: Params, loss_fn: Callable[[Params], jax.Array | float], *, num_points: int = 5
+) -> np.ndarray:
+    """Returns how far the loss rises on the line between each two experts (Frankle et al., 2020).
+
+    The largest of `L((1 - t) a + t b) - (1 - t) L(a) - t L(b)` over t in [0, 1] (https://arxiv.org/abs/1912.05671).
+    About 0, the two lie in one valley, and their average is as good as they are.
+
+    Args:
+        experts: stacked, each leaf `[K, ...]`.
+        loss_fn: `loss_fn(params)`, the loss of one model. Jit it: it is called for each expert, and `num_points` times
+            for each two.
+        num_points: inside the line, evenly spaced.
+
+    Returns:
+        `[K, K]`, symmetric, 0 on the diagonal and at least 0.
+
+    Raises:
+        ValueError: `num_points` below 1.
+    """
+    if num_points < 1:
+        raise ValueError(f"num_points is {num_points}; expected at least 1")
+    k = num_experts(experts)
+    ends = [float(loss_fn(blend(experts, weights))) for weights in jnp.eye(k)]
+    barriers = np.zeros((k, k))
+    for first, second in itertools.combinations(range(k), 2):
+        for t in np.arange(1, num_points + 1) / (num_points + 1):
+            weights = jnp.zeros(k).at[first].set(1 - t).at[second].set(t)
+            rise = float(loss_fn(blend(experts, weights))) - (1 - t) * ends[first] - t * ends[second]
+            barriers[first, second] = barriers[second, first] = max(barriers[first, second], rise)
+    return barriers
+
+
+def _cosine(inner: np.ndarray) -> np.ndarray:
+    """Inner products over lengths."""
+    lengths = np.sqrt(np.diagonal(inner, axis1=1, axis2=2))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return inner / (lengths[:, :, None] * lengths[:, None, :])

@@ -1,0 +1,93 @@
+"""Experts compared by their weights, and by the loss between them."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import glue_jax
+from experiments import digits
+from experiments import similarity as preflight
+from tests.test_protocol import TINY
+
+EXPERTS = {"a": jnp.array([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]]), "b": jnp.array([[1.0], [1.0], [-1.0]])}
+
+
+def test_cosines_are_of_all_weights_or_of_each_group():
+    found = glue_jax.weight_similarity(EXPERTS)
+    assert found.names == ("all",)
+    # (1, 0, 1), (0, 2, 1), (3, 0, -1).
+    np.testing.assert_allclose(found.cosine[0, 0], [1, 1 / np.sqrt(10), 2 / np.sqrt(20)])
+    groups = glue_jax.group_by_path(EXPERTS, "a|b")
+    found = glue_jax.weight_similarity(EXPERTS, groups)
+    assert found.names == ("a", "b")
+    np.testing.assert_allclose(found.cosine[0], [[1, 0, 1], [0, 1, 0], [1, 0, 1]])
+    np.testing.assert_allclose(found.cosine[1], [[1, 1, -1], [1, 1, -1], [-1, -1, 1]])
+    assert found.cosine_from_origin is None
+
+
+def test_from_an_origin_it_is_what_was_learned():
+    origin = {"a": jnp.array([1.0, 0.0]), "b": jnp.array([2.0])}
+    found = glue_jax.weight_similarity(EXPERTS, origin=origin)
+    # Differences (0, 0, -1), (-1, 2, -1), (2, 0, -3); the origin's length is sqrt(5).
+    np.testing.assert_allclose(found.distance[0], np.sqrt([1 / 5, 6 / 5, 13 / 5]))
+    assert found.cosine_from_origin is not None
+    np.testing.assert_allclose(found.cosine_from_origin[0, 0], [1, 1 / np.sqrt(6), 3 / np.sqrt(13)])
+
+
+def test_without_an_origin_distances_are_from_the_mean():
+    experts = {"w": jnp.array([[1.0, 1.0], [3.0, 1.0]])}
+    np.testing.assert_allclose(glue_jax.weight_similarity(experts).distance, [[1 / np.sqrt(5)] * 2])
+
+
+def test_a_barrier_is_the_rise_over_the_line_between_the_losses():
+    experts = {"w": jnp.array([-1.0, 1.0, 3.0])}
+    # Valleys at -1 and 1 with 1 between them; from 1 on it is a line.
+    barriers = glue_jax.loss_barriers(
+        experts,
+        lambda params: jnp.where(params["w"] > 1, params["w"] - 1, jnp.square(1 - params["w"] ** 2)),
+        num_points=3,
+    )
+    np.testing.assert_allclose(barriers[0, 1], 1, atol=1e-6)
+    np.testing.assert_allclose(barriers[1, 2], 0, atol=1e-6)
+    np.testing.assert_allclose(barriers, barriers.T)
+    np.testing.assert_array_equal(np.diag(barriers), 0)
+
+
+def test_points_below_one_are_refused():
+    with pytest.raises(ValueError, match="num_points is 0"):
+        glue_jax.loss_barriers(EXPERTS, lambda params: 0.0, num_points=0)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(digits.PRESETS, "quick", TINY)
+
+
+@pytest.mark.usefixtures("compilation_cache")
+@pytest.mark.parametrize("initialization", ["common", "separate"])
+def test_a_runs_experts_are_compared_and_advised_on(tiny, tmp_path, initialization):
+    words = ["--run-dir", str(tmp_path / "run"), "--out-dir", str(tmp_path / "out"), "--barriers", "2"]
+    results = preflight.main([*words, "--initialization", initialization])
+    assert [row["module"] for row in results["modules"]] == ["conv1", "conv2", "head", "norm1", "norm2"]
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "nan" not in report
+    if initialization == "common":
+        # Two epochs do not go far.
+        assert results["cosine"] > 0.8
+        assert "average them as they are" in report
+        assert all(row["cosine_from_origin"] is not None for row in results["modules"])
+    else:
+        kernels = [row["cosine"] for row in results["modules"] if row["module"].startswith("conv")]
+        assert max(map(abs, kernels)) < 0.3
+        assert results["aligned_cosine"] > results["cosine"]
+    assert results["barriers"].keys() == {"blended statistics", "statistics refreshed"}
+
+
+@pytest.mark.parametrize("barriers", ["1", "-1"])
+def test_a_number_of_barriers_that_cannot_be_is_refused(tiny, tmp_path, barriers, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        preflight.main(["--out-dir", str(tmp_path / "out"), "--barriers", barriers])
+    printed = capsys.readouterr()
+    said = " ".join(f"{stopped.value.code} {printed.out} {printed.err}".replace("│", " ").split())
+    assert f"barriers is {barriers}; expected 0, or at least 2 experts" in said
+    assert not (tmp_path / "out").exists()
