@@ -15,7 +15,7 @@ tuple of segments `(name, start, stop)` of them, in their order on the axis.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -74,15 +74,15 @@ def align(
 ) -> Permutations:
     """Returns the permutations that bring a model's weights closest to a reference's (Algorithm 1).
 
-    Coordinate ascent over the permutations in random order, each an assignment problem, until none improves. What it
-    finds is a local optimum.
+    Coordinate ascent over the permutations in random order, each an assignment problem, until none improves. It ends in
+    a local optimum, so it is begun twice, and the better end kept: from all units as they are, and from a first pass
+    through the network, in which each permutation is matched by the weights whose other ends are in their places.
 
     Args:
         params: the model to permute.
         reference: of its structure and shapes.
         spec: what may be permuted.
-        ignore: a regular expression for paths of leaves that are permuted and not compared, BatchNorm
-            statistics.
+        ignore: a regular expression for paths of leaves that are permuted and not compared: BatchNorm statistics.
         seed: of the order.
         max_sweeps: over all permutations.
 
@@ -95,26 +95,59 @@ def align(
     layout = _Layout(spec, reference)
     ours, theirs = _by_path(params), _by_path(reference)
     compared = [path for path in ours if not (ignore and re.search(ignore, path))]
-    permutations = {name: np.arange(size) for name, size in layout.sizes.items()}
-    order = np.random.default_rng(seed)
-    for _ in range(max_sweeps):
-        improved = False
-        for name in order.permutation(sorted(permutations)):
-            gain = np.zeros((layout.sizes[name],) * 2)
-            for path in compared:
-                for axis, places in layout.places(path, name):
-                    # The model with all permutations but this one along this axis.
-                    others = {**permutations, name: np.arange(layout.sizes[name])}
-                    moved = layout.permuted(path, ours[path], others, elsewhere={name: permutations[name]}, axis=axis)
-                    gain += _units(theirs[path], axis, places) @ _units(moved, axis, places).T
-            _, found = linear_sum_assignment(gain, maximize=True)
-            rows = np.arange(len(found))
-            before, after = gain[rows, permutations[name]].sum(), gain[rows, found].sum()
-            if after > before + 1e-6 * abs(before):
-                permutations[name], improved = found, True
-        if not improved:
-            break
-    return permutations
+
+    def match(name: str, permutations: Permutations, paths: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The inner products of each two units, all others being where the permutations put them; the assignment."""
+        identity = np.arange(layout.sizes[name])
+        gain = np.zeros((len(identity),) * 2)
+        for path in paths:
+            for axis, places in layout.places(path, name):
+                moved = layout.permuted(
+                    path,
+                    ours[path],
+                    {**permutations, name: identity},
+                    elsewhere={name: permutations.get(name, identity)},
+                    axis=axis,
+                )
+                gain += _units(theirs[path], axis, places) @ _units(moved, axis, places).T
+        return gain, linear_sum_assignment(gain, maximize=True)[1]
+
+    def first_pass() -> Permutations:
+        permutations: Permutations = {}
+        with_name = {name: [path for path in compared if layout.places(path, name)] for name in layout.sizes}
+
+        def settled(name: str) -> list[str]:
+            return [path for path in with_name[name] if layout.names(path) - {name} <= permutations.keys()]
+
+        def share(name: str) -> float:
+            weights = [sum(np.size(ours[path]) for path in paths) for paths in (settled(name), with_name[name])]
+            return weights[0] / max(weights[1], 1)
+
+        while remaining := sorted(layout.sizes.keys() - permutations.keys()):
+            name = max(remaining, key=share)
+            permutations[name] = match(name, permutations, settled(name) or with_name[name])[1]
+        return permutations
+
+    def ascend(permutations: Permutations) -> Permutations:
+        order = np.random.default_rng(seed)
+        for _ in range(max_sweeps):
+            improved = False
+            for name in order.permutation(sorted(permutations)):
+                gain, found = match(name, permutations, compared)
+                rows = np.arange(len(found))
+                before, after = gain[rows, permutations[name]].sum(), gain[rows, found].sum()
+                if after > before + 1e-6 * abs(before):
+                    permutations[name], improved = found, True
+            if not improved:
+                break
+        return permutations
+
+    def closeness(permutations: Permutations) -> float:
+        moved = {path: layout.permuted(path, ours[path], permutations) for path in compared}
+        return sum(float(np.vdot(theirs[path], leaf)) for path, leaf in moved.items())
+
+    as_they_are = {name: np.arange(size) for name, size in layout.sizes.items()}
+    return max((ascend(start) for start in (as_they_are, first_pass())), key=closeness)
 
 
 def align_experts(
@@ -131,8 +164,8 @@ def align_experts(
     Args:
         experts: stacked, each leaf `[K, ...]`.
         spec: what may be permuted.
-        reference: the expert that all others are aligned to; None aligns each in turn to the mean of the others, round
-            after round until none moves (Algorithm 3, MergeMany).
+        reference: the expert that all others are aligned to. None goes on from the alignment to the first: each in turn
+            to the mean of the others, round after round until none moves (Algorithm 3, MergeMany).
         ignore: as for `align`.
         seed: of the orders.
         max_rounds: of aligning each to the mean of the others.
@@ -155,12 +188,11 @@ def align_experts(
             total[index] = {name: total[index][name][permutation] for name, permutation in found.items()}
         return moved
 
-    if reference is not None:
-        for index in set(range(k)) - {reference}:
-            move(index, models[reference])
-    else:
+    for index in set(range(k)) - {reference or 0}:
+        move(index, models[reference or 0])
+    if reference is None and k > 1:
         order = np.random.default_rng(seed)
-        for _ in range(max_rounds if k > 1 else 0):
+        for _ in range(max_rounds):
             moved = [move(index, _mean_of_others(models, index)) for index in order.permutation(k)]
             if not any(moved):
                 break
@@ -192,6 +224,10 @@ class _Layout:
         """Axis and places of a permutation's units, for each axis of a leaf that they are on."""
         axes = self._places.get(path, [])
         return [(axis, places[name]) for axis, places in enumerate(axes) if name in places]
+
+    def names(self, path: str) -> set[str]:
+        """The permutations of a leaf."""
+        return {name for places in self._places.get(path, []) for name in places}
 
     def permuted(
         self,

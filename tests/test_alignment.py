@@ -30,10 +30,10 @@ NETWORKS = {
 
 
 def mlp(key):
-    keys = jax.random.split(key, 3)
+    keys = jax.random.split(key, (3, 2))
     sizes = ((5, 7), (7, 6), (6, 3))
     return {
-        f"dense{index}": {"kernel": jax.random.normal(k, shape), "bias": jax.random.normal(k, shape[1:])}
+        f"dense{index}": {"kernel": jax.random.normal(k[0], shape), "bias": jax.random.normal(k[1], shape[1:])}
         for index, (k, shape) in enumerate(zip(keys, sizes, strict=True), 1)
     }
 
