@@ -211,7 +211,9 @@ def _accuracy_figure(results: Mapping[str, Any]) -> Figure:
         axes = figure.subplots()
         draw_accuracy(axes, results)
         axes.set_title(results["title"])
-        axes.legend(title="mean and standard deviation over seeds" if len(results["config"]["seeds"]) > 1 else None)
+        handles, labels = axes.get_legend_handles_labels()
+        title = "mean and standard deviation over seeds" if len(results["config"]["seeds"]) > 1 else None
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=10, title=title)
     return figure
 
 
