@@ -3,10 +3,15 @@
 import argparse
 import importlib
 import importlib.util
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import tyro
 
 from experiments.config import Config
+
+Parsed = TypeVar("Parsed")
 
 
 class Chosen(NamedTuple):
@@ -44,6 +49,34 @@ def choose(prog: str, words: Sequence[str]) -> Chosen:
     if preset not in presets:
         raise ValueError(f"preset is {preset!r}; expected one of {tuple(presets)}, those of {given.experiment}")
     return Chosen(given.experiment, preset, presets[preset], folder_of(given.experiment, preset, presets))
+
+
+def parse(
+    arguments: Callable[..., Parsed], command: str, description: str, words: Sequence[str], **more: Any
+) -> Parsed:
+    """Returns a command line over the defaults of its experiment's preset.
+
+    Args:
+        arguments: a dataclass with `experiment`, `preset`, `run_dir`, `out_dir` and `config`.
+        command: the module's name, with which the default of `out_dir` begins.
+        description: what `--help` says.
+        words: the command line.
+        **more: defaults of fields that have none.
+
+    Raises:
+        ValueError: as `choose`.
+    """
+    prog = f"python -m experiments.{command}"
+    chosen = choose(prog, words)
+    default = arguments(
+        experiment=chosen.experiment,
+        preset=chosen.preset,
+        run_dir=Path("runs") / chosen.folder,
+        out_dir=Path("runs") / f"{command}-{chosen.folder}",
+        config=chosen.config,
+        **more,
+    )
+    return tyro.cli(type(default), prog=prog, description=description.strip(), args=list(words), default=default)
 
 
 def folder_of(experiment: str, preset: str, presets: Mapping[str, Config]) -> str:

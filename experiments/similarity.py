@@ -28,7 +28,7 @@ from experiments.experts import initial_variables, missing_experts, train_expert
 from experiments.models.network import Variables
 from experiments.models.permutations import SPECS
 from experiments.presentation import markdown_table, rich_table, write_report
-from experiments.presets import choose
+from experiments.presets import parse
 from experiments.session import exit_on, session
 from experiments.stages import machine
 
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     words = sys.argv[1:] if arguments is None else list(arguments)
     console = Console()
     with exit_on(ValueError):
-        parsed = _parse(words)
+        parsed = parse(Arguments, "similarity", __doc__ or "", words)
     with session(parsed.out_dir, console) as progress:
         with exit_on(ValueError, OSError, data.DatasetNotFoundError):
             dataset = data.load(parsed.config.dataset, parsed.data_dir, parsed.config.image_size)
@@ -212,25 +212,6 @@ def _barrier_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str
         [f"{first}, {second}", *(f"{results['barriers'][way][first][second]:.3f}" for way in ways)]
         for first, second in pairs
     ]
-
-
-def _parse(words: Sequence[str]) -> Arguments:
-    """The command line over the defaults of its experiment's preset."""
-    prog = "python -m experiments.similarity"
-    chosen = choose(prog, words)
-    return tyro.cli(
-        Arguments,
-        prog=prog,
-        description=(__doc__ or "").strip(),
-        args=list(words),
-        default=Arguments(
-            experiment=chosen.experiment,
-            preset=chosen.preset,
-            run_dir=Path("runs") / chosen.folder,
-            out_dir=Path("runs") / f"similarity-{chosen.folder}",
-            config=chosen.config,
-        ),
-    )
 
 
 if __name__ == "__main__":

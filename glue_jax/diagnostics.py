@@ -20,7 +20,7 @@ class Diagnostics(NamedTuple):
 
     Attributes:
         signal_to_noise: the root mean square over directions of `(L+ - L-) / 2`, in units of the spacing of floating
-            point at the loss, `[]`. Below some 100 the radius is too small: a network's rounding errors add up.
+            point at the loss, `[]`. Where it is small the radius is, too: a network's rounding errors add up.
         curvature: the mean over directions of `(L+ + L- - 2 L) / radius^2`, the second derivative along a direction,
             `[]`.
         bend: the root mean square of `(L+ + L-) / 2 - L` over that of `(L+ - L-) / 2`, `[]`. Well above 1, the loss

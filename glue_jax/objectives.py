@@ -3,7 +3,7 @@
     loss_fn = lambda params, batch: glue_jax.error_rate(apply(params, batch["x"]), batch["y"])
 
 A metric that counts has no slope at a small radius: give `spsa_step` one at which it changes (`glue_jax.calibrate`
-finds it; 0.3 to 1 under a softmax is usual), or learn on a surrogate and validate on the metric (`validation_fn`).
+finds it), or learn on a surrogate and validate on the metric (`validation_fn`).
 """
 
 import jax

@@ -24,7 +24,7 @@ from experiments.ablation.recipes import Recipe, recipes
 from experiments.config import Config, Initialization
 from experiments.context import prepare
 from experiments.experts import missing_experts
-from experiments.presets import choose
+from experiments.presets import parse
 from experiments.session import exit_on, session
 from experiments.stages import Stages, machine
 
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     words = sys.argv[1:] if arguments is None else list(arguments)
     console = Console()
     with exit_on(ValueError):
-        parsed = _parse(words)
+        parsed = parse(Arguments, "ablation", __doc__ or "", words)
     sets = []
     with session(parsed.out_dir, console) as progress:
         with exit_on(ValueError, OSError, data.DatasetNotFoundError):
@@ -124,25 +124,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     report.write(results, parsed.out_dir)
     report.print_tables(results, parsed.out_dir, console)
     return results
-
-
-def _parse(words: Sequence[str]) -> Arguments:
-    """The command line over the defaults of its experiment's preset."""
-    prog = "python -m experiments.ablation"
-    chosen = choose(prog, words)
-    return tyro.cli(
-        Arguments,
-        prog=prog,
-        description=(__doc__ or "").strip(),
-        args=list(words),
-        default=Arguments(
-            experiment=chosen.experiment,
-            preset=chosen.preset,
-            run_dir=Path("runs") / chosen.folder,
-            out_dir=Path("runs") / f"ablation-{chosen.folder}",
-            config=chosen.config,
-        ),
-    )
 
 
 if __name__ == "__main__":

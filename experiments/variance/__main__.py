@@ -26,7 +26,7 @@ from experiments import data
 from experiments.config import Config
 from experiments.context import Context, prepare
 from experiments.experts import missing_experts
-from experiments.presets import choose
+from experiments.presets import parse
 from experiments.session import exit_on, session
 from experiments.stages import Stages, machine
 from experiments.variance import report
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     words = sys.argv[1:] if arguments is None else list(arguments)
     console = Console()
     with exit_on(ValueError):
-        parsed = _parse(words)
+        parsed = parse(Arguments, "variance", __doc__ or "", words, settings=Settings())
     with session(parsed.out_dir, console) as progress:
         with exit_on(ValueError, OSError, data.DatasetNotFoundError):
             dataset = data.load(parsed.config.dataset, parsed.data_dir, parsed.config.image_size)
@@ -99,26 +99,6 @@ def _plan(context: Context, settings: Settings) -> str:
         f"{context.dataset.name}; {machine()}\n{training if missing else ''}"
         f"forward passes of {settings.examples} images: errors {errors}, radii {radii}; learning at most "
         f"{config.alpha_steps} steps"
-    )
-
-
-def _parse(words: Sequence[str]) -> Arguments:
-    """The command line over the defaults of its experiment's preset."""
-    prog = "python -m experiments.variance"
-    chosen = choose(prog, words)
-    return tyro.cli(
-        Arguments,
-        prog=prog,
-        description=(__doc__ or "").strip(),
-        args=list(words),
-        default=Arguments(
-            experiment=chosen.experiment,
-            preset=chosen.preset,
-            run_dir=Path("runs") / chosen.folder,
-            out_dir=Path("runs") / f"variance-{chosen.folder}",
-            settings=Settings(),
-            config=chosen.config,
-        ),
     )
 
 
