@@ -11,7 +11,7 @@ import pytest
 from jax.tree_util import Partial
 
 import glue_jax
-from experiments import cifar10, digits
+from experiments import cifar10, digits, presets
 from experiments.stages import Stages
 from experiments.variance import __main__ as command
 from experiments.variance import measurement, radius, statistics
@@ -198,12 +198,16 @@ def _main(folder, *options):
 
 
 def test_the_default_preset_is_the_experiments_own():
-    parsed = command._parse(["--experiment", "cifar10", "--probes", "512"])
+    parsed = presets.parse(
+        command.Arguments, "variance", "", ["--experiment", "cifar10", "--probes", "512"], settings=Settings()
+    )
     assert (parsed.preset, parsed.config) == ("paper", cifar10.PRESETS["paper"])
     assert (str(parsed.run_dir), str(parsed.out_dir)) == ("runs/cifar10", "runs/variance-cifar10")
-    parsed = command._parse(["--experiment", "cifar10", "--preset", "quick"])
+    parsed = presets.parse(
+        command.Arguments, "variance", "", ["--experiment", "cifar10", "--preset", "quick"], settings=Settings()
+    )
     assert (parsed.config, str(parsed.run_dir)) == (cifar10.PRESETS["quick"], "runs/cifar10-quick")
-    assert command._parse([]).config == digits.PRESETS["quick"]
+    assert presets.parse(command.Arguments, "variance", "", [], settings=Settings()).config == digits.PRESETS["quick"]
 
 
 def test_an_accelerator_is_given_so_many_images_at_once(monkeypatch):
