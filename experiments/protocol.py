@@ -100,6 +100,11 @@ def remaining(context: Context) -> dict[str, list[int]]:
     return left
 
 
+def coefficients_key(seed: int) -> jax.Array:
+    """Returns what decides a seed's minibatches and directions while the coefficients are learned."""
+    return jax.random.fold_in(jax.random.key(seed), _COEFFICIENTS)
+
+
 def learn_coefficients(
     context: Context,
     number: int,
@@ -231,7 +236,7 @@ def _coefficients(
         steps_done = progress.step
 
     def compute() -> dict[str, Any]:
-        key = jax.random.fold_in(jax.random.key(seed), _COEFFICIENTS)
+        key = coefficients_key(seed)
         result = learn_coefficients(
             context, number, key, experts, target, max_steps=config.alpha_steps, callback=callback
         )

@@ -33,9 +33,14 @@ class Stages:
         """Returns the place of a stage's result, without a suffix.
 
         Args:
-            name: of the stage; may contain slashes.
+            name: of the stage; may contain slashes, and no dots, where a suffix would begin.
             depends_on: anything that JSON holds.
+
+        Raises:
+            ValueError: a name with a dot.
         """
+        if "." in name:
+            raise ValueError(f"name is {name!r}; expected one without a dot, where a suffix would begin")
         text = json.dumps(depends_on, sort_keys=True)
         return self._folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 

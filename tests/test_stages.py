@@ -21,6 +21,11 @@ def test_a_stage_is_done_once_for_what_it_depends_on(tmp_path):
     assert len(calls) == 3
 
 
+def test_a_name_whose_dot_would_begin_a_suffix_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"name is 'radius-0\.1'; expected one without a dot"):
+        Stages(tmp_path).run("radius-0.1", {}, dict)
+
+
 def test_a_stage_that_fails_leaves_nothing_and_is_done_again(tmp_path):
     def fail():
         raise RuntimeError("killed")

@@ -18,7 +18,7 @@ from experiments.data import Examples
 from experiments.experts import initial_variables, measure_experts, train_experts
 from experiments.models.network import Variables
 from experiments.models.permutations import SPECS
-from experiments.protocol import fine_tune
+from experiments.protocol import coefficients_key, fine_tune
 from experiments.stages import Stages
 from experiments.training import Problem, cross_entropy
 from glue_jax.types import LinkFn, LossFn, MergeFn
@@ -27,7 +27,6 @@ HEAD = "^params/head/"
 """The layer that a temperature is folded into."""
 REFRESH_BATCH, REFRESH_BATCHES = 256, 8
 """Target images that BatchNorm's statistics are estimated on, at most."""
-_COEFFICIENTS = 2
 
 
 class Learner(NamedTuple):
@@ -162,7 +161,7 @@ def _learn(
         "validate_every": config.validate_every,
         "patience": config.patience,
     }
-    key = jax.random.fold_in(jax.random.key(seed), _COEFFICIENTS)
+    key = coefficients_key(seed)
     if learner.num_starts > 1:
         result = glue_jax.learn_from_starts(key, learner.experts, target, starts=learner.beta, **words)
     else:

@@ -1,0 +1,57 @@
+"""Learning with many radii and with calibrated ones, at a tiny scale."""
+
+import dataclasses
+import json
+
+import pytest
+
+from experiments import calibration, digits
+from tests.test_protocol import TINY
+
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(digits.PRESETS, "quick", dataclasses.replace(TINY, seeds=(0,)))
+    monkeypatch.setattr(calibration, "FACTORS", (1.0, 100.0))
+    monkeypatch.setattr(calibration, "GUESSES", (1e4,))
+
+
+def test_a_command_line_comes_to_its_report_and_has_nothing_to_do_again(tiny, tmp_path, monkeypatch):
+    words = ["--run-dir", str(tmp_path / "run"), "--out-dir", str(tmp_path / "out")]
+    results = calibration.main(words)
+    assert [(row["way"], row["radius"]) for row in results["rows"]][:2] == [("sweep", 0.01), ("sweep", 1.0)]
+    calibrated = results["rows"][2]
+    assert calibrated["way"] == "calibrated from 100"
+    # Three decades to either side of the guess, and far below it.
+    assert 0.1 <= calibrated["radius"] <= 10
+    assert all(row["steps"] == TINY.alpha_steps for row in results["rows"])
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "nan" not in report
+    assert "| calibrated from 100 |" in report
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "stages",
+        "results.json",
+        "report.md",
+        "calibration.png",
+    }
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == json.loads(json.dumps(results))
+    monkeypatch.setattr(calibration, "_learn", lambda *_: pytest.fail("learned again"))
+    assert calibration.main(words)["rows"] == results["rows"]
+
+
+def test_verdicts_compare_with_the_best_radius_of_the_sweep():
+    rows = [
+        {"way": "sweep", "radius": 0.1, "loss": 1.0},
+        {"way": "sweep", "radius": 0.1, "loss": 3.0},
+        {"way": "sweep", "radius": 1.0, "loss": 5.0},
+        {"way": "calibrated from 10", "radius": 0.3, "loss": 2.0},
+        {"way": "calibrated from 10", "radius": 0.2, "loss": 2.04},
+        {"way": "calibrated from 100", "radius": 9.0, "loss": 2.1},
+    ]
+    first, second = calibration.verdicts(rows)
+    assert first["ratio"] == pytest.approx(1.01)
+    assert first["holds"]
+    assert second["ratio"] == pytest.approx(1.05)
+    assert not second["holds"]
