@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import glue_jax
-from experiments.ablation.recipes import BLOCKS, LAYERS, Measured, Recipe
+from experiments.ablation.recipes import BLOCKS, LAYERS, Alignment, Measured, Recipe
 from experiments.config import CoefficientFields, FineTuningFields, part
 from experiments.context import Context, take
 from experiments.data import Examples
@@ -61,7 +61,8 @@ def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: St
     Returns:
         A dict that JSON holds: `config`, `data`, `experts` (a row of `measure_experts` each), `ensemble` (test loss and
         accuracy of their mean probabilities), and `rows`, one for each recipe and seed: `recipe`, `part`, `seed`,
-        `test_loss` and `test_accuracy` (of the prior and after each epoch), `forward_passes` (of one model on one
+        `test_loss` and `test_accuracy` (of the prior and after each epoch), `validation_loss` and
+        `validation_accuracy` (of the prior, on the images that judged it), `forward_passes` (of one model on one
         image), `prior_seconds` (compilation included), and `alpha`, `temperature`, `steps` where there are any.
     """
     experts, _ = train_experts(context)
@@ -76,7 +77,7 @@ def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: St
 
     measured = Measured(
         problem=context.problem,
-        experts=stacked,
+        experts=functools.cache(functools.partial(_aligned, context, stacked)),
         losses=[row["validation_loss"] for row in table],
         accuracies=[row["validation_accuracy"] for row in table],
         validation=context.validation,
@@ -97,8 +98,10 @@ def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: St
                 jax.block_until_ready(variables)
                 seconds = time.perf_counter() - begin
                 bar.advance()
+                judged = context.evaluate(variables, context.validation)
                 tuned = fine_tune(context, variables, seed, num_epochs=num_epochs, stage=bar)
-                return {**details, **tuned, "forward_passes": passes + evaluated, "prior_seconds": seconds}
+                judged = {f"validation_{name}": value for name, value in judged.items()}
+                return {**details, **judged, **tuned, "forward_passes": passes + evaluated, "prior_seconds": seconds}
 
             stage = (
                 f"ablation/{recipe.slug}-seed{seed}",
@@ -132,7 +135,7 @@ def _model(
         variables = recipe.merge(measured)
     elif recipe.step_fn is None:
         alpha = recipe.start(measured)
-        variables = glue_jax.blend(_aligned(context, recipe, measured.experts), alpha)
+        variables = glue_jax.blend(measured.experts(recipe.aligned), alpha)
         details["alpha"] = np.asarray(alpha).tolist()
     else:
         variables, passes, details = _learn(context, recipe, learner(), target, seed)
@@ -182,7 +185,7 @@ def _learn(
 
 def _learner(context: Context, recipe: Recipe, measured: Measured) -> Learner:
     """What a recipe learns with."""
-    experts, weights = _aligned(context, recipe, measured.experts), recipe.start(measured)
+    experts, weights = measured.experts(recipe.aligned), recipe.start(measured)
     link: LinkFn = recipe.link_fn
     merge: MergeFn = glue_jax.blend
     # A softmax reaches a single expert only in the limit.
@@ -224,12 +227,12 @@ def _statistics_fn(problem: Problem) -> Callable[[Variables, jax.Array], Any]:
     return jax.jit(problem.minibatch_statistics)
 
 
-def _aligned(context: Context, recipe: Recipe, experts: Variables) -> Variables:
+def _aligned(context: Context, experts: Variables, how: Alignment) -> Variables:
     """The experts with their units permuted."""
-    if recipe.aligned == "no":
+    if how == "no":
         return experts
     spec = SPECS[context.config.network](**context.config.network_options)
-    reference = 0 if recipe.aligned == "to the first" else None
+    reference = 0 if how == "to the first" else None
     return jax.tree.map(jnp.asarray, glue_jax.align_experts(experts, spec, reference=reference).experts)
 
 

@@ -18,6 +18,7 @@ from glue_jax.types import LinkFn, StepFn
 Statistics = Literal["blended", "refreshed", "minibatch"]
 Part = Literal["the paper", "remedies", "combinations"]
 Grouping = Literal["model", "block", "layer"]
+Alignment = Literal["no", "to the first", "jointly"]
 
 BLOCKS: Mapping[str, str] = {
     "convnet": r"(?:conv|norm)(\d)",
@@ -36,7 +37,7 @@ class Measured(NamedTuple):
 
     Attributes:
         problem: the network with the preparation of its images.
-        experts: stacked, each leaf `[K, ...]`.
+        experts: stacked, each leaf `[K, ...]`, by how their units are permuted; each way is computed once.
         losses: of each on the validation images, `[K]`.
         accuracies: of each on the validation images, fractions `[K]`.
         validation: those images.
@@ -44,7 +45,7 @@ class Measured(NamedTuple):
     """
 
     problem: Problem
-    experts: Variables
+    experts: Callable[[Alignment], Variables]
     losses: list[float]
     accuracies: list[float]
     validation: Examples
@@ -85,7 +86,7 @@ class Recipe:
     temperature: bool = False
     objective: Callable[[jax.Array, jax.Array], jax.Array] = cross_entropy
     statistics: Statistics = "blended"
-    aligned: Literal["no", "to the first", "jointly"] = "no"
+    aligned: Alignment = "no"
     merge: Callable[[Measured], Variables] | None = None
 
     @property
@@ -108,17 +109,16 @@ class Recipe:
 
 def _fisher(measured: Measured) -> Variables:
     """The experts averaged by their Fisher information on the validation images."""
+    experts = measured.experts("no")
     fishers = [
         glue_jax.diagonal_fisher(
             measured.problem.logits,
-            jax.tree.map(lambda leaf, i=i: leaf[i], measured.experts),
+            jax.tree.map(lambda leaf, i=i: leaf[i], experts),
             measured.validation.images,
         )
         for i in range(len(measured.losses))
     ]
-    return glue_jax.fisher_merge(
-        measured.experts, glue_jax.stack_experts(fishers), glue_jax.uniform(len(measured.losses))
-    )
+    return glue_jax.fisher_merge(experts, glue_jax.stack_experts(fishers), glue_jax.uniform(len(measured.losses)))
 
 
 def _several_starts(measured: Measured) -> jax.Array:
@@ -161,7 +161,7 @@ def recipes(*, radius: float, num_experts: int) -> list[Recipe]:
         return glue_jax.best_expert(measured.losses)
 
     def greedy(measured: Measured) -> jax.Array:
-        return glue_jax.greedy_soup(measured.experts, measured.losses, measured.validation_loss)
+        return glue_jax.greedy_soup(measured.experts("no"), measured.losses, measured.validation_loss)
 
     def by_loss(measured: Measured) -> jax.Array:
         return glue_jax.loss_weights(measured.losses)

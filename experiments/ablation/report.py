@@ -42,7 +42,15 @@ def table(rows: list[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
         rows: of `experiments.ablation.measurement.measure`.
     """
     epochs = [epoch for epoch in _EPOCHS if rows and epoch < len(rows[0]["test_accuracy"])]
-    headers = ["recipe", "prior, %", "prior, loss", *(f"after {epoch}, %" for epoch in epochs), "passes", "seconds"]
+    headers = [
+        "recipe",
+        "prior, %",
+        "prior, loss",
+        "validation, %",
+        *(f"after {epoch}, %" for epoch in epochs),
+        "passes",
+        "seconds",
+    ]
     cells = []
     for name, runs in _by_recipe(rows).items():
         accuracy, loss = (np.array([run[field] for run in runs]) for field in ("test_accuracy", "test_loss"))
@@ -51,6 +59,7 @@ def table(rows: list[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
                 name,
                 spread(100 * accuracy[:, 0], 1),
                 spread(loss[:, 0], 3),
+                spread(100 * np.array([run["validation_accuracy"] for run in runs]), 1),
                 *(spread(100 * accuracy[:, epoch], 1) for epoch in epochs),
                 f"{np.mean([run['forward_passes'] for run in runs]):,.0f}",
                 f"{np.mean([run['prior_seconds'] for run in runs]):.0f}",
@@ -98,10 +107,10 @@ def _markdown(results: Mapping[str, Any]) -> str:
         f"    {results['command']}",
         f"{config['network']} on {results['sets'][0]['data']}, {config['num_experts']} experts of "
         f"{config['expert_examples']} images. Run on {results['machine']}.",
-        "Test accuracy and loss of the prior, and test accuracy after so many epochs of fine-tuning it; means over "
-        f"{len(config['seeds'])} seeds ± their standard deviation. Passes: how many times one model went forward on "
-        "one target or validation image on the way to the prior; backward passes are not among them. Seconds: to the "
-        "prior, compilation included.",
+        "Test accuracy and loss of the prior, its accuracy on the validation images, which judge learning, and test "
+        f"accuracy after so many epochs of fine-tuning it; means over {len(config['seeds'])} seeds ± their standard "
+        "deviation. Passes: how many times one model went forward on one target or validation image on the way to the "
+        "prior; backward passes are not among them. Seconds: to the prior, compilation included.",
         "![accuracy of each recipe's prior](ablation.png)",
     ]
     for found in results["sets"]:
