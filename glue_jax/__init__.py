@@ -5,7 +5,7 @@ The method is of Park, Chaudhari, Pranav, Joe-Wong and Moura, "GLUE: Gradient-fr
 """
 
 from glue_jax import theory
-from glue_jax.alignment import Alignment, PermutationSpec, align, align_experts, permute
+from glue_jax.alignment import Alignment, Permutations, PermutationSpec, align, align_experts, permute
 from glue_jax.ask_tell import ask, tell
 from glue_jax.batch_norm import refresh_statistics
 from glue_jax.batches import batched_mean, minibatch_indices
@@ -15,7 +15,7 @@ from glue_jax.coefficients import (
     uniform,
     weights_to_logits,
 )
-from glue_jax.diagnostics import Calibration, Diagnostics, calibrate, probe_diagnostics
+from glue_jax.diagnostics import Calibration, Diagnostics, calibrate, probe_diagnostics, with_diagnostics
 from glue_jax.directions import Directions, sample_directions
 from glue_jax.estimators import Estimate, forward_gradient, full_gradient, spsa_gradient
 from glue_jax.experts import blend, num_experts, stack_experts
@@ -58,6 +58,7 @@ __all__ = [
     "MergeFn",
     "NonFiniteLossError",
     "PermutationSpec",
+    "Permutations",
     "Progress",
     "Similarity",
     "StepFn",
@@ -109,4 +110,5 @@ __all__ = [
     "uniform",
     "weight_similarity",
     "weights_to_logits",
+    "with_diagnostics",
 ]

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
@@ -56,9 +57,11 @@ def permute(params: Params, spec: PermutationSpec, permutations: Mapping[str, np
         permutations: by name; those left out leave their units where they are.
 
     Raises:
-        ValueError: a spec that does not fit the model, by path.
+        ValueError: a spec that does not fit the model, by path; a permutation that the spec does not name, or that is
+            none.
     """
     layout = _Layout(spec, params)
+    layout.check(permutations)
     by_path = {path: layout.permuted(path, leaf, permutations) for path, leaf in _by_path(params).items()}
     return jax.tree.map(by_path.__getitem__, leaf_paths(params))
 
@@ -90,10 +93,14 @@ def align(
         `permute(params, spec, permutations)` is close to `reference`.
 
     Raises:
-        ValueError: a spec that does not fit the model, by path.
+        ValueError: a spec that does not fit the model, by path, or a reference of other leaves or shapes.
     """
     layout = _Layout(spec, reference)
     ours, theirs = _by_path(params), _by_path(reference)
+    for path in ours.keys() | theirs.keys():
+        shapes = [np.shape(leaves[path]) if path in leaves else "no leaf" for leaves in (ours, theirs)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"params has {shapes[0]} at {path!r}, and reference {shapes[1]}: expected the same")
     compared = [path for path in ours if not (ignore and re.search(ignore, path))]
 
     def match(name: str, permutations: Permutations, paths: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -196,7 +203,7 @@ def align_experts(
             moved = [move(index, _mean_of_others(models, index)) for index in order.permutation(k)]
             if not any(moved):
                 break
-    return Alignment(jax.tree.map(lambda *leaves: np.stack(leaves), *models), total)
+    return Alignment(jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *models), total)
 
 
 class _Layout:
@@ -219,6 +226,17 @@ class _Layout:
                         raise ValueError(
                             f"permutation {name!r} has {len(found)} units at {path} and {self.sizes[name]} elsewhere"
                         )
+
+    def check(self, permutations: Mapping[str, np.ndarray]) -> None:
+        """Refuses what is no permutation of the spec's."""
+        for name, permutation in permutations.items():
+            if name not in self.sizes:
+                raise ValueError(f"permutations has {name!r}; expected names of the spec, {sorted(self.sizes)}")
+            if not np.array_equal(np.sort(permutation), np.arange(self.sizes[name])):
+                raise ValueError(
+                    f"permutation {name!r} is {np.asarray(permutation).tolist()}; expected each of 0 to "
+                    f"{self.sizes[name] - 1} once"
+                )
 
     def places(self, path: str, name: str) -> list[tuple[int, np.ndarray]]:
         """Axis and places of a permutation's units, for each axis of a leaf that they are on."""

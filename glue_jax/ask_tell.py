@@ -10,12 +10,14 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from glue_jax.coefficients import check_floating
 from glue_jax.directions import Directions, dimension, sample_directions
-from glue_jax.estimators import Scale, check_radius, map_probes, scale_factor, spsa_estimate, spsa_probes
+from glue_jax.estimators import Scale, check_radius, scale_factor, spsa_estimate, spsa_probes
 from glue_jax.steps import update
 from glue_jax.types import GlueMetrics, GlueState, LinkFn, PyTree
 
@@ -61,7 +63,7 @@ def ask(
     check_radius(radius)  # pyright: ignore[reportArgumentType]
     radius = radius(state.step) if callable(radius) else radius
     u = sample_directions(jax.random.fold_in(key, state.step), state.beta, num_directions, directions)
-    return map_probes(link_fn, spsa_probes(state.beta, u, radius), None)
+    return jax.vmap(link_fn)(spsa_probes(state.beta, u, radius))
 
 
 def tell(
@@ -93,7 +95,8 @@ def tell(
         The next state, and the metrics of the state that went in, as `spsa_step` does.
 
     Raises:
-        ValueError: losses of another shape, an argument out of its range.
+        ValueError: losses of another shape, or, outside `jit`, that are infinite or not a number; an argument out of
+            its range.
     """
     check_radius(radius)  # pyright: ignore[reportArgumentType]
     losses = jnp.asarray(losses)
@@ -102,6 +105,8 @@ def tell(
         raise ValueError(
             f"losses have shape {losses.shape}; expected [2m] = ({2 * num_directions},), one for each probe"
         )
+    if not isinstance(losses, Tracer) and not np.isfinite(losses).all():
+        raise ValueError(f"losses are {losses.tolist()}; expected finite numbers")
     factor = scale_factor(scale, dimension(state.beta, directions))
     radius = radius(state.step) if callable(radius) else radius
     u = sample_directions(jax.random.fold_in(key, state.step), state.beta, num_directions, directions)

@@ -39,28 +39,36 @@ def refresh_statistics(
         batches: pytrees of arrays `[B, ...]`.
         statistics_fn: `statistics_fn(params, batch)`, the statistics of that batch alone in training mode, a tree of
             the structure of the collection: with Flax, what a BatchNorm of momentum 0 has updated them to. Jit it.
-        collection: the path of the statistics in `params`, keys joined by slashes.
+        collection: the path of the statistics in `params`, keys joined by slashes; "" where they lie among the
+            parameters, as in `nnx.to_pure_dict(nnx.state(model))`.
         mean: the last key of the leaves that are means.
         var: the last key of the leaves that are (biased) variances.
 
     Returns:
-        `params` with the new statistics, in the dtypes of `statistics_fn`.
+        `params` with the new statistics, in the dtypes of `statistics_fn`; they are pooled in float32 at least.
 
     Raises:
-        ValueError: no batches, a statistic that is neither mean nor variance, or one that `params` has no place for.
+        ValueError: no batches, a statistic that is neither mean nor variance, or one that `params` has no place for,
+            with the first batch.
     """
     pooled: dict[str, jax.Array] = {}
+    found: dict[str, jax.Array] = {}
     seen = 0
     for batch in batches:
-        found = {
-            slashed(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(statistics_fn(params, batch))
-        }
+        found = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(statistics_fn(params, batch))}
+        accurate = {path: jnp.asarray(leaf, jnp.promote_types(leaf.dtype, jnp.float32)) for path, leaf in found.items()}
         size = num_examples("batches", batch)
         seen += size
-        pooled = _pool(pooled, found, size / seen, mean, var) if pooled else _checked(found, mean, var)
+        if not pooled:
+            pooled = _checked(accurate, mean, var)
+            _put(params, collection, pooled)
+        elif accurate.keys() != pooled.keys():
+            raise ValueError(f"statistics_fn returned {list(found)} for one batch and {list(pooled)} for those before")
+        else:
+            pooled = _pool(pooled, accurate, size / seen, mean, var)
     if not seen:
         raise ValueError("batches is empty: expected at least one")
-    return _put(params, collection, pooled)
+    return _put(params, collection, {path: leaf.astype(found[path].dtype) for path, leaf in pooled.items()})
 
 
 def _checked(statistics: dict[str, jax.Array], mean: str, var: str) -> dict[str, jax.Array]:
@@ -91,16 +99,21 @@ def _pool(
     return result
 
 
+def _name(path: tuple[Any, ...]) -> str:
+    """A leaf's keys joined by slashes, without the one below each variable of an `nnx.State`."""
+    return slashed(path).removesuffix("/value")
+
+
 def _put(params: Params, collection: str, statistics: dict[str, jax.Array]) -> Params:
     """`params` with the statistics at their places."""
-    start = f"{collection}/"
+    start = f"{collection}/" if collection else ""
     missing = set(statistics)
 
     def put(path: tuple[Any, ...], leaf: Any) -> Any:
-        name = slashed(path)
-        if not name.startswith(start):
-            return leaf
+        name = _name(path)
         at = name.removeprefix(start)
+        if not name.startswith(start) or (not collection and at not in statistics):
+            return leaf
         if at not in statistics:
             raise ValueError(f"statistics_fn returned nothing for {name}; it returned {list(statistics)}")
         if leaf is not None and np.shape(leaf) != np.shape(statistics[at]):

@@ -2,17 +2,18 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from glue_jax import theory
 from glue_jax.coefficients import check_floating
 from glue_jax.directions import Directions, dimension, sample_directions
-from glue_jax.estimators import map_probes, scale_factor, spsa_estimate, spsa_probes
-from glue_jax.types import PyTree
+from glue_jax.estimators import map_probes, scalar_valued, spsa_probes
+from glue_jax.types import Batch, GlueMetrics, GlueState, Params, PyTree, StepFn
 
 
 class Diagnostics(NamedTuple):
@@ -50,19 +51,62 @@ def probe_diagnostics(probe_losses: jax.Array, loss: jax.Array, radius: jax.typi
     )
 
 
+def with_diagnostics(step_fn: StepFn, radius: jax.typing.ArrayLike | optax.Schedule) -> StepFn:
+    """Returns a step that has its diagnostics in its metrics, for one forward pass more.
+
+    Args:
+        step_fn: `spsa_step`, or a `functools.partial` of it.
+        radius: the one that it steps with.
+
+    Returns:
+        The step; build it once, so that `learn` compiles it once.
+
+    Example:
+        >>> import functools, jax, jax.numpy as jnp, optax
+        >>> import glue_jax
+        >>> step_fn = glue_jax.with_diagnostics(functools.partial(glue_jax.spsa_step, radius=0.1), 0.1)
+        >>> result = glue_jax.learn(
+        ...     jax.random.key(0),
+        ...     {"w": jnp.array([0.0, 1.0])},
+        ...     jnp.full((64,), 0.3),
+        ...     loss_fn=lambda params, batch: jnp.mean((params["w"] - batch) ** 2),
+        ...     optimizer=optax.adam(0.1),
+        ...     step_fn=step_fn,
+        ...     max_steps=20,
+        ... )
+        >>> result.history.metrics.diagnostics.curvature.shape
+        (20,)
+    """
+
+    def step(
+        key: jax.Array, state: GlueState, experts: Params, batch: Batch, /, **words: Any
+    ) -> tuple[GlueState, GlueMetrics]:
+        next_state, metrics = step_fn(key, state, experts, batch, **words)
+        if metrics.probe_losses is None:
+            raise ValueError("the step has no probe_losses in its metrics: expected spsa_step")
+        loss = words["loss_fn"](words["merge_fn"](experts, metrics.alpha), batch)
+        of_step = radius(state.step) if callable(radius) else radius
+        return next_state, metrics._replace(diagnostics=probe_diagnostics(metrics.probe_losses, loss, of_step))
+
+    return step
+
+
 class Calibration(NamedTuple):
     """What `calibrate` proposes, and what it saw; R radii.
 
     Attributes:
         radius: the proposal for `spsa_step`.
+        interior: whether larger and smaller radii than the proposal were tried. If not, try more.
         learning_rate: for plain SGD, the one at which the first step's root mean square over the entries of beta is
-            `first_step`. Adam's first step is its learning rate, whatever the gradient's size: pass it `first_step`.
+            about `first_step`, as far as so few directions tell. Adam's first step is its learning rate, whatever the
+            gradient's size: pass it `first_step`.
         radii: tried, ascending, `[R]`.
         disagreement: of the slopes at a radius and at its neighbours, relative to their size, `[R]`: rounding or steps
             in the loss below the best radius, its curvature above.
     """
 
     radius: float
+    interior: bool
     learning_rate: float
     radii: np.ndarray
     disagreement: np.ndarray
@@ -77,6 +121,8 @@ def calibrate(
     num_directions: int = 4,
     directions: Directions = "rademacher",
     first_step: float = 1e-2,
+    step_directions: int = 1,
+    probe_batch_size: int | None = None,
 ) -> Calibration:
     """Proposes a radius and a learning rate from probe pairs along a few directions, each at all radii.
 
@@ -92,13 +138,16 @@ def calibrate(
         num_directions: m.
         directions: as for `spsa_gradient`.
         first_step: the root mean square that the first step is to have, in units of beta.
+        step_directions: m of the steps that the learning rate is for; their directions are of the same distribution,
+            their scale is `unbiased`.
+        probe_batch_size: as for `spsa_gradient`; on an accelerator all `2 R m` models are in memory at once otherwise.
 
     Returns:
         The proposal.
 
     Raises:
-        ValueError: radii that are not finite, positive and ascending, a count below 1, or a function that is the same
-            at all probes.
+        ValueError: radii that are not finite, positive and ascending, a count below 1, a function whose value is no
+            scalar, or that has the same value at all probes.
         TypeError: coefficients that are not floating point.
     """
     check_floating(beta)
@@ -111,21 +160,27 @@ def calibrate(
     at_all = jax.tree.map(
         lambda *leaves: jnp.concatenate(leaves), *(spsa_probes(beta, u, float(radius)) for radius in tried)
     )
-    values = np.asarray(map_probes(fun, at_all, None), np.float64).reshape(len(tried), num_directions, 2)
-    slopes = (values[..., 0] - values[..., 1]) / (2 * tried[:, None])
-    disagreement = _disagreement(slopes)
+    values = np.asarray(map_probes(scalar_valued(fun), at_all, probe_batch_size), np.float64)
+    pairs = values.reshape(len(tried), num_directions, 2)
+    # Of probes that are infinite there is no slope.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        slopes = (pairs[..., 0] - pairs[..., 1]) / (2 * tried[:, None])
+        disagreement = _disagreement(slopes)
     if not np.isfinite(disagreement).any():
         raise ValueError(
             f"the function has the same value, or none that is finite, at all probes of radii {list(radii)}: expected "
             "one that the coefficients change; try larger radii or a larger batch"
         )
     best = int(np.argmin(np.where(np.isfinite(disagreement), disagreement, np.inf)))
-    factor = scale_factor("unbiased", dimension(beta, directions))
-    gradient = spsa_estimate(jnp.asarray(values[best].ravel(), jnp.float32), u, tried[best], factor).gradient
-    size = sum(leaf.size for leaf in jax.tree.leaves(gradient))
+    d, size = dimension(beta, directions), sum(leaf.size for leaf in jax.tree.leaves(beta))
+    # Directions u have E[u u^T] = I / d, so that the mean of squared slopes is the squared norm of the gradient over d.
+    squared_norm = d * np.mean(slopes[best] ** 2)
+    name = directions if isinstance(directions, str) else "sphere"
+    of_estimate = (1 + theory.relative_variance(d, step_directions, name)) * squared_norm
     return Calibration(
         radius=float(tried[best]),
-        learning_rate=first_step / float(optax.tree.norm(gradient) / math.sqrt(size)),
+        interior=0 < best < len(tried) - 1,
+        learning_rate=first_step * math.sqrt(size / of_estimate),
         radii=tried,
         disagreement=disagreement,
     )
@@ -135,5 +190,4 @@ def _disagreement(slopes: np.ndarray) -> np.ndarray:
     """From slopes `[R, m]`, how far those of a radius are from its neighbours', over their own size, `[R]`."""
     squares = np.mean(np.diff(slopes, axis=0) ** 2, axis=1)
     to_neighbours = (np.append(squares, squares[-1]) + np.insert(squares, 0, squares[0])) / 2
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.sqrt(to_neighbours / np.mean(slopes**2, axis=1))
+    return np.sqrt(to_neighbours / np.mean(slopes**2, axis=1))

@@ -87,7 +87,7 @@ def spsa_gradient(
     check_radius(radius)
     factor = scale_factor(scale, dimension(beta, directions))
     u = sample_directions(key, beta, num_directions, directions)
-    values = map_probes(_scalar_valued(fun), spsa_probes(beta, u, radius), probe_batch_size)
+    values = map_probes(scalar_valued(fun), spsa_probes(beta, u, radius), probe_batch_size)
     return spsa_estimate(values, u, radius, factor)
 
 
@@ -125,7 +125,7 @@ def forward_gradient(
     check_floating(beta)
     factor = scale_factor(scale, dimension(beta, directions))
     u = sample_directions(key, beta, num_directions, directions)
-    slope_along = functools.partial(jax.jvp, _scalar_valued(fun), (beta,))
+    slope_along = functools.partial(jax.jvp, scalar_valued(fun), (beta,))
     values, slopes = map_probes(lambda direction: slope_along((direction,)), u, probe_batch_size)
     return Estimate(value=values[0], gradient=_combine(slopes, u, factor), probe_values=None)
 
@@ -147,7 +147,7 @@ def full_gradient(key: jax.Array | None, fun: Callable[[PyTree], jax.Array], bet
     """
     del key
     check_floating(beta)
-    value, gradient = jax.value_and_grad(_scalar_valued(fun))(beta)
+    value, gradient = jax.value_and_grad(scalar_valued(fun))(beta)
     return Estimate(value=value, gradient=gradient, probe_values=None)
 
 
@@ -206,7 +206,7 @@ def scale_factor(scale: Scale, d: int) -> float:
     return float(d) if scale == "unbiased" else 1.0
 
 
-def _scalar_valued(fun: Callable[[PyTree], jax.Array]) -> Callable[[PyTree], jax.Array]:
+def scalar_valued(fun: Callable[[PyTree], jax.Array]) -> Callable[[PyTree], jax.Array]:
     """`fun`, whose value must be a real scalar, in at least float32."""
 
     def checked(beta: PyTree) -> jax.Array:

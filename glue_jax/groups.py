@@ -29,7 +29,9 @@ def group_by_path(experts: Params, pattern: str | Callable[[str], str]) -> Group
     r"""Groups the leaves of a model by their paths.
 
     Learn with it by `merge_fn=functools.partial(blend, groups=groups.rows)` from
-    `init(K, optimizer, beta=jnp.zeros((len(groups.names), K)))`.
+    `init(K, optimizer, beta=jnp.zeros((len(groups.names), K)))`. SPSA then learns G K numbers: the relative squared
+    error of an estimate from m orthogonal directions is G K / m - 1 (`glue_jax.theory`), so that more groups want
+    more directions, or more and smaller steps.
 
     Args:
         experts: stacked experts, or one of them.

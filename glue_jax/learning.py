@@ -252,8 +252,11 @@ def _validate(
     merge_fn: MergeFn,
     batch_size: int,
 ) -> jax.Array:
-    """The validation value of the unperturbed blend; of several (`glue_jax.starts`), the lowest."""
-    return jnp.min(batched_mean(function, merge_fn(experts, link_fn(beta)), data, batch_size))
+    """The validation value of the unperturbed blend."""
+    value = batched_mean(function, merge_fn(experts, link_fn(beta)), data, batch_size)
+    if jnp.shape(value) != ():
+        raise ValueError(f"validation returned shape {jnp.shape(value)}; expected a scalar, the mean over a batch")
+    return value
 
 
 class _Validation(NamedTuple):

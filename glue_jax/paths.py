@@ -63,7 +63,7 @@ def combine(rest: PyTree, part: PyTree) -> PyTree:
         The tree with both trees' leaves.
 
     Raises:
-        ValueError: trees of different structures, or a leaf that both have or both lack, by its path.
+        ValueError: trees of different structures, or a leaf that both have, by its path.
 
     Example:
         >>> import glue_jax
@@ -72,8 +72,9 @@ def combine(rest: PyTree, part: PyTree) -> PyTree:
     """
 
     def either(path: tuple[Any, ...], first: Any, second: Any) -> Any:
-        if (first is None) is (second is None):
-            raise ValueError(f"{'neither' if first is None else 'each'} of the two trees has a leaf at {slashed(path)}")
+        # Both are None where the tree that was split held None.
+        if first is not None and second is not None:
+            raise ValueError(f"each of the two trees has a leaf at {slashed(path)}")
         return second if first is None else first
 
     return jax.tree_util.tree_map_with_path(either, rest, part, is_leaf=lambda leaf: leaf is None)

@@ -1,6 +1,7 @@
 """Whether experts can be averaged at all, from their weights, and from the loss between them."""
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,8 +20,9 @@ class Similarity(NamedTuple):
     Attributes:
         names: of the G groups.
         cosine: of the angles between their weights, `[G, K, K]`. Near 1 they are close to one another; about 0 they
-            have nothing in common, as from separate initialisations.
-        distance: from the origin over its length, `[G, K]`; without an origin, from their mean over its length.
+            have nothing in common, as kernels from separate initialisations (scales of norms are near 1 in all).
+        distance: from the origin over its length, `[G, K]`, infinite where that is 0, as of biases; without an origin,
+            from their mean over its length.
         cosine_from_origin: of the angles between what they learned, their differences from the origin, `[G, K, K]`;
             None without one. Near 1 they learned the same; at 0 what they learned does not conflict.
     """
@@ -41,11 +43,16 @@ def weight_similarity(experts: Params, groups: Groups | None = None, *, origin: 
 
     Returns:
         NumPy arrays, float64.
+
+    Raises:
+        ValueError: an origin that is not of the structure and the shapes of one expert.
     """
     k = num_experts(experts)
     leaves = [np.asarray(leaf, np.float64).reshape(k, -1) for leaf in jax.tree.leaves(experts)]
     rows = [0] * len(leaves) if groups is None else jax.tree.leaves(groups.rows)
     names = ("all",) if groups is None else groups.names
+    if origin is not None and jax.tree.map(np.shape, origin) != jax.tree.map(lambda leaf: np.shape(leaf)[1:], experts):
+        raise ValueError("origin is not of the structure and the shapes of one expert")
     centre = (
         [leaf.mean(axis=0) for leaf in leaves]
         if origin is None
@@ -57,16 +64,17 @@ def weight_similarity(experts: Params, groups: Groups | None = None, *, origin: 
         inner[row] += leaf @ leaf.T
         moved[row] += (leaf - start) @ (leaf - start).T
         length[row] += start @ start
-    distances = np.sqrt(np.diagonal(moved, axis1=1, axis2=2) / length[:, None])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        distances = np.sqrt(np.diagonal(moved, axis1=1, axis2=2) / length[:, None])
     return Similarity(names, _cosine(inner), distances, None if origin is None else _cosine(moved))
 
 
 def loss_barriers(
     experts: Params, loss_fn: Callable[[Params], jax.Array | float], *, num_points: int = 5
 ) -> np.ndarray:
-    """Returns how far the loss rises on the line between each two experts (Frankle et al., 2020).
+    """Returns how far the loss rises on the line between each two experts (Entezari et al., 2022).
 
-    The largest of `L((1 - t) a + t b) - (1 - t) L(a) - t L(b)` over t in [0, 1] (https://arxiv.org/abs/1912.05671).
+    The largest of `L((1 - t) a + t b) - (1 - t) L(a) - t L(b)` over t in [0, 1] (https://arxiv.org/abs/2110.06296).
     About 0, the two lie in one valley, and their average is as good as they are.
 
     Args:
@@ -80,16 +88,23 @@ def loss_barriers(
 
     Raises:
         ValueError: `num_points` below 1.
+        FloatingPointError: a loss that is infinite or not a number, with the experts that it lies between.
     """
     if num_points < 1:
         raise ValueError(f"num_points is {num_points}; expected at least 1")
     k = num_experts(experts)
-    ends = [float(loss_fn(blend(experts, weights))) for weights in jnp.eye(k)]
+
+    def loss(first: int, second: int, t: float) -> float:
+        value = float(loss_fn(blend(experts, jnp.zeros(k).at[first].add(1 - t).at[second].add(t))))
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the loss is {value} at {t:.2f} of the way from expert {first} to {second}")
+        return value
+
+    ends = [loss(expert, expert, 0) for expert in range(k)]
     barriers = np.zeros((k, k))
     for first, second in itertools.combinations(range(k), 2):
         for t in np.arange(1, num_points + 1) / (num_points + 1):
-            weights = jnp.zeros(k).at[first].set(1 - t).at[second].set(t)
-            rise = float(loss_fn(blend(experts, weights))) - (1 - t) * ends[first] - t * ends[second]
+            rise = loss(first, second, t) - (1 - t) * ends[first] - t * ends[second]
             barriers[first, second] = barriers[second, first] = max(barriers[first, second], rise)
     return barriers
 

@@ -55,7 +55,7 @@ def greedy_soup(experts: Params, losses: ArrayLike, loss_fn: Callable[[Params], 
 
     Args:
         experts: stacked experts, each leaf `[K, ...]`.
-        losses: of each expert on validation data, `[K]`; they give the order.
+        losses: of each expert on validation data, `[K]`; they give the order, and may be of another metric.
         loss_fn: `loss_fn(params)`, the loss of a model on that data, lower is better (an error rate in the paper).
 
     Returns:
@@ -75,7 +75,8 @@ def greedy_soup(experts: Params, losses: ArrayLike, loss_fn: Callable[[Params], 
     if len(array) != num_experts(experts):
         raise ValueError(f"losses have shape {array.shape}; expected [K] with K = {num_experts(experts)}")
     order = np.argsort(array, kind="stable")
-    kept, best = [order[0]], array[order[0]]
+    kept = [order[0]]
+    best = float(loss_fn(blend(experts, _equal(kept, len(array)))))
     for candidate in order[1:]:
         loss = float(loss_fn(blend(experts, _equal([*kept, candidate], len(array)))))
         if loss <= best:
@@ -98,18 +99,24 @@ def fisher_merge(experts: Params, fishers: PyTree, alpha: jax.typing.ArrayLike, 
         epsilon: what is added to the Fisher information, above 0.
 
     Returns:
-        The merged model, each leaf `[...]` in the expert's dtype.
+        The merged model, each leaf `[...]` in the expert's dtype; what is not floating point as `blend` has it.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: Fisher information of other structure or shapes than the experts, `epsilon` out of its range.
     """
+    if jax.tree.map(jnp.shape, fishers) != jax.tree.map(jnp.shape, experts):
+        raise ValueError("fishers are not of the structure and the shapes of experts")
+    if not 0 < epsilon < math.inf:
+        raise ValueError(f"epsilon is {epsilon}; expected a finite number above 0")
     weights = jax.tree.map(lambda fisher: fisher + epsilon, fishers)
     weighted = jax.tree.map(lambda leaf, weight: (leaf * weight).astype(weight.dtype), experts, weights)
     return jax.tree.map(
-        lambda numerator, denominator, leaf: (numerator / denominator).astype(leaf.dtype),
+        lambda numerator, denominator, plain: (
+            (numerator / denominator).astype(plain.dtype) if _is_inexact(plain) else plain
+        ),
         blend(weighted, alpha),
         blend(weights, alpha),
-        experts,
+        blend(experts, alpha),
     )
 
 
@@ -119,31 +126,52 @@ def diagonal_fisher(
     """Returns the diagonal of a classifier's Fisher information, for `fisher_merge`.
 
     The mean over inputs of `sum_y p(y) (d log p(y) / d theta)^2`: the expectation over the model's own predictions is
-    taken exactly. It needs a gradient for each class of each input.
+    taken exactly. It needs a gradient for each class of each input. Jit it with `logits_fn` fixed, if it is called for
+    several experts.
 
     Args:
         logits_fn: `logits_fn(params, inputs) -> [B, C]`, each row a function of its own input alone (BatchNorm in
             evaluation mode).
         params: the model.
         inputs: a pytree of arrays `[N, ...]`.
-        batch_size: inputs whose gradients are held at once.
+        batch_size: inputs whose gradients are held at once, so many copies of the parameters.
 
     Returns:
-        A pytree of the structure and shapes of `params`.
+        A pytree of the structure and shapes of `params`; zeros for leaves that are not floating point.
     """
+    leaves, treedef = jax.tree.flatten(params)
+    learned = [jnp.asarray(leaf) for leaf in leaves if _is_inexact(leaf)]
+
+    def model(learned: list[jax.Array]) -> Params:
+        found = iter(learned)
+        return jax.tree.unflatten(treedef, [next(found) if _is_inexact(leaf) else leaf for leaf in leaves])
 
     def of_one(example: PyTree) -> PyTree:
-        def log_probabilities(params: Params) -> jax.Array:
-            return jax.nn.log_softmax(logits_fn(params, jax.tree.map(lambda leaf: leaf[None], example))[0])
+        def log_probabilities(learned: list[jax.Array]) -> jax.Array:
+            return jax.nn.log_softmax(logits_fn(model(learned), jax.tree.map(lambda leaf: leaf[None], example))[0])
 
-        values, pull_back = jax.vjp(log_probabilities, params)
-        (gradients,) = jax.vmap(pull_back)(jnp.eye(values.size, dtype=values.dtype))
-        return jax.tree.map(lambda gradient: jnp.tensordot(jnp.exp(values), jnp.square(gradient), axes=1), gradients)
+        values, pull_back = jax.vjp(log_probabilities, learned)
+
+        def add(total: PyTree, of_class: tuple[jax.Array, jax.Array]) -> tuple[PyTree, None]:
+            value, one_hot = of_class
+            (gradient,) = pull_back(one_hot)
+            return jax.tree.map(lambda before, leaf: before + jnp.exp(value) * jnp.square(leaf), total, gradient), None
+
+        classes = values, jnp.eye(values.size, dtype=values.dtype)
+        return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, learned), classes)[0]
 
     def of_batch(_: Params, batch: PyTree) -> PyTree:
         return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), jax.vmap(of_one)(batch))
 
-    return batched_mean(of_batch, params, inputs, batch_size)
+    found = iter(batched_mean(of_batch, params, inputs, batch_size))
+    return jax.tree.unflatten(
+        treedef, [next(found) if _is_inexact(leaf) else jnp.zeros(jnp.shape(leaf)) for leaf in leaves]
+    )
+
+
+def _is_inexact(leaf: jax.typing.ArrayLike) -> bool:
+    """Whether a leaf is floating point."""
+    return bool(jnp.issubdtype(jnp.result_type(leaf), jnp.inexact))
 
 
 def _equal(members: list[int], k: int) -> jax.Array:

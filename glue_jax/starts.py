@@ -1,13 +1,14 @@
 """Learning from several starts at once; the best by validation is kept."""
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from glue_jax.batches import batched_mean
-from glue_jax.estimators import map_probes
+from glue_jax.batches import batched_mean, num_examples
 from glue_jax.experts import blend
 from glue_jax.learning import learn
 from glue_jax.steps import spsa_step
@@ -64,12 +65,18 @@ def learn_from_starts(
         values the lowest of them.
 
     Raises:
-        ValueError: as for `learn`.
+        ValueError: as for `learn`; starts without a leading axis, or of different numbers.
         NonFiniteLossError: as for `learn`, of any start.
     """
-    judge = _EachValue(validation_fn or loss_fn)
-    each: dict[str, Any] = {"link_fn": _EachLink(link_fn), "merge_fn": _EachMerge(merge_fn)}
     starts = jax.tree.map(jnp.asarray, starts)
+    if isinstance(starts, jax.Array) and starts.ndim < 2:
+        raise ValueError(f"starts have shape {starts.shape}; expected [S, K] or [S, ...], one beta for each start")
+    if num_examples("starts", starts) < 1:
+        raise ValueError("starts hold none: expected at least one")
+    num_examples("validation_data", validation_data)
+    batch_size = options.get("batch_size", 64)
+    judge = _EachValue(validation_fn or loss_fn, batch_size)
+    each: dict[str, Any] = {"link_fn": _EachLink(link_fn), "merge_fn": _EachMerge(merge_fn)}
     result = learn(
         key,
         experts,
@@ -78,14 +85,13 @@ def learn_from_starts(
         loss_fn=loss_fn,
         optimizer=optimizer,
         step_fn=_EachStep(step_fn, link_fn, merge_fn),
-        validation_data=validation_data,
-        validation_fn=judge,
+        # One example, the whole of it: the lowest of means over all batches is no mean over batches.
+        validation_data=jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], validation_data),
+        validation_fn=_LowestValue(judge),
         **each,
         **options,
     )
-    models = each["merge_fn"](experts, result.alpha)
-    values = batched_mean(judge, models, validation_data, options.get("batch_size", 64))
-    best = int(jnp.argmin(values))
+    best = int(jnp.argmin(_values(experts, result.alpha, validation_data, judge=judge, merge_fn=each["merge_fn"])))
     return jax.tree.map(lambda leaf: leaf[best], result._replace(state=(), history=()))._replace(
         state=result.state._replace(
             beta=jax.tree.map(lambda leaf: leaf[best], result.state.beta),
@@ -111,7 +117,7 @@ class _EachStep(NamedTuple):
             beta, opt_state = start
             return self.step_fn(key, GlueState(state.step, beta, opt_state), experts, batch, **words)
 
-        states, metrics = map_probes(of_one, (state.beta, state.opt_state), None)
+        states, metrics = _each(of_one, (state.beta, state.opt_state))
         return GlueState(state.step + 1, states.beta, states.opt_state), metrics
 
 
@@ -134,9 +140,36 @@ class _EachMerge(NamedTuple):
 
 
 class _EachValue(NamedTuple):
-    """The value of each start's model, `[S]`."""
+    """The value of each start's model on all data, `[S]`."""
 
     function: LossFn
+    batch_size: int
+
+    def __call__(self, models: Params, data: Batch, /) -> jax.Array:
+        return _each(lambda params: batched_mean(self.function, params, data, self.batch_size), models)
+
+
+class _LowestValue(NamedTuple):
+    """The lowest value of the starts' models, on a batch of one example that holds all data."""
+
+    values: _EachValue
 
     def __call__(self, models: Params, batch: Batch, /) -> jax.Array:
-        return map_probes(lambda params: self.function(params, batch), models, None)
+        return jnp.min(self.values(models, jax.tree.map(lambda leaf: leaf[0], batch)))
+
+
+@functools.partial(jax.jit, static_argnames=("judge", "merge_fn"))
+def _values(experts: Params, alpha: PyTree, data: Batch, *, judge: _EachValue, merge_fn: MergeFn) -> jax.Array:
+    """The value of each start, `[S]`."""
+    return judge(merge_fn(experts, alpha), data)
+
+
+def _each(fun: Callable[[PyTree], Any], starts: PyTree) -> Any:
+    """`fun` of each start, under `vmap`; on a CPU one after another, not in a loop, which runs convolutions slowly."""
+
+    def one_after_another(starts: PyTree) -> Any:
+        count = jax.tree.leaves(starts)[0].shape[0]
+        results = [fun(jax.tree.map(lambda leaf, at=index: leaf[at], starts)) for index in range(count)]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+
+    return jax.lax.platform_dependent(starts, cpu=one_after_another, default=jax.vmap(fun))

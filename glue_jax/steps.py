@@ -75,8 +75,8 @@ def spsa_step(
         state: of `init` or the step before.
         experts: stacked experts, each leaf `[K, ...]`.
         batch: a pytree of arrays `[B, ...]`. Both probes of a pair see it.
-        loss_fn: `loss_fn(params, batch) -> scalar`, deterministic (BatchNorm in evaluation mode, no dropout). It is
-            never differentiated.
+        loss_fn: `loss_fn(params, batch) -> scalar`, deterministic (no dropout; BatchNorm by its running statistics, or
+            by the minibatch: see `glue_jax.batch_norm`). It is never differentiated.
         optimizer: of beta, the one given to `init`.
         link_fn: `link_fn(beta) -> alpha`. The softmax over the last axis keeps the blend in the experts' convex hull;
             `unconstrained` is the literal Eq. (7).

@@ -63,12 +63,14 @@ class GlueMetrics(NamedTuple):
         alpha: the blend's coefficients, `[K]` or any pytree.
         gradient_norm: the Euclidean norm of the estimated gradient for `beta`, `[]`.
         probe_losses: `[m, 2]`, the losses `L+` and `L-` of each direction (Eq. 3); None for the other estimators.
+        diagnostics: how good the estimate is, a `Diagnostics`; None but from a step of `with_diagnostics`.
     """
 
     loss: jax.Array
     alpha: PyTree
     gradient_norm: jax.Array
     probe_losses: jax.Array | None
+    diagnostics: PyTree | None = None
 
 
 class StepFn(Protocol):

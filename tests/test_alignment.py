@@ -175,3 +175,25 @@ def test_a_reference_that_is_no_experts_number_is_refused():
     experts = glue_jax.stack_experts([mlp(jax.random.key(10))] * 2)
     with pytest.raises(ValueError, match="reference is 2; expected the number of one of 2 experts, or None"):
         glue_jax.align_experts(experts, MLP, reference=2)
+
+
+@pytest.mark.parametrize(
+    ("permutations", "message"),
+    [
+        ({"hidden1": [0, 0, 1, 2, 3, 4, 5]}, "expected each of 0 to 6 once"),
+        ({"hidden1": [1, 0]}, "expected each of 0 to 6 once"),
+        ({"hidden3": [0]}, r"permutations has 'hidden3'; expected names of the spec, \['hidden1', 'hidden2'\]"),
+    ],
+)
+def test_what_is_no_permutation_of_the_spec_is_refused(permutations, message):
+    with pytest.raises(ValueError, match=message):
+        glue_jax.permute(mlp(jax.random.key(0)), MLP, {name: np.array(found) for name, found in permutations.items()})
+
+
+def test_a_reference_of_other_leaves_or_shapes_is_refused():
+    model = mlp(jax.random.key(0))
+    with pytest.raises(ValueError, match="params has no leaf at 'dense3/"):
+        glue_jax.align({name: model[name] for name in ("dense1", "dense2")}, model, MLP)
+    smaller = {**model, "dense1": {"kernel": jnp.zeros((4, 7)), "bias": jnp.zeros(7)}}
+    with pytest.raises(ValueError, match=r"params has \(4, 7\) at 'dense1/kernel', and reference \(5, 7\)"):
+        glue_jax.align(smaller, model, MLP)

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import glue_jax
+from tests.test_learning import compilations
 
 EXPERTS = glue_jax.stack_experts([{"w": jax.random.normal(jax.random.key(i), (4,))} for i in range(3)])
 TARGET = jax.random.normal(jax.random.key(9), (4,))
@@ -86,3 +87,22 @@ def test_a_radius_out_of_its_range_is_refused_by_both(radius):
         glue_jax.ask(jax.random.key(5), state, radius=radius)
     with pytest.raises(ValueError, match="radius is"):
         glue_jax.tell(jax.random.key(5), state, [1.0, 2.0], optimizer=OPTIMIZER, radius=radius)
+
+
+def test_a_loss_that_is_no_number_is_refused():
+    state = glue_jax.init(3, OPTIMIZER)
+    with pytest.raises(ValueError, match=r"losses are \[1.0, nan\]; expected finite numbers"):
+        glue_jax.tell(jax.random.key(6), state, [1.0, np.nan], optimizer=OPTIMIZER)
+
+
+def test_a_hosts_loop_compiles_nothing_after_its_first_step(caplog):
+    state = glue_jax.init(3, OPTIMIZER)
+
+    def take_a_step(state):
+        alphas = glue_jax.ask(jax.random.key(7), state)
+        return glue_jax.tell(jax.random.key(7), state, [float(alpha[0]) for alpha in alphas], optimizer=OPTIMIZER)[0]
+
+    state = take_a_step(take_a_step(state))
+    with compilations(caplog) as names:
+        take_a_step(state)
+    assert names == []

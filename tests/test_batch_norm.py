@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import glue_jax
 from experiments import models
@@ -52,6 +53,62 @@ def test_a_flax_nnx_networks_statistics_are_its_minibatchs():
     _, updated = network.apply_training(variables, images)
     expected = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, variables["batch_stats"], refreshed["batch_stats"])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), updated, expected)
+
+
+@pytest.mark.parametrize("pure", [True, False], ids=["pure dict", "nnx.State"])
+def test_statistics_among_the_parameters_of_an_nnx_model_are_found_by_their_paths(pure):
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.dense = nnx.Linear(3, 2, rngs=rngs)
+            self.norm = nnx.BatchNorm(2, momentum=0.0, rngs=rngs)
+
+        def __call__(self, x):
+            return self.norm(self.dense(x))
+
+    graph, state = nnx.split(Net(nnx.Rngs(0)))
+    convert = nnx.to_pure_dict if pure else lambda state: state
+
+    def statistics_fn(params, batch):
+        module = nnx.merge(graph, params)
+        module(batch)
+        return convert(nnx.state(module, nnx.BatchStat))
+
+    refreshed = glue_jax.refresh_statistics(convert(state), [DATA[:20], DATA[20:]], statistics_fn, collection="")
+    assert jax.tree.structure(refreshed) == jax.tree.structure(convert(state))
+    models = (nnx.merge(graph, tree) for tree in (refreshed, convert(state)))
+    found, before = (nnx.to_pure_dict(nnx.state(model)) for model in models)
+    whole = DATA @ before["dense"]["kernel"] + before["dense"]["bias"][None]
+    np.testing.assert_allclose(found["norm"]["mean"], whole.mean(axis=0), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found["norm"]["var"], whole.var(axis=0), rtol=1e-4)
+    np.testing.assert_array_equal(found["norm"]["scale"], before["norm"]["scale"])
+
+
+def test_statistics_of_low_precision_are_pooled_in_float32():
+    batches = [np.asarray(DATA[:, :1])] * 300
+
+    def low(params, batch):
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), statistics(params, batch))
+
+    params = {**PARAMS, "batch_stats": {"norm": {"mean": jnp.zeros(1), "var": jnp.ones(1)}}}
+    norm = glue_jax.refresh_statistics(params, batches, low)["batch_stats"]["norm"]
+    assert norm["var"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(norm["var"], low(params, batches[0])["norm"]["var"])
+
+
+def test_what_does_not_fit_is_refused_with_the_first_batch():
+    def batches():
+        yield DATA
+        pytest.fail("a second batch was asked for")
+
+    with pytest.raises(ValueError, match="params has no place for"):
+        glue_jax.refresh_statistics({"params": PARAMS["params"]}, batches(), statistics)
+
+
+def test_batches_of_other_statistics_are_refused():
+    found = iter([{"a": {"mean": jnp.zeros(3), "var": jnp.ones(3)}}, {"b": {"mean": jnp.zeros(3), "var": jnp.ones(3)}}])
+    params = {"batch_stats": {"a": {"mean": jnp.zeros(3), "var": jnp.ones(3)}}}
+    with pytest.raises(ValueError, match=r"returned \['b/mean', 'b/var'\] for one batch and \['a/mean', 'a/var'\]"):
+        glue_jax.refresh_statistics(params, [DATA, DATA], lambda params, batch: next(found))
 
 
 def test_evaluation_without_statistics_is_refused_with_the_reason():

@@ -1,8 +1,11 @@
 """What probes tell beside the gradient, and which radius they ask for."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import glue_jax
@@ -32,13 +35,13 @@ def test_a_steps_metrics_have_what_it_needs():
     np.testing.assert_allclose(found.curvature, 6, rtol=1e-3)
 
 
-def quartic(beta):
+def wavy(beta):
     """Of curvature that changes on a scale of 1, and values that float32 rounds at 1e-7 of 100."""
     return 100 + jnp.sum(jnp.sin(2 * beta))
 
 
 def test_the_radius_proposed_lies_between_rounding_and_curvature():
-    found = glue_jax.calibrate(jax.random.key(1), quartic, jnp.linspace(-1, 1, 6))
+    found = glue_jax.calibrate(jax.random.key(1), wavy, jnp.linspace(-1, 1, 6))
     assert 3e-3 <= found.radius <= 0.3
     assert found.disagreement[0] > 10 * found.disagreement.min()
     assert found.disagreement[-1] > 10 * found.disagreement.min()
@@ -48,7 +51,7 @@ def test_the_radius_proposed_lies_between_rounding_and_curvature():
 def test_the_radius_follows_the_scale_of_the_coefficients(scale):
     radii = tuple(float(radius) for radius in np.logspace(-6, 4, 21))
     found = glue_jax.calibrate(
-        jax.random.key(2), lambda beta: quartic(beta / scale), scale * jnp.linspace(-1, 1, 6), radii=radii
+        jax.random.key(2), lambda beta: wavy(beta / scale), scale * jnp.linspace(-1, 1, 6), radii=radii
     )
     assert 1e-3 <= found.radius / scale <= 0.5
 
@@ -69,14 +72,58 @@ def test_plain_sgd_takes_a_first_step_of_the_length_asked_for(gain):
     beta = jnp.linspace(-1, 1, 6)
     found = glue_jax.calibrate(
         jax.random.key(5),
-        lambda beta: gain * quartic(beta),
+        lambda beta: gain * wavy(beta),
         beta,
         directions="orthogonal",
         num_directions=6,
+        step_directions=6,
         first_step=0.03,
     )
     gradient = gain * 2 * np.cos(2 * np.asarray(beta))
     np.testing.assert_allclose(found.learning_rate * np.sqrt(np.mean(gradient**2)), 0.03, rtol=0.02)
+
+
+@pytest.mark.parametrize("m", [1, 5])
+def test_the_first_step_is_of_that_length_for_the_directions_that_it_takes(m):
+    gradient = jnp.linspace(-1, 2, 30)
+
+    def linear(beta):
+        return gradient @ beta
+
+    # So many directions know the gradient's length to some percent.
+    found = glue_jax.calibrate(
+        jax.random.key(7), linear, jnp.zeros(30), num_directions=500, step_directions=m, first_step=0.03
+    )
+
+    def first_step(key):
+        return glue_jax.spsa_gradient(key, linear, jnp.zeros(30), num_directions=m, radius=found.radius).gradient
+
+    steps = found.learning_rate * jax.vmap(first_step)(jax.random.split(jax.random.key(8), 2000))
+    np.testing.assert_allclose(jnp.sqrt(jnp.mean(jnp.square(steps))), 0.03, rtol=0.1)
+
+
+def test_an_end_of_the_radii_is_told():
+    assert glue_jax.calibrate(jax.random.key(9), wavy, jnp.linspace(-1, 1, 6)).interior
+    assert not glue_jax.calibrate(jax.random.key(9), wavy, jnp.linspace(-1, 1, 6), radii=(1, 2, 4)).interior
+
+
+def test_a_step_with_diagnostics_is_the_step_with_them_in_its_metrics():
+    words = {
+        "loss_fn": lambda params, batch: jnp.mean(jnp.square(params["w"] - batch)),
+        "optimizer": optax.adam(0.1),
+        "link_fn": glue_jax.unconstrained,
+        "merge_fn": glue_jax.blend,
+    }
+    experts, batch = {"w": jnp.array([0.0, 1.0])}, jnp.array([0.3, 0.5])
+    state = glue_jax.init(2, words["optimizer"], beta=glue_jax.uniform(2))
+    plain = functools.partial(glue_jax.spsa_step, radius=0.1)
+    expected, metrics = plain(jax.random.key(1), state, experts, batch, **words)
+    found, told = glue_jax.with_diagnostics(plain, 0.1)(jax.random.key(1), state, experts, batch, **words)
+    jax.tree.map(np.testing.assert_array_equal, (found, told._replace(diagnostics=None)), (expected, metrics))
+    # The second derivative of w^2 along (0, 1), a direction's share of which is a half.
+    np.testing.assert_allclose(told.diagnostics.curvature, 2 * 0.5, rtol=1e-3)
+    with pytest.raises(ValueError, match="expected spsa_step"):
+        glue_jax.with_diagnostics(glue_jax.full_gradient_step, 0.1)(jax.random.key(1), state, experts, batch, **words)
 
 
 @pytest.mark.parametrize(
@@ -87,9 +134,10 @@ def test_plain_sgd_takes_a_first_step_of_the_length_asked_for(gain):
         ({"radii": (0.0, 1.0, 2.0)}, "above 0"),
         ({"first_step": 0.0}, "first_step is 0.0"),
         ({"num_directions": 0}, "num_directions is 0"),
+        ({"fun": lambda beta: beta}, "expected one real scalar"),
         ({"fun": lambda beta: jnp.float32(1) + 0 * jnp.sum(beta)}, "the function has the same value"),
     ],
 )
 def test_bad_arguments_are_refused(words, message):
     with pytest.raises(ValueError, match=message):
-        glue_jax.calibrate(**({"key": jax.random.key(6), "fun": quartic, "beta": jnp.zeros(3)} | words))
+        glue_jax.calibrate(**({"key": jax.random.key(6), "fun": wavy, "beta": jnp.zeros(3)} | words))

@@ -412,3 +412,8 @@ def test_a_jitted_step_is_traced_once(beta, num_directions):
         counts.append(len(traces))
     assert counts[0] > 0
     assert set(counts) == {counts[0]}
+
+
+def test_a_validation_that_is_no_scalar_is_refused():
+    with pytest.raises(ValueError, match=r"validation returned shape \(\d+,\); expected a scalar"):
+        learn(validation_data=DATA[:11], validation_fn=lambda params, batch: jnp.zeros(4), key=jax.random.key(0))

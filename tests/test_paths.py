@@ -52,13 +52,12 @@ def test_a_pattern_in_no_path_is_refused_with_the_paths():
         glue_jax.partition(MODEL, "tail")
 
 
-@pytest.mark.parametrize(
-    ("rest", "part", "message"),
-    [
-        ({"a": 1.0, "b": None}, {"a": 2.0, "b": 1.0}, "each of the two trees has a leaf at a"),
-        ({"a": 1.0, "b": None}, {"a": None, "b": None}, "neither of the two trees has a leaf at b"),
-    ],
-)
-def test_parts_that_do_not_fit_are_refused(rest, part, message):
-    with pytest.raises(ValueError, match=message):
-        glue_jax.combine(rest, part)
+def test_a_tree_that_holds_none_keeps_it():
+    # As an Equinox layer without a bias.
+    tree = {"body": 1.0, "bias": None, "head": 2.0}
+    assert glue_jax.combine(*glue_jax.partition(tree, "head")) == tree
+
+
+def test_parts_that_overlap_are_refused():
+    with pytest.raises(ValueError, match="each of the two trees has a leaf at a"):
+        glue_jax.combine({"a": 1.0, "b": None}, {"a": 2.0, "b": 1.0})

@@ -53,6 +53,22 @@ def test_a_barrier_is_the_rise_over_the_line_between_the_losses():
     np.testing.assert_array_equal(np.diag(barriers), 0)
 
 
+def test_a_loss_that_is_no_number_is_named_by_where_it_is():
+    experts = {"w": jnp.array([-1.0, 1.0])}
+    with pytest.raises(FloatingPointError, match=r"the loss is nan at 0.50 of the way from expert 0 to 1"):
+        glue_jax.loss_barriers(
+            experts, lambda params: jnp.where(jnp.abs(params["w"]) < 0.5, jnp.nan, 0.0), num_points=1
+        )
+
+
+def test_an_origin_of_zeros_is_infinitely_far_and_one_of_other_shapes_refused():
+    experts = {"w": jnp.ones((2, 3))}
+    assert np.isinf(glue_jax.weight_similarity(experts, origin={"w": jnp.zeros(3)}).distance).all()
+    for origin in ({"w": jnp.zeros(2)}, {"v": jnp.zeros(3)}):
+        with pytest.raises(ValueError, match="origin is not of the structure and the shapes of one expert"):
+            glue_jax.weight_similarity(experts, origin=origin)
+
+
 def test_points_below_one_are_refused():
     with pytest.raises(ValueError, match="num_points is 0"):
         glue_jax.loss_barriers(EXPERTS, lambda params: 0.0, num_points=0)

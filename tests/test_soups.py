@@ -1,5 +1,7 @@
 """Baselines: weights from losses, soups, Fisher-weighted averages; objectives without a gradient."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +35,14 @@ def test_a_greedy_soup_keeps_what_does_no_harm_best_first(permutation):
 
     alpha = glue_jax.greedy_soup(experts, np.abs(values - 1), loss)
     np.testing.assert_allclose(alpha, np.array([0.5, 0.5, 0, 0])[permutation])
-    np.testing.assert_allclose(asked, [0.95, 3.2 / 3, 1.1], rtol=1e-6)
+    np.testing.assert_allclose(asked, [1.1, 0.95, 3.2 / 3, 1.1], rtol=1e-6)
+
+
+def test_a_soup_is_judged_by_one_metric_alone():
+    # Cross-entropies give the order; of error rates the first expert's is the only one at 0.
+    experts = glue_jax.stack_experts([{"w": jnp.array(value)} for value in (0.0, 1.0, 2.0)])
+    alpha = glue_jax.greedy_soup(experts, [2.3, 2.4, 2.5], lambda params: jnp.minimum(params["w"], 0.9))
+    np.testing.assert_array_equal(alpha, [1, 0, 0])
 
 
 def test_a_soup_of_equal_experts_keeps_all():
@@ -55,6 +64,30 @@ def test_without_fisher_information_it_is_the_blend():
     alpha = jnp.array([0.25, 0.75])
     merged = glue_jax.fisher_merge(experts, jax.tree.map(jnp.zeros_like, experts), alpha)
     np.testing.assert_allclose(merged["w"], glue_jax.blend(experts, alpha)["w"], rtol=1e-6)
+
+
+def test_leaves_that_are_not_floating_point_have_no_fisher_information():
+    def logits(params, inputs):
+        return inputs @ params["w"] + params["steps"]
+
+    model = {"w": jnp.eye(3), "steps": jnp.array(27)}
+    fisher = jax.jit(functools.partial(glue_jax.diagonal_fisher, logits))(model, jnp.ones((4, 3)))
+    assert float(fisher["steps"]) == 0
+    assert (fisher["w"] > 0).all()
+    merged = glue_jax.fisher_merge(
+        glue_jax.stack_experts([model] * 3), glue_jax.stack_experts([fisher] * 3), jnp.array([0.2, 0.5, 0.3])
+    )
+    assert int(merged["steps"]) == 27
+    np.testing.assert_allclose(merged["w"], jnp.eye(3), atol=1e-6)
+
+
+def test_fisher_information_of_other_shapes_is_refused():
+    experts = {"w": jnp.ones((2, 3))}
+    for shape in ((2, 1), (2, 4)):
+        with pytest.raises(ValueError, match="fishers are not of the structure and the shapes of experts"):
+            glue_jax.fisher_merge(experts, {"w": jnp.ones(shape)}, glue_jax.uniform(2))
+    with pytest.raises(ValueError, match="epsilon is 0"):
+        glue_jax.fisher_merge(experts, experts, glue_jax.uniform(2), epsilon=0)
 
 
 def test_the_fisher_information_of_a_linear_classifier_by_hand():
