@@ -34,6 +34,7 @@ from experiments.presentation import STYLE, markdown_table, number, rich_table, 
 from experiments.presets import parse
 from experiments.session import exit_on, session
 from experiments.stages import Stages, machine
+from glue_jax.batches import on_cpu
 
 FACTORS = (1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0, 1000.0)
 """Of the experiment's own radius: the sweep."""
@@ -160,12 +161,15 @@ def calibrated_radius(context: Context, experts: Variables, seed: int, guess: fl
     def loss(beta: jax.Array) -> jax.Array:
         return context.problem.loss(glue_jax.blend(experts, jax.nn.softmax(beta)), batch)
 
-    found = glue_jax.calibrate(
-        jax.random.fold_in(jax.random.key(seed), _CALIBRATION),
-        loss,
-        glue_jax.weights_to_logits(glue_jax.uniform(context.config.num_experts)),
-        radii=[float(radius) for radius in guess * _SEARCH],
-    )
+    with jax.default_matmul_precision(context.config.matmul_precision):
+        found = glue_jax.calibrate(
+            jax.random.fold_in(jax.random.key(seed), _CALIBRATION),
+            loss,
+            glue_jax.weights_to_logits(glue_jax.uniform(context.config.num_experts)),
+            radii=[float(radius) for radius in guess * _SEARCH],
+            # A probe is of many images: so many at once fit wherever a step does.
+            probe_batch_size=None if on_cpu(batch) else 2,
+        )
     return found.radius
 
 

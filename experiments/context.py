@@ -138,16 +138,21 @@ def prepare(config: Config, dataset: Dataset, folder: Path, progress: ProgressBa
         alpha_optimizer=optax.adam(config.alpha_learning_rate, b1=config.alpha_b1, b2=config.alpha_b2),
         step_fns={
             3: glue_jax.full_gradient_step,
-            4: functools.partial(
-                glue_jax.spsa_step,
-                radius=config.radius,
-                num_directions=config.num_directions,
-                directions=config.directions,
-            ),
+            4: glue_step(config),
         },
         evaluate=make_evaluate(problem),
         stages=Stages(folder),
         progress=progress,
+    )
+
+
+def glue_step(config: Config) -> Any:
+    """Returns the step of Config 4."""
+    return functools.partial(
+        glue_jax.spsa_step,
+        radius=config.radius,
+        num_directions=config.num_directions,
+        directions=config.directions,
     )
 
 

@@ -5,7 +5,7 @@
 
 Experts are read from `--run-dir`, where the experiment's own command keeps them (give it the same options); those that
 are missing are trained. The first experts' barriers are measured on the validation images, with BatchNorm statistics
-that are blended as all else, and with statistics estimated on each model's own images.
+that are blended as all else, and with statistics that are estimated anew for each model.
 """
 
 import dataclasses
@@ -33,8 +33,11 @@ from experiments.session import exit_on, session
 from experiments.stages import machine
 
 _MODULES = r"^params/(.+)/[^/]+$"
-_UNRELATED = 0.3
-"""Below this mean cosine, over all weights, the command advises to align first."""
+_NORMS = r"norm[^/]*/[^/]+$"
+_UNRELATED = 0.1
+"""Below this mean cosine of all weights but the norms', the command advises to align first."""
+_BARRIER = 0.1
+"""Above this barrier, in nats, the command advises against an average of experts as they are."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,8 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         arguments: the command line; None is the process's.
 
     Returns:
-        The results: `title`, `command`, `machine`, `advice`, `cosine` (all weights, the mean over pairs),
-        `aligned_cosine` (the same after `glue_jax.align_experts`), `modules` (a row each) and `barriers`, in nats.
+        The results: `title`, `command`, `machine`, `advice`, `cosine` (all weights but those of norms, whose scales are
+        near 1 in every network; the mean over pairs), `aligned_cosine` (the same after `glue_jax.align_experts`),
+        `modules` (a row each) and `barriers`, in nats.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
     console = Console()
@@ -93,13 +97,15 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             f"experts to train first: {len(missing_experts(context))} of {parsed.config.num_experts}"
         )
         experts = glue_jax.stack_experts(train_experts(context)[0])
+        weights, barriers = _weights(context, experts), _barriers(context, experts, parsed.barriers)
         results = {
             "title": f"Whether experts can be averaged: {parsed.experiment}, preset {parsed.preset}, "
             f"{parsed.config.initialization} initialisation",
             "command": shlex.join(["python", "-m", "experiments.similarity", *words]),
             "machine": machine(),
-            **_weights(context, experts),
-            "barriers": _barriers(context, experts, parsed.barriers),
+            "advice": advice(weights["cosine"], weights["aligned_cosine"], barriers),
+            **weights,
+            "barriers": barriers,
         }
     write_report(parsed.out_dir, results, _markdown(results), {})
     console.print(rich_table(results["title"], *_module_table(results), caption=results["advice"]))
@@ -107,6 +113,34 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         console.print(rich_table("Loss barriers, nats", *_barrier_table(results)))
     console.print(f"report: {parsed.out_dir / 'report.md'}", highlight=False, soft_wrap=True)
     return results
+
+
+def advice(cosine: float, aligned_cosine: float, barriers: Mapping[str, list[list[float]]]) -> str:
+    """Returns what to do with experts.
+
+    Args:
+        cosine: of their weights, without those of norms.
+        aligned_cosine: the same after alignment.
+        barriers: between each two, in nats, with statistics as they are blended and, if there are any, refreshed.
+    """
+    if cosine < _UNRELATED:
+        return (
+            f"The experts' weights have next to nothing in common (mean cosine {cosine:.2f}): align them first "
+            f"(glue_jax.align_experts brings it to {aligned_cosine:.2f}), and expect little of a plain average."
+        )
+    related = f"The experts' weights are related (mean cosine {cosine:.2f})"
+    if not barriers:
+        return f"{related}; what an average of them is worth, barriers tell (--barriers)."
+    highest = {way: float(np.max(found)) for way, found in barriers.items()}
+    rises = ", ".join(f"{rise:.2f} nats with {way}" for way, rise in highest.items())
+    if next(iter(highest.values())) <= _BARRIER:
+        return f"{related}, and between two of them the loss hardly rises ({rises}): average them as they are."
+    if min(highest.values()) <= _BARRIER:
+        return f"{related}, but between two of them the loss rises by {rises}: refresh an average's statistics."
+    return (
+        f"{related}, but between two of them the loss rises by {rises}: an average is worse than they are. Learn the "
+        "coefficients, by blocks and with minibatch statistics if need be (`python -m experiments.ablation`)."
+    )
 
 
 def _weights(context: Context, experts: Variables) -> dict[str, Any]:
@@ -119,19 +153,12 @@ def _weights(context: Context, experts: Variables) -> dict[str, Any]:
     found = glue_jax.weight_similarity(
         params, glue_jax.group_by_path(params, _MODULES), origin=None if origin is None else {"params": origin}
     )
-    whole, after = (_mean_of_pairs(glue_jax.weight_similarity(tree["params"]).cosine)[0] for tree in (experts, aligned))
+    compared = [glue_jax.partition(tree["params"], _NORMS)[0] for tree in (experts, aligned)]
+    whole, after = (_mean_of_pairs(glue_jax.weight_similarity(tree).cosine)[0] for tree in compared)
     learned = [None] * len(found.names)
     if found.cosine_from_origin is not None:
         learned = _mean_of_pairs(found.cosine_from_origin)
-    if whole >= _UNRELATED:
-        advice = f"The experts' weights are related (mean cosine {whole:.2f}): average them as they are."
-    else:
-        advice = (
-            f"The experts' weights have next to nothing in common (mean cosine {whole:.2f}): align them first "
-            f"(glue_jax.align_experts brings it to {after:.2f}), and expect little of a plain average."
-        )
     return {
-        "advice": advice,
         "cosine": whole,
         "aligned_cosine": after,
         "modules": [

@@ -22,7 +22,7 @@ from tests.test_protocol import TINY
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 
 ONE_SEED = dataclasses.replace(TINY, seeds=(0,))
-ALL = {recipe.name: recipe for recipe in recipes(radius=0.01, num_experts=2)}
+ALL = {recipe.name: recipe for recipe in recipes(ONE_SEED)}
 
 
 @pytest.fixture
@@ -47,8 +47,12 @@ def test_every_recipe_gives_a_model_of_the_experts_architecture(tmp_path):
     assert rows["3 full gradient"]["forward_passes"] == 5 * 16 + 4 * 20
     # And statistics of all 64 target images.
     assert rows["GLUE, refreshed"]["forward_passes"] == rows["4 GLUE"]["forward_passes"] + 64
-    # The second expert joins the first, or not.
-    assert rows["greedy soup"]["forward_passes"] == 20
+    # Two experts are judged on 20 images; the first alone again, and with the second, which joins it or not.
+    assert rows["best expert"]["forward_passes"] == 2 * 20
+    assert rows["greedy soup"]["forward_passes"] == 2 * 20 + 2 * 20
+    assert rows["Fisher-weighted"]["forward_passes"] == 2 * 20
+    # Three starts, which two experts' losses gave, judged once more in the end.
+    assert rows["GLUE from the best of three starts"]["forward_passes"] == 2 * 20 + 3 * (5 * 2 * 16 + 5 * 20)
     assert rows["GLUE, refreshed"]["alpha"] == rows["4 GLUE"]["alpha"]
     assert np.shape(rows["GLUE, an alpha a layer"]["alpha"]) == (5, 2)
     assert rows["GLUE, temperature"]["temperature"] != 1
@@ -82,11 +86,28 @@ def test_a_command_line_comes_to_its_report_and_has_nothing_to_do_again(tiny, tm
     assert "report:" in capsys.readouterr().out
 
 
-def test_coefficients_outside_the_hull_with_blended_statistics_are_refused_with_the_reason():
+@pytest.mark.parametrize("parts", [{"link_fn": glue_jax.unconstrained}, {"task_vectors": True}])
+def test_coefficients_outside_the_hull_with_blended_statistics_are_refused_with_the_reason(parts):
     with pytest.raises(
         ValueError, match=r"x: statistics is 'blended'; expected 'minibatch' .* variance can be negative"
     ):
-        Recipe(name="x", part="remedies", link_fn=glue_jax.unconstrained)
+        Recipe(name="x", part="remedies", **parts)
+
+
+def test_several_starts_go_with_groups_and_a_temperature(tmp_path):
+    context = prepare(ONE_SEED, data.load("digits"), tmp_path, ProgressBars(Console(file=io.StringIO())))
+    recipe = dataclasses.replace(
+        ALL["GLUE from the best of three starts"], grouping="layer", temperature=True, statistics="minibatch"
+    )
+    (row,) = measurement.measure(context, [recipe], 0, Stages(tmp_path / "out"))["rows"]
+    assert np.shape(row["alpha"]) == (5, 2)
+    assert row["temperature"] != 1
+
+
+def test_the_experiments_own_step_of_glue_is_the_one_that_is_measured():
+    config = dataclasses.replace(ONE_SEED, num_directions=3, directions="gaussian")
+    step = {recipe.name: recipe for recipe in recipes(config)}["4 GLUE"].step_fn
+    assert step.keywords == {"radius": config.radius, "num_directions": 3, "directions": "gaussian"}
 
 
 def test_the_ensemble_is_of_mean_probabilities(tmp_path):

@@ -70,7 +70,7 @@ class Arguments:
 
     def chosen(self) -> list[Recipe]:
         """Returns the recipes whose names contain one of the words."""
-        known = recipes(radius=self.config.radius, num_experts=self.config.num_experts)
+        known = recipes(self.config)
         for word in self.recipes:
             if not any(word in recipe.name for recipe in known):
                 raise ValueError(f"recipes has {word!r}; expected part of one of {[recipe.name for recipe in known]}")

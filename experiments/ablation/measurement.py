@@ -39,6 +39,7 @@ class Learner(NamedTuple):
         loss_fn: of `glue_jax.learn`.
         beta: the start, leaves `[...]`, or of several starts `[S, ...]`.
         num_starts: S.
+        start_passes: what the starts took, as `Measured.passes`.
     """
 
     experts: Variables
@@ -47,6 +48,7 @@ class Learner(NamedTuple):
     loss_fn: LossFn
     beta: Any
     num_starts: int
+    start_passes: int
 
 
 def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: Stages) -> dict[str, Any]:
@@ -68,21 +70,8 @@ def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: St
     experts, _ = train_experts(context)
     table = measure_experts(context, experts)["experts"]
     stacked = glue_jax.stack_experts(experts)
-    evaluated = 0
-
-    def validation_loss(variables: Variables) -> float:
-        nonlocal evaluated
-        evaluated += len(context.validation.labels)
-        return context.evaluate(variables, context.validation)["loss"]
-
-    measured = Measured(
-        problem=context.problem,
-        experts=functools.cache(functools.partial(_aligned, context, stacked)),
-        losses=[row["validation_loss"] for row in table],
-        accuracies=[row["validation_accuracy"] for row in table],
-        validation=context.validation,
-        validation_loss=validation_loss,
-    )
+    aligned = functools.cache(functools.partial(_aligned, context, stacked))
+    measured = Measured(context.problem, aligned, table, context.validation, context.evaluate)
     shared = {**context.expert_fields, "experts": context.config.num_experts}
     fields = {**shared, **part(context.config, CoefficientFields), **part(context.config, FineTuningFields)}
     bar = context.progress.stage("Recipes", len(recipes) * len(context.config.seeds) * (1 + num_epochs))
@@ -92,8 +81,7 @@ def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: St
         for seed in context.config.seeds:
 
             def compute(recipe: Recipe, learner: Callable[[], Learner], seed: int) -> dict[str, Any]:
-                nonlocal evaluated
-                evaluated, begin = 0, time.perf_counter()
+                begin = time.perf_counter()
                 variables, passes, details = _model(context, recipe, measured, learner, seed)
                 jax.block_until_ready(variables)
                 seconds = time.perf_counter() - begin
@@ -101,7 +89,7 @@ def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: St
                 judged = context.evaluate(variables, context.validation)
                 tuned = fine_tune(context, variables, seed, num_epochs=num_epochs, stage=bar)
                 judged = {f"validation_{name}": value for name, value in judged.items()}
-                return {**details, **judged, **tuned, "forward_passes": passes + evaluated, "prior_seconds": seconds}
+                return {**details, **judged, **tuned, "forward_passes": passes, "prior_seconds": seconds}
 
             stage = (
                 f"ablation/{recipe.slug}-seed{seed}",
@@ -130,7 +118,7 @@ def _model(
 ) -> tuple[Variables, int, dict[str, Any]]:
     """A recipe's model, how many forward passes it took, and what else is known of it."""
     target = take(context.train, context.targets[seed])
-    passes, details = 0, {}
+    measured.passes, passes, details = 0, 0, {}
     if recipe.merge is not None:
         variables = recipe.merge(measured)
     elif recipe.step_fn is None:
@@ -138,13 +126,16 @@ def _model(
         variables = glue_jax.blend(measured.experts(recipe.aligned), alpha)
         details["alpha"] = np.asarray(alpha).tolist()
     else:
-        variables, passes, details = _learn(context, recipe, learner(), target, seed)
+        learned = learner()
+        # The start is asked for once, and every seed needs it.
+        measured.passes = learned.start_passes
+        variables, passes, details = _learn(context, recipe, learned, target, seed)
     if recipe.statistics != "blended":
         images = target.images[: REFRESH_BATCH * REFRESH_BATCHES]
         batches = [images[at : at + REFRESH_BATCH] for at in range(0, len(images), REFRESH_BATCH)]
         variables = glue_jax.refresh_statistics(variables, batches, _statistics_fn(context.problem))
         passes += len(images)
-    return variables, passes, details
+    return variables, passes + measured.passes, details
 
 
 def _learn(
@@ -165,16 +156,19 @@ def _learn(
         "patience": config.patience,
     }
     key = coefficients_key(seed)
-    if learner.num_starts > 1:
-        result = glue_jax.learn_from_starts(key, learner.experts, target, starts=learner.beta, **words)
-    else:
-        state = glue_jax.init(config.num_experts, context.alpha_optimizer, beta=learner.beta)
-        result = glue_jax.learn(key, learner.experts, target, state=state, **words)
+    with jax.default_matmul_precision(config.matmul_precision):
+        if learner.num_starts > 1:
+            result = glue_jax.learn_from_starts(key, learner.experts, target, starts=learner.beta, **words)
+        else:
+            state = glue_jax.init(config.num_experts, context.alpha_optimizer, beta=learner.beta)
+            result = glue_jax.learn(key, learner.experts, target, state=state, **words)
     metrics, alpha = result.history.metrics, result.alpha
     steps = len(metrics.loss)
     # One pass a step where there are no probes: the full gradient's, which its backward pass is not counted in.
     per_step = 1 if metrics.probe_losses is None else metrics.probe_losses[0].size
-    validations = len(result.history.validation_steps) * learner.num_starts * len(context.validation.labels)
+    # Several starts are judged once more in the end.
+    judged = len(result.history.validation_steps) + (learner.num_starts > 1)
+    validations = judged * learner.num_starts * len(context.validation.labels)
     temperature = None
     variables = learner.merge_fn(learner.experts, alpha)
     if recipe.temperature:
@@ -185,28 +179,36 @@ def _learn(
 
 def _learner(context: Context, recipe: Recipe, measured: Measured) -> Learner:
     """What a recipe learns with."""
+    measured.passes = 0
     experts, weights = measured.experts(recipe.aligned), recipe.start(measured)
     link: LinkFn = recipe.link_fn
     merge: MergeFn = glue_jax.blend
-    # A softmax reaches a single expert only in the limit.
-    is_softmax = link is jax.nn.softmax
-    beta = glue_jax.weights_to_logits(0.99 * weights + 0.01 / weights.shape[-1]) if is_softmax else weights
     if recipe.task_vectors:
         origin = initial_variables(context)
         experts = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), origin, experts)
         link = glue_jax.task_vector_weights
     if recipe.statistics == "minibatch":
         experts, _ = glue_jax.partition(experts, "^batch_stats/")
+    num_groups = None
     if recipe.grouping != "model":
         pattern = LAYERS if recipe.grouping == "layer" else BLOCKS[context.config.network]
         groups = glue_jax.group_by_path(experts, pattern)
         merge = functools.partial(merge, groups=groups.rows)
-        beta = jnp.tile(beta[None], (len(groups.names), 1))
+        num_groups = len(groups.names)
     if recipe.temperature:
         link, merge = glue_jax.tempered_link(link), glue_jax.tempered_merge(merge, head=HEAD)
-        beta = glue_jax.Tempered(beta, jnp.zeros(()))
+
+    def start(weights: jax.Array) -> Any:
+        # A softmax reaches a single expert only in the limit.
+        inside = 0.99 * weights + 0.01 / weights.shape[-1]
+        beta = weights if recipe.outside_the_hull else glue_jax.weights_to_logits(inside)
+        beta = beta if num_groups is None else jnp.tile(beta[None], (num_groups, 1))
+        return glue_jax.Tempered(beta, jnp.zeros(())) if recipe.temperature else beta
+
+    several = weights.ndim == 2
+    beta = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(start, weights)) if several else start(weights)
     loss = functools.partial(_loss, context.problem, recipe.objective, recipe.statistics == "minibatch")
-    return Learner(experts, link, merge, loss, beta, len(weights) if weights.ndim == 2 else 1)
+    return Learner(experts, link, merge, loss, beta, len(weights) if several else 1, measured.passes)
 
 
 def _loss(

@@ -3,13 +3,15 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 import glue_jax
+from experiments.config import Config
+from experiments.context import glue_step
 from experiments.data import Examples
 from experiments.models.network import Variables
 from experiments.training import Problem, cross_entropy
@@ -32,24 +34,59 @@ LAYERS = r"^[^/]+/(.+)/[^/]+$"
 """The pattern that gives each module a group, its parameters with its statistics."""
 
 
-class Measured(NamedTuple):
+class Measured:
     """Experts, and what is known of them from validation images.
 
     Attributes:
         problem: the network with the preparation of its images.
         experts: stacked, each leaf `[K, ...]`, by how their units are permuted; each way is computed once.
-        losses: of each on the validation images, `[K]`.
-        accuracies: of each on the validation images, fractions `[K]`.
-        validation: those images.
-        validation_loss: of any model on them.
+        num_experts: K.
+        validation: images that judge.
+        passes: how many times one model went forward on one image for what was asked, since this was last set to 0.
     """
 
-    problem: Problem
-    experts: Callable[[Alignment], Variables]
-    losses: list[float]
-    accuracies: list[float]
-    validation: Examples
-    validation_loss: Callable[[Variables], float]
+    def __init__(
+        self,
+        problem: Problem,
+        experts: Callable[[Alignment], Variables],
+        table: Sequence[Mapping[str, float]],
+        validation: Examples,
+        evaluate: Callable[[Variables, Examples], Mapping[str, float]],
+    ):
+        """Keeps `table`, a row of `experiments.experts.measure_experts` each, and `evaluate` of the context."""
+        self.problem, self.experts, self.validation = problem, experts, validation
+        self.num_experts, self.passes = len(table), 0
+        self._table, self._evaluate = table, evaluate
+
+    def losses(self) -> list[float]:
+        """Of each expert on the validation images, `[K]`."""
+        return self._column("validation_loss")
+
+    def accuracies(self) -> list[float]:
+        """Of each expert on the validation images, fractions `[K]`."""
+        return self._column("validation_accuracy")
+
+    def validation_loss(self, variables: Variables) -> float:
+        """Of any model on the validation images."""
+        self.passes += len(self.validation.labels)
+        return self._evaluate(variables, self.validation)["loss"]
+
+    def fishers(self) -> Variables:
+        """The diagonal Fisher information of each expert on the validation images, stacked."""
+        self.passes += self.num_experts * len(self.validation.labels)
+        fisher, experts = _fisher(self.problem), self.experts("no")
+        each = [jax.tree.map(lambda leaf, i=i: leaf[i], experts) for i in range(self.num_experts)]
+        return glue_jax.stack_experts([fisher(expert, self.validation.images) for expert in each])
+
+    def _column(self, name: str) -> list[float]:
+        self.passes += self.num_experts * len(self.validation.labels)
+        return [row[name] for row in self._table]
+
+
+@functools.cache
+def _fisher(problem: Problem) -> Callable[[Variables, jax.Array], Variables]:
+    """The Fisher information of one expert, compiled once for a problem."""
+    return jax.jit(functools.partial(glue_jax.diagonal_fisher, problem.logits))
 
 
 Start = Callable[[Measured], jax.Array]
@@ -78,7 +115,7 @@ class Recipe:
 
     name: str
     part: Part
-    start: Start = lambda measured: glue_jax.uniform(len(measured.losses))
+    start: Start = lambda measured: glue_jax.uniform(measured.num_experts)
     step_fn: StepFn | None = None
     link_fn: LinkFn = jax.nn.softmax
     task_vectors: bool = False
@@ -88,6 +125,11 @@ class Recipe:
     statistics: Statistics = "blended"
     aligned: Alignment = "no"
     merge: Callable[[Measured], Variables] | None = None
+
+    @property
+    def outside_the_hull(self) -> bool:
+        """Whether its coefficients may be; where they may not, they are a softmax."""
+        return self.task_vectors or self.link_fn is not jax.nn.softmax
 
     @property
     def slug(self) -> str:
@@ -100,46 +142,38 @@ class Recipe:
         Raises:
             ValueError: coefficients outside the experts' hull with BatchNorm statistics that are blended.
         """
-        if self.link_fn is not jax.nn.softmax and self.statistics != "minibatch":
+        if self.outside_the_hull and self.statistics != "minibatch":
             raise ValueError(
                 f"{self.name}: statistics is {self.statistics!r}; expected 'minibatch' with coefficients outside the "
                 "experts' convex hull, where a blended variance can be negative"
             )
 
 
-def _fisher(measured: Measured) -> Variables:
+def _fisher_weighted(measured: Measured) -> Variables:
     """The experts averaged by their Fisher information on the validation images."""
-    experts = measured.experts("no")
-    fishers = [
-        glue_jax.diagonal_fisher(
-            measured.problem.logits,
-            jax.tree.map(lambda leaf, i=i: leaf[i], experts),
-            measured.validation.images,
-        )
-        for i in range(len(measured.losses))
-    ]
-    return glue_jax.fisher_merge(experts, glue_jax.stack_experts(fishers), glue_jax.uniform(len(measured.losses)))
+    return glue_jax.fisher_merge(measured.experts("no"), measured.fishers(), glue_jax.uniform(measured.num_experts))
 
 
 def _several_starts(measured: Measured) -> jax.Array:
     """The uniform average, the best expert, and a softmax of negative losses."""
+    losses = measured.losses()
     return jnp.stack(
         [
-            glue_jax.uniform(len(measured.losses)),
-            glue_jax.best_expert(measured.losses),
-            glue_jax.loss_weights(measured.losses),
+            glue_jax.uniform(measured.num_experts),
+            glue_jax.best_expert(losses),
+            glue_jax.loss_weights(losses),
         ]
     )
 
 
-def recipes(*, radius: float, num_experts: int) -> list[Recipe]:
+def recipes(config: Config) -> list[Recipe]:
     """Returns all recipes.
 
     Args:
-        radius: of SPSA's probes.
-        num_experts: K.
+        config: its step of GLUE is the one of those recipes that say nothing else of directions.
     """
-    spsa = functools.partial(glue_jax.spsa_step, radius=radius, directions="sphere")
+    radius, num_experts = config.radius, config.num_experts
+    spsa = glue_step(config)
     many = functools.partial(
         glue_jax.spsa_step, radius=radius, directions="simplex_orthogonal", num_directions=num_experts - 1
     )
@@ -158,16 +192,16 @@ def recipes(*, radius: float, num_experts: int) -> list[Recipe]:
         return Recipe(name=name, part="combinations", **parts)  # pyright: ignore[reportArgumentType]
 
     def best(measured: Measured) -> jax.Array:
-        return glue_jax.best_expert(measured.losses)
+        return glue_jax.best_expert(measured.losses())
 
     def greedy(measured: Measured) -> jax.Array:
-        return glue_jax.greedy_soup(measured.experts("no"), measured.losses, measured.validation_loss)
+        return glue_jax.greedy_soup(measured.experts("no"), measured.losses(), measured.validation_loss)
 
     def by_loss(measured: Measured) -> jax.Array:
-        return glue_jax.loss_weights(measured.losses)
+        return glue_jax.loss_weights(measured.losses())
 
     def by_accuracy(measured: Measured) -> jax.Array:
-        return glue_jax.proxy_accuracy_weights(measured.accuracies)
+        return glue_jax.proxy_accuracy_weights(measured.accuracies())
 
     def entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
         del labels
@@ -181,7 +215,7 @@ def recipes(*, radius: float, num_experts: int) -> list[Recipe]:
         remedy("best expert", start=best),
         remedy("softmax(-loss)", start=by_loss),
         remedy("greedy soup", start=greedy),
-        remedy("Fisher-weighted", merge=_fisher),
+        remedy("Fisher-weighted", merge=_fisher_weighted),
         remedy("uniform, refreshed", statistics="refreshed"),
         remedy("uniform, aligned to the first", aligned="to the first"),
         remedy("uniform, aligned jointly", aligned="jointly"),
