@@ -253,7 +253,9 @@ def _sizes(row: Mapping[str, Any]) -> Iterable[str]:
         (memory["full_step"], memory["spsa_step"], 1e6),
         (flops["full_step"], flops["spsa_step_vmapped"], 1e9),
     ):
-        yield from (f"{full / unit:.4g}", f"{spsa / unit:.4g}", f"{spsa / full:.3f}")
+        # A TPU keeps a small program's arrays in the memory of its core, and takes none beside.
+        ratio = f"{spsa / full:.3f}" if full else "-"
+        yield from (f"{full / unit:.4g}", f"{spsa / unit:.4g}", ratio)
 
 
 def _measured(times: Mapping[str, Any]) -> Iterable[str]:
