@@ -138,8 +138,8 @@ def advice(cosine: float, aligned_cosine: float, barriers: Mapping[str, list[lis
     if min(highest.values()) <= _BARRIER:
         return f"{related}, but between two of them the loss rises by {rises}: refresh an average's statistics."
     return (
-        f"{related}, but between two of them the loss rises by {rises}: a plain average is worse "
-        "than they promise. Learn the coefficients, by blocks and with minibatch statistics if need be (`python -m experiments.ablation`)."
+        f"{related}, but between two of them the loss rises by {rises}: a plain average is worse than they promise. "
+        "Learn the coefficients, by blocks and with minibatch statistics if need be (`python -m experiments.ablation`)."
     )
 
 
