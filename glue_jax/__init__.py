@@ -5,7 +5,7 @@ The method is of Park, Chaudhari, Pranav, Joe-Wong and Moura, "GLUE: Gradient-fr
 """
 
 from glue_jax import theory
-from glue_jax.alignment import Alignment, Permutations, PermutationSpec, align, align_experts, permute
+from glue_jax.alignment import Alignment, Permutations, PermutationSpec, align, align_experts, chain_spec, permute
 from glue_jax.ask_tell import ask, tell
 from glue_jax.batch_norm import refresh_statistics
 from glue_jax.batches import batched_mean, minibatch_indices
@@ -72,6 +72,7 @@ __all__ = [
     "blend",
     "box",
     "calibrate",
+    "chain_spec",
     "combine",
     "data_size_weights",
     "diagonal_fisher",

@@ -10,8 +10,13 @@ of its axes. Of a network with two dense layers:
 
     spec = {"dense1/kernel": (None, "hidden"), "dense1/bias": ("hidden",), "dense2/kernel": ("hidden", None)}
 
+`chain_spec` writes it for a plain chain of layers.
+
 An axis whose units belong to several permutations, as behind a concatenation or a shortcut that pads with zeros, is a
 tuple of segments `(name, start, stop)` of them, in their order on the axis.
+
+Where experts' heads differ, `partition` them off, align the rest by a spec without their paths, and `combine` the blend
+with the head of the expert that the others were aligned to: its units kept their places, so that its head fits.
 """
 
 import re
@@ -46,6 +51,44 @@ class Alignment(NamedTuple):
 
     experts: Params
     permutations: list[Permutations]
+
+
+def chain_spec(params: Params, layers: Sequence[str]) -> PermutationSpec:
+    """Returns what may be permuted in an MLP, or in a CNN without shortcuts: the units of each layer but the last.
+
+    Args:
+        params: one model, with kernels whose last two axes are inputs and outputs, as Flax has them.
+        layers: for each layer, from input to output, a regular expression for the paths of its leaves: its kernel,
+            and what runs along its outputs, such as its bias, and the scales and the statistics of a norm behind it.
+
+    Returns:
+        The spec of all leaves of these layers, with the units of the layer at index i as `"units{i}"`.
+
+    Raises:
+        ValueError: a pattern that is in no path, a path that two have, or a leaf without axes.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import glue_jax
+        >>> dense1, dense2 = {"kernel": jnp.zeros((5, 3)), "bias": jnp.zeros(3)}, {"kernel": jnp.zeros((3, 2))}
+        >>> glue_jax.chain_spec({"dense1": dense1, "dense2": dense2}, ["dense1", "dense2"])
+        {'dense1/bias': ('units0',), 'dense1/kernel': (None, 'units0'), 'dense2/kernel': ('units0', None)}
+    """
+    shapes = {path: np.shape(leaf) for path, leaf in _by_path(params).items()}
+    spec: dict[str, tuple[Axis, ...]] = {}
+    for index, layer in enumerate(layers):
+        inputs = f"units{index - 1}" if index else None
+        outputs = f"units{index}" if index < len(layers) - 1 else None
+        paths = [path for path in shapes if re.search(layer, path)]
+        if not paths:
+            raise ValueError(f"the pattern {layer!r} is in no path; the paths are {list(shapes)}")
+        for path in paths:
+            axes = len(shapes[path])
+            if path in spec or not axes:
+                reason = "of an earlier layer, too" if path in spec else "without axes"
+                raise ValueError(f"the pattern {layer!r} finds {path!r}, which is {reason}")
+            spec[path] = (outputs,) if axes == 1 else (*[None] * (axes - 2), inputs, outputs)
+    return spec
 
 
 def permute(params: Params, spec: PermutationSpec, permutations: Mapping[str, np.ndarray]) -> Params:

@@ -197,3 +197,38 @@ def test_a_reference_of_other_leaves_or_shapes_is_refused():
     smaller = {**model, "dense1": {"kernel": jnp.zeros((4, 7)), "bias": jnp.zeros(7)}}
     with pytest.raises(ValueError, match=r"params has \(4, 7\) at 'dense1/kernel', and reference \(5, 7\)"):
         glue_jax.align(smaller, model, MLP)
+
+
+def test_the_spec_of_a_chain_is_the_one_written_by_hand():
+    def renamed(spec, names):
+        return {path: tuple(names.get(axis, axis) for axis in axes) for path, axes in spec.items()}
+
+    found = glue_jax.chain_spec(mlp(jax.random.key(0)), ["dense1", "dense2", "dense3"])
+    assert renamed(found, {"units0": "hidden1", "units1": "hidden2"}) == MLP
+    variables = jax.eval_shape(models.build("convnet", image_shape=(8, 8, 1), num_classes=4).init, jax.random.key(0))
+    found = glue_jax.chain_spec(variables, ["(conv|norm)1/", "(conv|norm)2/", "head"])
+    assert renamed(found, {"units0": "conv1", "units1": "conv2"}) == SPECS["convnet"]()
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (["dense1", "dense4"], "the pattern 'dense4' is in no path"),
+        (["dense1", "dense"], "finds 'dense1/bias', which is of an earlier layer, too"),
+    ],
+)
+def test_layers_that_are_no_chain_are_refused(layers, message):
+    with pytest.raises(ValueError, match=message):
+        glue_jax.chain_spec(mlp(jax.random.key(0)), layers)
+
+
+def test_experts_whose_heads_differ_share_a_backbone_and_one_of_the_heads():
+    base = mlp(jax.random.key(10))
+    heads = [{"kernel": jnp.ones((6, classes)), "bias": jnp.zeros(classes)} for classes in (3, 5)]
+    moved = {**glue_jax.permute(base, MLP, shuffled(MLP, base)), "dense3": heads[1]}
+    rests, parts = zip(*(glue_jax.partition(expert, "^dense3/") for expert in (base, moved)), strict=True)
+    backbone = {path: axes for path, axes in MLP.items() if not path.startswith("dense3/")}
+    aligned = glue_jax.align_experts(glue_jax.stack_experts(rests), backbone).experts
+    model = glue_jax.combine(glue_jax.blend(aligned, glue_jax.uniform(2)), parts[0])
+    x = jax.random.normal(jax.random.key(11), (4, 5))
+    np.testing.assert_allclose(mlp_logits(model, x), mlp_logits(base, x), rtol=1e-4, atol=1e-5)
