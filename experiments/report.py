@@ -1,7 +1,9 @@
 """The paper's tables and figures from runs, its own figures beside them, and a verdict on each of its claims.
 
-python -m experiments.report                                    # of all runs under runs/
-python -m experiments.report runs/cifar10 runs/imagenette       # of these, in this order
+    python -m experiments.report                                    # of all runs under runs/
+    python -m experiments.report runs/cifar10 runs/imagenette       # of these, in this order
+
+How a run came to its figures is in its own report.
 """
 
 import contextlib
