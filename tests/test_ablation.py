@@ -1,6 +1,7 @@
 """Each remedy alone and with others, at a tiny scale."""
 
 import dataclasses
+import functools
 import io
 import json
 
@@ -107,6 +108,7 @@ def test_several_starts_go_with_groups_and_a_temperature(tmp_path):
 def test_the_experiments_own_step_of_glue_is_the_one_that_is_measured():
     config = dataclasses.replace(ONE_SEED, num_directions=3, directions="gaussian")
     step = {recipe.name: recipe for recipe in recipes(config)}["4 GLUE"].step_fn
+    assert isinstance(step, functools.partial)
     assert step.keywords == {"radius": config.radius, "num_directions": 3, "directions": "gaussian"}
 
 

@@ -121,6 +121,7 @@ def test_a_step_with_diagnostics_is_the_step_with_them_in_its_metrics():
     found, told = glue_jax.with_diagnostics(plain, 0.1)(jax.random.key(1), state, experts, batch, **words)
     jax.tree.map(np.testing.assert_array_equal, (found, told._replace(diagnostics=None)), (expected, metrics))
     # The second derivative of w^2 along (0, 1), a direction's share of which is a half.
+    assert told.diagnostics is not None
     np.testing.assert_allclose(told.diagnostics.curvature, 2 * 0.5, rtol=1e-3)
     with pytest.raises(ValueError, match="expected spsa_step"):
         glue_jax.with_diagnostics(glue_jax.full_gradient_step, 0.1)(jax.random.key(1), state, experts, batch, **words)
