@@ -1,6 +1,7 @@
 """The report of a run: tables, pictures, and the same table for the terminal."""
 
 import json
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -210,7 +211,7 @@ def _accuracy_figure(results: Mapping[str, Any]) -> Figure:
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         axes = figure.subplots()
         draw_accuracy(axes, results)
-        axes.set_title(results["title"])
+        axes.set_title(textwrap.fill(results["title"], 76), fontsize=11)
         handles, labels = axes.get_legend_handles_labels()
         title = "mean and standard deviation over seeds" if len(results["config"]["seeds"]) > 1 else None
         figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=10, title=title)
@@ -238,5 +239,6 @@ def _alpha_figure(results: Mapping[str, Any]) -> Figure:
         panels[0].set_ylabel("coefficient α")
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right center")
-        figure.suptitle(f"{results['title']}: a line a seed, dots the best by validation, dotted 1/K", fontsize=11)
+        title = textwrap.fill(f"{results['title']}: a line a seed, dots the best by validation, dotted 1/K", 100)
+        figure.suptitle(title, fontsize=11)
     return figure

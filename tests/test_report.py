@@ -1,10 +1,11 @@
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from experiments import claims, paper, report
+from experiments import claims, paper, report, run_report
 from experiments.analysis import CONFIGS, clear_sign, lead, num_mixed
 from experiments.config import Config
 
@@ -189,3 +190,15 @@ def test_no_runs_at_all_are_refused(tmp_path, monkeypatch):
 
 def test_how_many_experts_are_mixed_lies_between_one_and_all():
     np.testing.assert_allclose(num_mixed(np.array([[0.25] * 4, [1, 0, 0, 0], [0.5, 0.5, 0, 0]])), [4, 1, 2])
+
+
+def test_a_long_title_stays_within_its_picture():
+    digits = json.loads((Path(report.__file__).parent / "results" / "digits" / "results.json").read_text())
+    long = {**digits, "title": f"imagenette, preset quick, {', '.join(f'some_field_{i} 1000' for i in range(8))}"}
+    for figure in (run_report._accuracy_figure(long), run_report._alpha_figure(long)):
+        figure.canvas.draw()
+        titles = [*(axes.title for axes in figure.axes), *figure.texts]
+        assert any("imagenette" in title.get_text() for title in titles)
+        for box in (title.get_window_extent() for title in titles):
+            assert box.x0 >= 0
+            assert box.x1 <= figure.bbox.width
