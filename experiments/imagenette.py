@@ -4,9 +4,9 @@
     python -m experiments.imagenette --preset quick      # the same protocol, small, on a CPU
 
 The paper's scale has not been run. The quick preset takes under 20 minutes of one CPU core and shows that all runs:
-experts 24 to 25 % (test accuracy), blends 19 to 26 %, after fine-tuning 25 to 26 %. An hour of one core gives experts of
-24 to 28 %, blends of 22 to 30 %, and 31 to 35 % after fine-tuning (`experiments/results/imagenette`, whose report has
-the options).
+experts 24 to 25 % (test accuracy), blends 19 to 26 %, after fine-tuning 25 to 26 %. An hour of one core gives experts
+of 24 to 28 %, blends of 22 to 30 %, and 31 to 35 % after fine-tuning (`experiments/results/imagenette`, whose report
+has the options).
 
 Imagenette comes through tensorflow-datasets (`imagenette/160px-v2`, the validation split for the test), from
 `--data-dir` or `TFDS_DATA_DIR`; where it is not prepared, it is downloaded and prepared, which needs

@@ -5,8 +5,8 @@
     python -m experiments.svhn --preset quick --dataset cifar10     # its network on CIFAR-10
 
 The paper's scale has not been run, nor has SVHN. On CIFAR-10 the quick preset takes 27 minutes of one CPU core, which
-is slow at the gradient of depthwise convolutions, and shows that all runs: experts 18 to 22 % (test accuracy), blends 18
-to 19 %, after fine-tuning 24 to 26 %.
+is slow at the gradient of depthwise convolutions, and shows that all runs: experts 18 to 22 % (test accuracy), blends
+18 to 19 %, after fine-tuning 24 to 26 %.
 
 SVHN comes through tensorflow-datasets (`svhn_cropped`), from `--data-dir` or `TFDS_DATA_DIR`; where it is not prepared,
 it is downloaded and prepared, which needs `pip install -e '.[experiments,prepare]'` once.
