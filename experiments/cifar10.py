@@ -4,7 +4,7 @@
     python -m experiments.cifar10 --preset quick      # the same protocol, small, on a CPU
 
 The paper's scale took 6 hours of one CPU core; it has not been run on an accelerator. Test accuracy to expect of it
-(three seeds): experts 32 to 45 %, their uniform average 17 %, learned coefficients 38 %, after fine-tuning 65 to 67 %.
+(three seeds): experts 33 to 45 %, their uniform average 17 %, learned coefficients 38 %, after fine-tuning 65 to 67 %.
 The quick preset takes 10 minutes on 2 CPU cores: experts 25 to 34 %, blends 24 to 29 %, after fine-tuning 35 to 39 %.
 
 CIFAR-10 comes through tensorflow-datasets, from `--data-dir` or `TFDS_DATA_DIR`; where it is not prepared, it is

@@ -75,7 +75,7 @@ class NetworkFields:
     vit_mlp_width: int = 768
     """Open in the paper; four times the width, as in every ViT of its paper."""
     vit_pooling: Pooling = "mean"
-    """Open in the paper; a mean over patches trains better on little data than a class token (Beyer et al., 2022)."""
+    """Open in the paper; a mean over patches trains better than a class token (Beyer et al., 2022, on ImageNet-1k)."""
     vit_positions: Positions = "learned"
     """Open in the paper; as in the ViT's own paper."""
 
@@ -102,7 +102,7 @@ class CoefficientFields:
     """Open in the paper (mu): the length of a probe's step in beta, between what float32 rounds away and what the loss
     curves over (measured by `experiments.variance`)."""
     alpha_steps: int = 2000
-    """Open in the paper: the most steps. On CIFAR-10 the loss still falls there, after a long plateau."""
+    """Open in the paper: the most steps. On CIFAR-10 all runs but one end at it."""
     validate_every: int = 50
     """Open in the paper: steps between two validations."""
     patience: int = 10

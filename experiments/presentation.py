@@ -45,6 +45,18 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
+def unbroken(title: str) -> str:
+    """Returns a title that `textwrap` breaks at its commas alone, no field from its value."""
+    return title.replace(" ", "\N{NO-BREAK SPACE}").replace(",\N{NO-BREAK SPACE}", ", ")
+
+
+def shortened(title: str, width: int) -> str:
+    """Returns a title with as many of its parts, between commas, as `width` characters hold, and '...' for the rest."""
+    parts = title.split(", ")
+    kept = [part for index, part in enumerate(parts) if len(", ".join(parts[: index + 1])) <= width]
+    return title if len(kept) == len(parts) else f"{', '.join(kept)} ..."
+
+
 def number(value: float) -> str:
     """Returns a number with three digits, or with all that are before its point."""
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 from experiments import claims
 from experiments.paper import EXPERIMENTS, EXPERT_ACCURACY, experiment_of, is_at_its_scale
-from experiments.presentation import STYLE, markdown_table, png
+from experiments.presentation import STYLE, markdown_table, png, shortened, unbroken
 from experiments.run_report import config_table, draw_accuracy
 from experiments.stages import write_whole
 
@@ -96,11 +96,12 @@ def figure1(runs: Sequence[Mapping[str, Any]]) -> Figure:
         for axes, results in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs, strict=True):
             draw_accuracy(axes, results)
             seeds = len(results["config"]["seeds"])
-            title = textwrap.shorten(results["title"], 80, placeholder=" ...")
-            name = textwrap.fill(f"{title}; {seeds} seed{'s' if seeds > 1 else ''}", 48)
+            title = f"{shortened(results['title'], 80)}; {seeds} seed{'s' if seeds > 1 else ''}"
+            name = textwrap.fill(unbroken(title), 48)
             axes.set_title(f"{_data_and_network(results)}\n{name}", fontsize=10)
         handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4)
+        title = "mean and standard deviation over seeds"
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, title=title)
     return figure
 
 

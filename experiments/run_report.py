@@ -16,7 +16,7 @@ from rich.console import Console
 from experiments.analysis import CONFIGS, by_config, num_mixed
 from experiments.claims import leads
 from experiments.paper import EXPERT_ACCURACY, experiment_of, is_at_its_scale
-from experiments.presentation import STYLE, markdown_table, rich_table, spread, write_report
+from experiments.presentation import STYLE, markdown_table, rich_table, spread, unbroken, write_report
 from experiments.stages import write_json
 
 _COLORS = {1: "#999999", 2: "#e69f00", 3: "#0072b2", 4: "#d55e00"}
@@ -211,7 +211,7 @@ def _accuracy_figure(results: Mapping[str, Any]) -> Figure:
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         axes = figure.subplots()
         draw_accuracy(axes, results)
-        axes.set_title(textwrap.fill(results["title"], 76), fontsize=11)
+        axes.set_title(textwrap.fill(unbroken(results["title"]), 76), fontsize=11)
         handles, labels = axes.get_legend_handles_labels()
         title = "mean and standard deviation over seeds" if len(results["config"]["seeds"]) > 1 else None
         figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=10, title=title)
@@ -239,6 +239,8 @@ def _alpha_figure(results: Mapping[str, Any]) -> Figure:
         panels[0].set_ylabel("coefficient α")
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right center")
-        title = textwrap.fill(f"{results['title']}: a line a seed, dots the best by validation, dotted 1/K", 100)
+        title = textwrap.fill(
+            f"{unbroken(results['title'])}: a line a seed, dots the best by validation, dotted 1/K", 100
+        )
         figure.suptitle(title, fontsize=11)
     return figure

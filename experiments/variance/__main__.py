@@ -3,9 +3,9 @@
     python -m experiments.variance
     python -m experiments.variance --experiment cifar10 --examples 64 --probes 128 --averaged 1 2 5 10 20
 
-The digits take about 3 minutes on 2 CPU cores. Experts are read from `--run-dir`, where the experiment's own command
-keeps them (give it the same options). Those that are missing are trained first, by default at the scale of the
-experiment's own default preset: the paper's, hours on a CPU, for cifar10.
+The digits take about 3 minutes on 2 CPU cores, beside their experts. Experts are read from `--run-dir`, where the
+experiment's own command keeps them (give it the same options). Those that are missing are trained first, by default at
+the scale of the experiment's own default preset: the paper's, hours on a CPU, for cifar10.
 
 One batch of target images is the loss, so that its gradient is known. At each point of the experts' hull the loss is
 probed once along many random directions, which are then averaged by m: in alpha with the paper's scale, where its
