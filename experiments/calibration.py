@@ -32,7 +32,7 @@ from experiments.experts import missing_experts, train_experts
 from experiments.models.network import Variables
 from experiments.presentation import STYLE, markdown_table, number, rich_table, spread, write_report
 from experiments.presets import parse
-from experiments.session import exit_on, session
+from experiments.session import exit_on, process, session
 from experiments.stages import Stages, machine
 from glue_jax.batches import on_cpu
 
@@ -278,4 +278,5 @@ def _figure(results: Mapping[str, Any]) -> Figure:
 
 
 if __name__ == "__main__":
-    main()
+    with process():
+        main()

@@ -13,6 +13,7 @@ downloaded and prepared, which needs `pip install -e '.[experiments,prepare]'` o
 
 from experiments.cli import main
 from experiments.config import Config
+from experiments.session import process
 
 PRESETS = {
     "paper": Config(),
@@ -32,4 +33,5 @@ PRESETS = {
 }
 
 if __name__ == "__main__":
-    main("cifar10", __doc__ or "", PRESETS)
+    with process():
+        main("cifar10", __doc__ or "", PRESETS)

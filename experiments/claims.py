@@ -11,9 +11,9 @@ from experiments.paper import LARGEST_LEAD, LARGEST_VARIATION, MATCHED, experime
 EXPLANATION = (
     "A lead is clear where Student's t test over seeds (one-sided, 5 %) says so; one seed has no verdict. 'Yes' is a "
     "clear lead, at every epoch and over both Configs where the claim is about all; 'in part' where it is at some and "
-    "GLUE is clearly behind at none; 'no' where GLUE is clearly behind at some; 'undecided' else. The seeds share one "
-    "draw of experts: they tell what the target images, minibatches and directions do, not what another draw of "
-    "experts would."
+    "GLUE is clearly behind at none; 'no' where GLUE is clearly behind at some; 'undecided' else. 'At most' and "
+    "'within' compare means with their bound, without a test. The seeds share one draw of experts: they tell what the "
+    "target images, minibatches and directions do, not what another draw of experts would."
 )
 """How `verdicts` judges."""
 

@@ -86,6 +86,8 @@ def _plan(context: Context) -> str:
         }
     )
     note = f"\nnot divided by {devices} devices, so computed whole by each: minibatches of {whole}" if whole else ""
+    if target < config.target_examples:
+        note += f"\ntarget_examples is {config.target_examples}, of which {target} are left and used"
     return (
         f"{dataset.name}, {images}; {machine()}{note}\n"
         f"training steps: {config.num_experts} experts x {expert_steps}; coefficients: 2 Configs x {len(config.seeds)} "

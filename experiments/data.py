@@ -132,12 +132,14 @@ def _tfds(name: str, data_dir: str | None, image_size: int | None) -> tuple[str,
 
 def _prepare(builder: Any) -> None:
     """Downloads and prepares, or says what to do instead."""
+    directory = builder.data_path.parents[builder.info.full_name.count("/")]
+    where = "" if directory.exists() else f" (there is no directory {directory})"
     try:
         builder.download_and_prepare()
     except Exception as error:
         raise DatasetNotFoundError(
-            f"{builder.info.full_name} is not prepared: looked for its ArrayRecord files in {builder.data_path}, and "
-            f"preparing it there failed ({type(error).__name__}: {error}).\n"
+            f"{builder.info.full_name} is not prepared: looked for its ArrayRecord files in {builder.data_path}"
+            f"{where}, and preparing it there failed ({type(error).__name__}: {error}).\n"
             "To prepare it, install what that needs (pip install -e '.[experiments,prepare]') and run this command "
             "again where the network allows; or point --data-dir (or TFDS_DATA_DIR) at a directory that holds it.\n"
             "python -m experiments.digits needs no download."

@@ -8,6 +8,7 @@ their uniform average 65 %, learned coefficients 73 %, after fine-tuning 89 to 9
 
 from experiments.cli import main
 from experiments.config import Config
+from experiments.session import process
 
 PRESETS = {
     "quick": Config(
@@ -23,4 +24,5 @@ PRESETS = {
 }
 
 if __name__ == "__main__":
-    main("digits", __doc__ or "", PRESETS)
+    with process():
+        main("digits", __doc__ or "", PRESETS)

@@ -16,6 +16,7 @@ of them is the target set.
 
 from experiments.cli import main
 from experiments.config import QUICK, Config
+from experiments.session import process
 
 PRESETS = {
     "paper": Config(dataset="imagenette/160px-v2", image_size=64, network="vit"),
@@ -28,4 +29,5 @@ PRESETS = {
 }
 
 if __name__ == "__main__":
-    main("imagenette", __doc__ or "", PRESETS)
+    with process():
+        main("imagenette", __doc__ or "", PRESETS)

@@ -101,7 +101,7 @@ def figure1(runs: Sequence[Mapping[str, Any]]) -> Figure:
             axes.set_title(f"{_data_and_network(results)}\n{name}", fontsize=10)
         handles, labels = figure.axes[0].get_legend_handles_labels()
         title = "mean and standard deviation over seeds"
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, title=title)
+        figure.legend(handles, labels, loc="outside lower center", ncols=4 if len(runs) > 1 else 2, title=title)
     return figure
 
 

@@ -240,7 +240,7 @@ def _alpha_figure(results: Mapping[str, Any]) -> Figure:
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right center")
         title = textwrap.fill(
-            f"{unbroken(results['title'])}: a line a seed, dots the best by validation, dotted 1/K", 100
+            f"{unbroken(results['title'])}; a line for each seed, dots: the best by validation, dotted: 1/K", 100
         )
         figure.suptitle(title, fontsize=11)
     return figure

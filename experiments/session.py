@@ -1,6 +1,7 @@
 """What surrounds the work of every command: its folder, its progress, and one clear line where it ends early."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,9 @@ from rich.console import Console
 
 from experiments.progress import ProgressBars
 from experiments.stages import DamagedStageError
+
+INTERRUPTED = 130
+"""The exit status of a command that SIGINT ended."""
 
 
 @contextlib.contextmanager
@@ -21,7 +25,7 @@ def session(out_dir: Path, console: Console) -> Iterator[ProgressBars]:
 
     Raises:
         SystemExit: with one line, for a folder that cannot be made, a loss that is not finite or a damaged stage; with
-            130, for an interruption, after saying that finished stages are kept.
+            `INTERRUPTED`, for an interruption, after saying that finished stages are kept.
     """
     with ProgressBars(console) as progress, exit_on(FloatingPointError, DamagedStageError):
         try:
@@ -31,8 +35,29 @@ def session(out_dir: Path, console: Console) -> Iterator[ProgressBars]:
         try:
             yield progress
         except KeyboardInterrupt:
-            progress.say(f"interrupted: finished stages are kept in {out_dir}, the same command goes on from them")
-            sys.exit(130)
+            kept = f"finished stages are kept in {out_dir}, the same command goes on from them"
+            progress.say(f"interrupted: {kept if any(out_dir.iterdir()) else 'no stage was finished yet'}")
+            sys.exit(INTERRUPTED)
+        finally:
+            # An empty one is of no use.
+            with contextlib.suppress(OSError):
+                out_dir.rmdir()
+
+
+@contextlib.contextmanager
+def process() -> Iterator[None]:
+    """Surrounds a command that is a process of its own: an interruption ends it at once.
+
+    XLA's threads may be in the middle of a program then, and an interpreter that is torn down under them crashes.
+    """
+    try:
+        yield
+    except SystemExit as stopped:
+        if stopped.code != INTERRUPTED:
+            raise
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ from experiments.models.network import Variables
 from experiments.models.permutations import SPECS
 from experiments.presentation import markdown_table, rich_table, write_report
 from experiments.presets import parse
-from experiments.session import exit_on, session
+from experiments.session import exit_on, process, session
 from experiments.stages import machine
 
 _MODULES = r"^params/(.+)/[^/]+$"
@@ -242,4 +242,5 @@ def _barrier_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str
 
 
 if __name__ == "__main__":
-    main()
+    with process():
+        main()

@@ -15,6 +15,7 @@ it is downloaded and prepared, which needs `pip install -e '.[experiments,prepar
 
 from experiments.cli import main
 from experiments.config import QUICK, Config
+from experiments.session import process
 
 PRESETS = {
     "paper": Config(dataset="svhn_cropped", network="mobilenetv2", augmentation="crop"),
@@ -27,4 +28,5 @@ PRESETS = {
 }
 
 if __name__ == "__main__":
-    main("svhn", __doc__ or "", PRESETS)
+    with process():
+        main("svhn", __doc__ or "", PRESETS)

@@ -40,7 +40,7 @@ from experiments.cost.programs import (
 )
 from experiments.cost.report import size_table
 from experiments.presentation import rich_table
-from experiments.session import session
+from experiments.session import process, session
 from experiments.stages import Stages, machine, write_json
 
 TOPOLOGY = "v5e:2x2"
@@ -222,4 +222,5 @@ def _one_chip() -> Sharding:
 
 
 if __name__ == "__main__":
-    main()
+    with process():
+        main()

@@ -117,6 +117,9 @@ def test_a_set_that_cannot_be_prepared_says_where_it_looked_and_what_to_do(tmp_p
         data.load("cifar10", str(tmp_path))
     for part in (str(tmp_path), "cifar10/3.0.2", "no route to host", "prepare", "--data-dir", "experiments.digits"):
         assert part in str(caught.value)
+    assert "there is no directory" not in str(caught.value)
+    with pytest.raises(data.DatasetNotFoundError, match=rf"\(there is no directory {tmp_path / 'mistyped'}\)"):
+        data.load("cifar10", str(tmp_path / "mistyped"))
 
 
 def test_a_set_in_another_format_is_refused_with_the_way_out(tmp_path):

@@ -202,3 +202,12 @@ def test_a_long_title_stays_within_its_picture():
         for box in (title.get_window_extent() for title in titles):
             assert box.x0 >= 0
             assert box.x1 <= figure.bbox.width
+
+
+@pytest.mark.parametrize("panels", [1, 3])
+def test_the_legend_of_figure_1_stays_within_it(panels):
+    figure = report.figure1([RESULTS] * panels)
+    figure.canvas.draw()
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.width

@@ -25,7 +25,7 @@ from experiments.config import Config, Initialization
 from experiments.context import prepare
 from experiments.experts import missing_experts
 from experiments.presets import parse
-from experiments.session import exit_on, session
+from experiments.session import exit_on, process, session
 from experiments.stages import Stages, machine
 
 
@@ -127,4 +127,5 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    with process():
+        main()

@@ -25,7 +25,7 @@ from experiments.cost.claims import claims
 from experiments.cost.measurement import measure
 from experiments.cost.programs import Setting
 from experiments.cost.promises import promises
-from experiments.session import exit_on, session
+from experiments.session import exit_on, process, session
 from experiments.stages import Stages, machine
 
 
@@ -119,4 +119,5 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    with process():
+        main()

@@ -27,7 +27,7 @@ from experiments.config import Config
 from experiments.context import Context, prepare
 from experiments.experts import missing_experts
 from experiments.presets import parse
-from experiments.session import exit_on, session
+from experiments.session import exit_on, process, session
 from experiments.stages import Stages, machine
 from experiments.variance import report
 from experiments.variance.claims import claims
@@ -103,4 +103,5 @@ def _plan(context: Context, settings: Settings) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with process():
+        main()
