@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import glue_jax
 from experiments.ablation.recipes import BLOCKS, LAYERS, Alignment, Measured, Recipe
@@ -27,6 +28,8 @@ HEAD = "^params/head/"
 """The layer that a temperature is folded into."""
 REFRESH_BATCH, REFRESH_BATCHES = 256, 8
 """Target images that BatchNorm's statistics are estimated on, at most."""
+# Of a learning rate that falls, at the most steps.
+_LAST_RATE = 0.02
 
 
 class Learner(NamedTuple):
@@ -40,6 +43,7 @@ class Learner(NamedTuple):
         beta: the start, leaves `[...]`, or of several starts `[S, ...]`.
         num_starts: S.
         start_passes: what the starts took, as `Measured.passes`.
+        optimizer: of beta.
     """
 
     experts: Variables
@@ -49,6 +53,7 @@ class Learner(NamedTuple):
     beta: Any
     num_starts: int
     start_passes: int
+    optimizer: optax.GradientTransformation
 
 
 def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: Stages) -> dict[str, Any]:
@@ -145,7 +150,7 @@ def _learn(
     config = context.config
     words: dict[str, Any] = {
         "loss_fn": learner.loss_fn,
-        "optimizer": context.alpha_optimizer,
+        "optimizer": learner.optimizer,
         "step_fn": recipe.step_fn,
         "link_fn": learner.link_fn,
         "merge_fn": learner.merge_fn,
@@ -160,7 +165,7 @@ def _learn(
         if learner.num_starts > 1:
             result = glue_jax.learn_from_starts(key, learner.experts, target, starts=learner.beta, **words)
         else:
-            state = glue_jax.init(config.num_experts, context.alpha_optimizer, beta=learner.beta)
+            state = glue_jax.init(config.num_experts, learner.optimizer, beta=learner.beta)
             result = glue_jax.learn(key, learner.experts, target, state=state, **words)
     metrics, alpha = result.history.metrics, result.alpha
     steps = len(metrics.loss)
@@ -208,7 +213,12 @@ def _learner(context: Context, recipe: Recipe, measured: Measured) -> Learner:
     several = weights.ndim == 2
     beta = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(start, weights)) if several else start(weights)
     loss = functools.partial(_loss, context.problem, recipe.objective, recipe.statistics == "minibatch")
-    return Learner(experts, link, merge, loss, beta, len(weights) if several else 1, measured.passes)
+    optimizer = context.alpha_optimizer
+    if recipe.learning_rate is not None:
+        config = context.config
+        schedule = optax.cosine_decay_schedule(recipe.learning_rate, config.alpha_steps, _LAST_RATE)
+        optimizer = optax.adam(schedule, b1=config.alpha_b1, b2=config.alpha_b2)
+    return Learner(experts, link, merge, loss, beta, len(weights) if several else 1, measured.passes, optimizer)
 
 
 def _loss(

@@ -106,6 +106,8 @@ class Recipe:
         task_vectors: whether the experts' common initialisation is blended with them, as their differences' origin.
         grouping: what has coefficients of its own.
         temperature: whether a temperature is learned, too.
+        learning_rate: of Adam on beta, which falls to a fiftieth of it, by a cosine, at the most steps; None is the
+            experiment's own, which stays as it is.
         objective: from logits and labels to what is minimised.
         statistics: BatchNorm's: `blended` as all else, `refreshed` on target images once the coefficients are known, or
             by the `minibatch` while they are learned and refreshed then.
@@ -121,6 +123,7 @@ class Recipe:
     task_vectors: bool = False
     grouping: Grouping = "model"
     temperature: bool = False
+    learning_rate: float | None = None
     objective: Callable[[jax.Array, jax.Array], jax.Array] = cross_entropy
     statistics: Statistics = "blended"
     aligned: Alignment = "no"
@@ -180,6 +183,8 @@ def recipes(config: Config) -> list[Recipe]:
     # A step function: see glue_jax.objectives.
     coarse = functools.partial(many, radius=0.3)
     free = functools.partial(glue_jax.spsa_step, radius=radius, directions="orthogonal", num_directions=num_experts)
+    # By groups there are many more dimensions.
+    free_by_groups = functools.partial(free, num_directions=2 * num_experts)
     full = glue_jax.full_gradient_step
 
     def paper(name: str, **parts: object) -> Recipe:
@@ -238,20 +243,17 @@ def recipes(config: Config) -> list[Recipe]:
         combination(
             "minibatch, layer, temperature", step_fn=many, statistics="minibatch", grouping="layer", temperature=True
         ),
-        combination(
-            "minibatch, layer, temperature, free",
-            step_fn=free,
-            statistics="minibatch",
-            grouping="layer",
-            temperature=True,
-            link_fn=glue_jax.unconstrained,
-        ),
-        combination(
-            "the same by the full gradient",
-            step_fn=full,
-            statistics="minibatch",
-            grouping="layer",
-            temperature=True,
-            link_fn=glue_jax.unconstrained,
+        *(
+            combination(
+                f"minibatch, {grouping}, temperature, free{by}",
+                step_fn=step_fn,
+                statistics="minibatch",
+                grouping=grouping,
+                temperature=True,
+                link_fn=glue_jax.unconstrained,
+                learning_rate=5e-3,
+            )
+            for grouping in ("block", "layer")
+            for by, step_fn in (("", free_by_groups), (", full gradient", full))
         ),
     ]
