@@ -14,24 +14,22 @@ import functools
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import matplotlib as mpl
 import numpy as np
-import tyro
 from matplotlib.figure import Figure
 from rich.console import Console
 
 import glue_jax
 from experiments import data, protocol
-from experiments.config import CoefficientFields, Config, part
+from experiments.config import CoefficientFields, part
 from experiments.context import Context, prepare, take
 from experiments.experts import missing_experts, train_experts
 from experiments.models.network import Variables
 from experiments.presentation import STYLE, markdown_table, number, rich_table, spread, write_report
-from experiments.presets import parse
+from experiments.presets import ExpertArguments, parse
 from experiments.session import exit_on, process, session
 from experiments.stages import Stages, machine
 from glue_jax.batches import on_cpu
@@ -48,29 +46,6 @@ _IMAGES = 512
 _CALIBRATION = 4
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Arguments:
-    """What a command line says.
-
-    Attributes:
-        experiment: whose experts; a module of `experiments` that has presets, as digits or cifar10.
-        preset: of that experiment: the defaults of its fields. The default is its first.
-        run_dir: the experiment's folder, which keeps the experts; the default is its own.
-        out_dir: for the report and the finished parts; the default is `calibration-` and the experiment's folder's
-            name.
-        data_dir: the data directory of tensorflow-datasets; the default is its own (TFDS_DATA_DIR, or
-            ~/tensorflow_datasets).
-        config: every number of the experiment. The sweep is around its `radius`.
-    """
-
-    experiment: str
-    preset: str
-    run_dir: Path
-    out_dir: Path
-    data_dir: str | None = None
-    config: tyro.conf.OmitArgPrefixes[Config]
-
-
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Measures, from a command line to the report.
 
@@ -85,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     words = sys.argv[1:] if arguments is None else list(arguments)
     console = Console()
     with exit_on(ValueError):
-        parsed = parse(Arguments, "calibration", __doc__ or "", words)
+        parsed = parse(ExpertArguments, "calibration", __doc__ or "", words)
     with session(parsed.out_dir, console) as progress:
         with exit_on(ValueError, OSError, data.DatasetNotFoundError):
             dataset = data.load(parsed.config.dataset, parsed.data_dir, parsed.config.image_size)

@@ -1,6 +1,7 @@
 """Which experiment a command line is about, for the commands that take up another's experts."""
 
 import argparse
+import dataclasses
 import importlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,29 @@ import tyro
 
 from experiments.config import Config
 
-Parsed = TypeVar("Parsed")
+Parsed = TypeVar("Parsed", bound="ExpertArguments")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertArguments:
+    """What the command line of a command on another experiment's experts says.
+
+    Attributes:
+        experiment: whose experts; a module of `experiments` that has presets, as digits or cifar10.
+        preset: of that experiment: the defaults of its fields. The default is its first.
+        run_dir: the experiment's folder, which keeps the experts; the default is its own.
+        out_dir: for the report and the finished parts; the default is the command's name and the experiment's folder's.
+        data_dir: the data directory of tensorflow-datasets; the default is its own (TFDS_DATA_DIR, or
+            ~/tensorflow_datasets).
+        config: every number of the experiment.
+    """
+
+    experiment: str
+    preset: str
+    run_dir: Path
+    out_dir: Path
+    data_dir: str | None = None
+    config: tyro.conf.OmitArgPrefixes[Config]
 
 
 class Chosen(NamedTuple):
@@ -57,7 +80,7 @@ def parse(
     """Returns a command line over the defaults of its experiment's preset.
 
     Args:
-        arguments: a dataclass with `experiment`, `preset`, `run_dir`, `out_dir` and `config`.
+        arguments: `ExpertArguments`, or what adds fields to them.
         command: the module's name, with which the default of `out_dir` begins.
         description: what `--help` says.
         words: the command line.

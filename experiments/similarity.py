@@ -12,23 +12,20 @@ import dataclasses
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import tyro
 from rich.console import Console
 
 import glue_jax
 from experiments import data
-from experiments.config import Config
 from experiments.context import Context, prepare, take
 from experiments.experts import initial_variables, missing_experts, train_experts
 from experiments.models.network import Variables
 from experiments.models.permutations import SPECS
 from experiments.presentation import markdown_table, rich_table, write_report
-from experiments.presets import parse
+from experiments.presets import ExpertArguments, parse
 from experiments.session import exit_on, process, session
 from experiments.stages import machine
 
@@ -41,27 +38,14 @@ _BARRIER = 0.1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Arguments(ExpertArguments):
     """What a command line says.
 
     Attributes:
-        experiment: whose experts; a module of `experiments` that has presets, as digits or cifar10.
-        preset: of that experiment: the defaults of its fields. The default is its first.
-        run_dir: the experiment's folder, which keeps the experts; the default is its own.
-        out_dir: for the report; the default is `similarity-` and the experiment's folder's name.
-        data_dir: the data directory of tensorflow-datasets; the default is its own (TFDS_DATA_DIR, or
-            ~/tensorflow_datasets).
         barriers: how many of the experts, the first, have their barriers measured, at most all; 0 is none.
-        config: every number of the experiment.
     """
 
-    experiment: str
-    preset: str
-    run_dir: Path
-    out_dir: Path
-    data_dir: str | None = None
     barriers: int = 3
-    config: tyro.conf.OmitArgPrefixes[Config]
 
     def __post_init__(self) -> None:
         """Refuses values out of their range.

@@ -11,50 +11,35 @@ import dataclasses
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import tyro
 from rich.console import Console
 
 from experiments import data
 from experiments.ablation import report
 from experiments.ablation.measurement import measure
 from experiments.ablation.recipes import Recipe, recipes
-from experiments.config import Config, Initialization
+from experiments.config import Initialization
 from experiments.context import prepare
 from experiments.experts import missing_experts
-from experiments.presets import parse
+from experiments.presets import ExpertArguments, parse
 from experiments.session import exit_on, process, session
 from experiments.stages import Stages, machine
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Arguments(ExpertArguments):
     """What a command line says.
 
     Attributes:
-        experiment: whose experts; a module of `experiments` that has presets, as digits or cifar10.
-        preset: of that experiment: the defaults of its fields. The default is its first.
-        run_dir: the experiment's folder, which keeps the experts; the default is its own.
-        out_dir: for the report and the finished parts; the default is `ablation-` and the experiment's folder's name.
-        data_dir: the data directory of tensorflow-datasets; the default is its own (TFDS_DATA_DIR, or
-            ~/tensorflow_datasets).
         initializations: of the experts; `initialization` itself has no effect here.
         recipes: those whose names contain one of these words; none given are all.
         epochs: of fine-tuning.
-        config: every number of the experiment.
     """
 
-    experiment: str
-    preset: str
-    run_dir: Path
-    out_dir: Path
-    data_dir: str | None = None
     initializations: tuple[Initialization, ...] = ("common", "separate")
     recipes: tuple[str, ...] = ()
     epochs: int = 5
-    config: tyro.conf.OmitArgPrefixes[Config]
 
     def __post_init__(self) -> None:
         """Refuses values out of their range.

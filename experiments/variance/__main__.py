@@ -16,17 +16,15 @@ import dataclasses
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import tyro
 from rich.console import Console
 
 from experiments import data
-from experiments.config import Config
 from experiments.context import Context, prepare
 from experiments.experts import missing_experts
-from experiments.presets import parse
+from experiments.presets import ExpertArguments, parse
 from experiments.session import exit_on, process, session
 from experiments.stages import Stages, machine
 from experiments.variance import report
@@ -36,27 +34,14 @@ from experiments.variance.settings import Settings, check
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Arguments(ExpertArguments):
     """What a command line says.
 
     Attributes:
-        experiment: whose experts; a module of `experiments` that has presets, as digits or cifar10.
-        preset: of that experiment: the defaults of its fields. The default is its first.
-        run_dir: the experiment's folder, which keeps the experts; the default is its own.
-        out_dir: for the report and the finished parts; the default is `variance-` and the experiment's folder's name.
-        data_dir: the data directory of tensorflow-datasets; the default is its own (TFDS_DATA_DIR, or
-            ~/tensorflow_datasets).
         settings: what to measure.
-        config: every number of the experiment. Its `radius` is what the estimates are probed with.
     """
 
-    experiment: str
-    preset: str
-    run_dir: Path
-    out_dir: Path
-    data_dir: str | None = None
     settings: tyro.conf.OmitArgPrefixes[Settings]
-    config: tyro.conf.OmitArgPrefixes[Config]
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
