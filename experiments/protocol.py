@@ -83,21 +83,26 @@ def run(context: Context) -> dict[str, Any]:
 
 def remaining(context: Context) -> dict[str, list[int]]:
     """Returns the Configs, one for each seed, whose `coefficients` are to be learned, and whose `fine-tuning` is."""
-    stages = context.stages
-    measured = stages.read(*measurement(context))
     left: dict[str, list[int]] = {"coefficients": [], "fine-tuning": []}
     for seed in context.config.seeds:
         for number in CONFIGS:
-            alpha = None
-            if number not in context.step_fns:
-                alpha = _heuristic(context, number, measured) if measured else None
-            elif learned := stages.read(*_coefficients_stage(context, number, seed)):
-                alpha = learned["alpha"]
-            else:
+            weights, tuned = kept(context, number, seed)
+            if weights is None and number in context.step_fns:
                 left["coefficients"].append(number)
-            if alpha is None or stages.read(*_fine_tuning_stage(context, number, seed, alpha)) is None:
+            if tuned is None:
                 left["fine-tuning"].append(number)
     return left
+
+
+def kept(context: Context, number: int, seed: int) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Returns what an earlier run has kept of a Config and a seed: its coefficients, its fine-tuning, None for none."""
+    if number in context.step_fns:
+        weights = context.stages.read(*_coefficients_stage(context, number, seed))
+    else:
+        measured = context.stages.read(*measurement(context))
+        weights = measured and {"alpha": _heuristic(context, number, measured)}
+    tuned = weights and context.stages.read(*_fine_tuning_stage(context, number, seed, weights["alpha"]))
+    return weights, tuned
 
 
 def coefficients_key(seed: int) -> jax.Array:

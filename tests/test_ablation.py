@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 import glue_jax
-from experiments import data, digits
+from experiments import data, digits, protocol
 from experiments.ablation import __main__ as ablation
 from experiments.ablation import measurement
 from experiments.ablation.recipes import Recipe, recipes
@@ -85,6 +85,20 @@ def test_a_command_line_comes_to_its_report_and_has_nothing_to_do_again(tiny, tm
     again = run(tmp_path, *words)
     assert again["sets"] == first["sets"]
     assert "report:" in capsys.readouterr().out
+
+
+def test_what_the_experiment_has_done_of_the_papers_configs_is_taken_from_there(tmp_path, monkeypatch):
+    context = prepare(ONE_SEED, data.load("digits"), tmp_path, ProgressBars(Console(file=io.StringIO())))
+    paper = [recipe for recipe in ALL.values() if recipe.part == "the paper"]
+    anew = measurement.measure(context, paper, 1, Stages(tmp_path / "anew"))["rows"]
+    protocol.run(context)
+    monkeypatch.setattr(measurement, "_model", None)
+    taken = measurement.measure(context, paper, 1, Stages(tmp_path / "taken"))["rows"]
+    assert len(taken) == 4
+    for row in (*anew, *taken):
+        del row["prior_seconds"]
+        row.pop("seconds", None)
+    assert taken == anew
 
 
 @pytest.mark.parametrize("parts", [{"link_fn": glue_jax.unconstrained}, {"task_vectors": True}])

@@ -19,7 +19,7 @@ from experiments.data import Examples
 from experiments.experts import initial_variables, measure_experts, train_experts
 from experiments.models.network import Variables
 from experiments.models.permutations import SPECS
-from experiments.protocol import coefficients_key, fine_tune
+from experiments.protocol import coefficients_key, fine_tune, kept
 from experiments.stages import Stages
 from experiments.training import Problem, cross_entropy
 from glue_jax.types import LinkFn, LossFn, MergeFn
@@ -44,6 +44,7 @@ class Learner(NamedTuple):
         num_starts: S.
         start_passes: what the starts took, as `Measured.passes`.
         optimizer: of beta.
+        max_steps: the most steps.
     """
 
     experts: Variables
@@ -54,6 +55,7 @@ class Learner(NamedTuple):
     num_starts: int
     start_passes: int
     optimizer: optax.GradientTransformation
+    max_steps: int
 
 
 def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: Stages) -> dict[str, Any]:
@@ -96,13 +98,12 @@ def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: St
                 judged = {f"validation_{name}": value for name, value in judged.items()}
                 return {**details, **judged, **tuned, "forward_passes": passes, "prior_seconds": seconds}
 
-            stage = (
-                f"ablation/{recipe.slug}-seed{seed}",
-                {**fields, "recipe": recipe.name, "epochs": num_epochs, "seed": seed},
-            )
-            if stages.read(*stage) is not None:
+            how = {"recipe": recipe.name, "learning_rate": recipe.learning_rate, "most_steps": recipe.most_steps}
+            stage = f"ablation/{recipe.slug}-seed{seed}", {**fields, **how, "epochs": num_epochs, "seed": seed}
+            row = _kept(context, recipe, measured, seed, num_epochs)
+            if row or stages.read(*stage):
                 bar.skip(1 + num_epochs)
-            row = stages.run(*stage, functools.partial(compute, recipe, learner, seed))
+            row = row or stages.run(*stage, functools.partial(compute, recipe, learner, seed))
             rows.append({"recipe": recipe.name, "part": recipe.part, "seed": seed, **row})
             accuracy = row["test_accuracy"][0]
             context.progress.say(f"{recipe.name}, seed {seed}: {100 * accuracy:.1f} % before fine-tuning")
@@ -115,6 +116,33 @@ def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: St
         "experts": table,
         "ensemble": ensemble,
         "rows": rows,
+    }
+
+
+def _kept(context: Context, recipe: Recipe, measured: Measured, seed: int, num_epochs: int) -> dict[str, Any] | None:
+    """What `measure` asks of one of the paper's Configs, where the experiment has done it: hours at its scale."""
+    config = context.config
+    weights, tuned = (None, None) if recipe.paper_config is None else kept(context, recipe.paper_config, seed)
+    if weights is None or tuned is None or num_epochs > config.fine_tuning_epochs:
+        return None
+    variables = glue_jax.blend(measured.experts("no"), jnp.asarray(weights["alpha"], jnp.float32))
+    judged = context.evaluate(variables, context.validation)
+    measured.passes = 0
+    recipe.start(measured)
+    passes, details = measured.passes, {"alpha": weights["alpha"]}
+    if "validation_steps" in weights:
+        steps, validations = weights["validation_steps"][-1], len(weights["validation_steps"])
+        per_step = 2 * config.num_directions if recipe.paper_config == 4 else 1
+        details |= {"temperature": None, "steps": steps}
+        passes += steps * per_step * config.alpha_batch_size + validations * len(context.validation.labels)
+    return {
+        **details,
+        **{f"validation_{name}": value for name, value in judged.items()},
+        **{name: tuned[name][: 1 + num_epochs] for name in ("test_loss", "test_accuracy")},
+        "training_loss": tuned["training_loss"][:num_epochs],
+        "forward_passes": passes,
+        "prior_seconds": weights.get("seconds", 0.0),
+        "machine": tuned["machine"],
     }
 
 
@@ -156,7 +184,7 @@ def _learn(
         "merge_fn": learner.merge_fn,
         "validation_data": context.validation,
         "batch_size": config.alpha_batch_size,
-        "max_steps": config.alpha_steps,
+        "max_steps": learner.max_steps,
         "validate_every": config.validate_every,
         "patience": config.patience,
     }
@@ -213,12 +241,13 @@ def _learner(context: Context, recipe: Recipe, measured: Measured) -> Learner:
     several = weights.ndim == 2
     beta = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(start, weights)) if several else start(weights)
     loss = functools.partial(_loss, context.problem, recipe.objective, recipe.statistics == "minibatch")
-    optimizer = context.alpha_optimizer
+    config, optimizer = context.config, context.alpha_optimizer
+    max_steps = min(config.alpha_steps, recipe.most_steps or config.alpha_steps)
     if recipe.learning_rate is not None:
-        config = context.config
-        schedule = optax.cosine_decay_schedule(recipe.learning_rate, config.alpha_steps, _LAST_RATE)
+        schedule = optax.cosine_decay_schedule(recipe.learning_rate, max_steps, _LAST_RATE)
         optimizer = optax.adam(schedule, b1=config.alpha_b1, b2=config.alpha_b2)
-    return Learner(experts, link, merge, loss, beta, len(weights) if several else 1, measured.passes, optimizer)
+    num_starts = len(weights) if several else 1
+    return Learner(experts, link, merge, loss, beta, num_starts, measured.passes, optimizer, max_steps)
 
 
 def _loss(

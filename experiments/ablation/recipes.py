@@ -100,6 +100,7 @@ class Recipe:
     Attributes:
         name: in the table.
         part: of the table.
+        paper_config: the number of the paper's Config that it is, which the experiment may have measured already.
         start: where learning starts; without learning, the coefficients.
         step_fn: learns the coefficients; None keeps the start.
         link_fn: from what is learned to coefficients.
@@ -108,6 +109,7 @@ class Recipe:
         temperature: whether a temperature is learned, too.
         learning_rate: of Adam on beta, which falls to a fiftieth of it, by a cosine, at the most steps; None is the
             experiment's own, which stays as it is.
+        most_steps: of learning, where the experiment allows as many; None are all that it allows.
         objective: from logits and labels to what is minimised.
         statistics: BatchNorm's: `blended` as all else, `refreshed` on target images once the coefficients are known, or
             by the `minibatch` while they are learned and refreshed then.
@@ -117,6 +119,7 @@ class Recipe:
 
     name: str
     part: Part
+    paper_config: int | None = None
     start: Start = lambda measured: glue_jax.uniform(measured.num_experts)
     step_fn: StepFn | None = None
     link_fn: LinkFn = jax.nn.softmax
@@ -124,6 +127,7 @@ class Recipe:
     grouping: Grouping = "model"
     temperature: bool = False
     learning_rate: float | None = None
+    most_steps: int | None = None
     objective: Callable[[jax.Array, jax.Array], jax.Array] = cross_entropy
     statistics: Statistics = "blended"
     aligned: Alignment = "no"
@@ -213,10 +217,10 @@ def recipes(config: Config) -> list[Recipe]:
         return glue_jax.entropy(logits)
 
     return [
-        paper("1 data size (uniform)"),
-        paper("2 proxy accuracy", start=by_accuracy),
-        paper("3 full gradient", step_fn=full),
-        paper("4 GLUE", step_fn=spsa),
+        paper("1 data size (uniform)", paper_config=1),
+        paper("2 proxy accuracy", paper_config=2, start=by_accuracy),
+        paper("3 full gradient", paper_config=3, step_fn=full),
+        paper("4 GLUE", paper_config=4, step_fn=spsa),
         remedy("best expert", start=best),
         remedy("softmax(-loss)", start=by_loss),
         remedy("greedy soup", start=greedy),
