@@ -87,6 +87,27 @@ def test_a_command_line_comes_to_its_report_and_has_nothing_to_do_again(tiny, tm
     assert "report:" in capsys.readouterr().out
 
 
+def test_an_interrupted_fine_tuning_finds_the_coefficients_learned(tmp_path, monkeypatch):
+    def interrupted(*arguments, **words):
+        raise KeyboardInterrupt
+
+    context = prepare(ONE_SEED, data.load("digits"), tmp_path, ProgressBars(Console(file=io.StringIO())))
+    chosen = [ALL["GLUE from the best of three starts"], ALL["minibatch, block, temperature"]]
+    folder = Stages(tmp_path / "out")
+    alone = measurement.measure(context, chosen, 1, Stages(tmp_path / "alone"))["rows"]
+    with monkeypatch.context() as patch:
+        patch.setattr(measurement, "fine_tune", interrupted)
+        for recipe in chosen:
+            with pytest.raises(KeyboardInterrupt):
+                measurement.measure(context, [recipe], 1, folder)
+    monkeypatch.setattr(measurement, "_learn", None)
+    rows = measurement.measure(context, chosen, 1, folder)["rows"]
+    for row in (*alone, *rows):
+        assert row.pop("prior_seconds") > 0
+        del row["seconds"]
+    assert rows == alone
+
+
 def test_what_the_experiment_has_done_of_the_papers_configs_is_taken_from_there(tmp_path, monkeypatch):
     context = prepare(ONE_SEED, data.load("digits"), tmp_path, ProgressBars(Console(file=io.StringIO())))
     paper = [recipe for recipe in ALL.values() if recipe.part == "the paper"]
@@ -117,6 +138,29 @@ def test_several_starts_go_with_groups_and_a_temperature(tmp_path):
     (row,) = measurement.measure(context, [recipe], 0, Stages(tmp_path / "out"))["rows"]
     assert np.shape(row["alpha"]) == (5, 2)
     assert row["temperature"] != 1
+
+
+def test_groups_start_where_one_vector_for_the_model_ended(tmp_path):
+    context = prepare(ONE_SEED, data.load("digits"), tmp_path, ProgressBars(Console(file=io.StringIO())))
+    first = ALL["minibatch, temperature, free"]
+    fine = ALL["minibatch, temperature, free, then by layer"]
+    # A rate that moves nothing keeps the start.
+    still = dataclasses.replace(fine, name="still", learning_rate=1e-30)
+    rows = measurement.measure(context, [first, fine, still], 0, Stages(tmp_path / "out"))["rows"]
+    of_model, of_layers, of_still = (np.array(row["alpha"]) for row in rows)
+    np.testing.assert_array_equal(of_still, np.tile(of_model, (5, 1)))
+    assert rows[2]["temperature"] == rows[0]["temperature"]
+    assert np.abs(of_layers - of_model).max() > 1e-3
+    assert [row["steps"] for row in rows] == [5, 10, 10]
+    # 5 steps of 2 K directions, and 4 validations more.
+    assert rows[1]["forward_passes"] == rows[0]["forward_passes"] + 5 * 2 * 4 * 16 + 4 * 20
+
+
+def test_what_is_learned_first_is_one_vector_of_the_same_kind():
+    fine = ALL["minibatch, temperature, free, then by layer"]
+    for other in (fine, ALL["free coefficients"], ALL["GLUE, temperature"]):
+        with pytest.raises(ValueError, match=f"then by layer: first is {other.name!r}; expected a recipe of the grou"):
+            dataclasses.replace(fine, first=other)
 
 
 def test_the_experiments_own_step_of_glue_is_the_one_that_is_measured():

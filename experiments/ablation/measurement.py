@@ -41,6 +41,8 @@ class Learner(NamedTuple):
         merge_fn: of `glue_jax.learn`.
         loss_fn: of `glue_jax.learn`.
         beta: the start, leaves `[...]`, or of several starts `[S, ...]`.
+        first: in place of that start, what learns it.
+        num_groups: of coefficients; None is one vector for the model.
         num_starts: S.
         start_passes: what the starts took, as `Measured.passes`.
         optimizer: of beta.
@@ -52,10 +54,28 @@ class Learner(NamedTuple):
     merge_fn: MergeFn
     loss_fn: LossFn
     beta: Any
+    first: "Learner | None"
+    num_groups: int | None
     num_starts: int
     start_passes: int
     optimizer: optax.GradientTransformation
     max_steps: int
+
+
+class Learned(NamedTuple):
+    """What was learned.
+
+    Attributes:
+        beta: the best by validation.
+        alpha: of it.
+        steps: of learning, those of what was learned first among them.
+        passes: as `Measured.passes`.
+    """
+
+    beta: Any
+    alpha: Any
+    steps: int
+    passes: int
 
 
 def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: Stages) -> dict[str, Any]:
@@ -80,30 +100,39 @@ def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: St
     aligned = functools.cache(functools.partial(_aligned, context, stacked))
     measured = Measured(context.problem, aligned, table, context.validation, context.evaluate)
     shared = {**context.expert_fields, "experts": context.config.num_experts}
-    fields = {**shared, **part(context.config, CoefficientFields), **part(context.config, FineTuningFields)}
+    learning_fields = {**shared, **part(context.config, CoefficientFields)}
+    fields = {**learning_fields, **part(context.config, FineTuningFields)}
     bar = context.progress.stage("Recipes", len(recipes) * len(context.config.seeds) * (1 + num_epochs))
     rows = []
     for recipe in recipes:
         learner = functools.cache(lambda recipe=recipe: _learner(context, recipe, measured))
         for seed in context.config.seeds:
+            how = {"recipe": recipe.name, "learning_rate": recipe.learning_rate, "most_steps": recipe.most_steps}
+            name = f"ablation/{recipe.slug}-seed{seed}"
+            coefficients = f"{name}-coefficients", {**learning_fields, **how, "seed": seed}
 
-            def compute(recipe: Recipe, learner: Callable[[], Learner], seed: int) -> dict[str, Any]:
+            def compute(
+                recipe: Recipe, learner: Callable[[], Learner], coefficients: tuple[str, Any], seed: int
+            ) -> dict[str, Any]:
+                target, learned = take(context.train, context.targets[seed]), None
+                if recipe.step_fn is not None:
+                    # Kept before it is fine-tuned, for each may take long.
+                    learned = stages.run(*coefficients, lambda: _learn(context, recipe, learner(), target, seed))
                 begin = time.perf_counter()
-                variables, passes, details = _model(context, recipe, measured, learner, seed)
+                variables, details = _model(context, recipe, measured, learner, learned, target)
                 jax.block_until_ready(variables)
-                seconds = time.perf_counter() - begin
+                seconds = time.perf_counter() - begin + (learned["seconds"] if learned else 0.0)
                 bar.advance()
                 judged = context.evaluate(variables, context.validation)
                 tuned = fine_tune(context, variables, seed, num_epochs=num_epochs, stage=bar)
                 judged = {f"validation_{name}": value for name, value in judged.items()}
-                return {**details, **judged, **tuned, "forward_passes": passes, "prior_seconds": seconds}
+                return {**details, **judged, **tuned, "prior_seconds": seconds}
 
-            how = {"recipe": recipe.name, "learning_rate": recipe.learning_rate, "most_steps": recipe.most_steps}
-            stage = f"ablation/{recipe.slug}-seed{seed}", {**fields, **how, "epochs": num_epochs, "seed": seed}
+            stage = name, {**fields, **how, "epochs": num_epochs, "seed": seed}
             row = _kept(context, recipe, measured, seed, num_epochs)
             if row or stages.read(*stage):
                 bar.skip(1 + num_epochs)
-            row = row or stages.run(*stage, functools.partial(compute, recipe, learner, seed))
+            row = row or stages.run(*stage, functools.partial(compute, recipe, learner, coefficients, seed))
             rows.append({"recipe": recipe.name, "part": recipe.part, "seed": seed, **row})
             accuracy = row["test_accuracy"][0]
             context.progress.say(f"{recipe.name}, seed {seed}: {100 * accuracy:.1f} % before fine-tuning")
@@ -147,35 +176,58 @@ def _kept(context: Context, recipe: Recipe, measured: Measured, seed: int, num_e
 
 
 def _model(
-    context: Context, recipe: Recipe, measured: Measured, learner: Callable[[], Learner], seed: int
-) -> tuple[Variables, int, dict[str, Any]]:
-    """A recipe's model, how many forward passes it took, and what else is known of it."""
-    target = take(context.train, context.targets[seed])
+    context: Context,
+    recipe: Recipe,
+    measured: Measured,
+    learner: Callable[[], Learner],
+    learned: dict[str, Any] | None,
+    target: Examples,
+) -> tuple[Variables, dict[str, Any]]:
+    """A recipe's model, and what is known of it: `forward_passes`, and what `_learn` returned where it was learned."""
     measured.passes, passes, details = 0, 0, {}
     if recipe.merge is not None:
         variables = recipe.merge(measured)
-    elif recipe.step_fn is None:
+    elif learned is None:
         alpha = recipe.start(measured)
         variables = glue_jax.blend(measured.experts(recipe.aligned), alpha)
         details["alpha"] = np.asarray(alpha).tolist()
     else:
-        learned = learner()
+        details = {name: learned[name] for name in ("alpha", "temperature", "steps")}
+        alpha = jnp.asarray(learned["alpha"], jnp.float32)
+        if recipe.temperature:
+            alpha = glue_jax.Tempered(alpha, jnp.float32(learned["temperature"]))
+        variables = learner().merge_fn(learner().experts, alpha)
         # The start is asked for once, and every seed needs it.
-        measured.passes = learned.start_passes
-        variables, passes, details = _learn(context, recipe, learned, target, seed)
+        measured.passes, passes = learner().start_passes, learned["forward_passes"]
     if recipe.statistics != "blended":
         images = target.images[: REFRESH_BATCH * REFRESH_BATCHES]
         batches = [images[at : at + REFRESH_BATCH] for at in range(0, len(images), REFRESH_BATCH)]
         variables = glue_jax.refresh_statistics(variables, batches, _statistics_fn(context.problem))
         passes += len(images)
-    return variables, passes + measured.passes, details
+    return variables, {**details, "forward_passes": measured.passes + passes}
 
 
-def _learn(
-    context: Context, recipe: Recipe, learner: Learner, target: Examples, seed: int
-) -> tuple[Variables, int, dict[str, Any]]:
-    """The model of learned coefficients."""
+def _learn(context: Context, recipe: Recipe, learner: Learner, target: Examples, seed: int) -> dict[str, Any]:
+    """Learned coefficients, and what they took: `alpha`, `temperature`, `steps`, `forward_passes`."""
+    learned = _coefficients(context, recipe, learner, target, seed)
+    alpha, temperature = learned.alpha, None
+    if recipe.temperature:
+        alpha, temperature = alpha.coefficients, float(alpha.temperature)
+    return {
+        "alpha": np.asarray(alpha).tolist(),
+        "temperature": temperature,
+        "steps": learned.steps,
+        "forward_passes": learned.passes,
+    }
+
+
+def _coefficients(context: Context, recipe: Recipe, learner: Learner, target: Examples, seed: int) -> Learned:
+    """Coefficients, learned."""
     config = context.config
+    before = Learned(learner.beta, None, steps=0, passes=0)
+    if recipe.first is not None and learner.first is not None:
+        before = _coefficients(context, recipe.first, learner.first, target, seed)
+        before = before._replace(beta=_by_groups(before.beta, learner.num_groups))
     words: dict[str, Any] = {
         "loss_fn": learner.loss_fn,
         "optimizer": learner.optimizer,
@@ -191,23 +243,27 @@ def _learn(
     key = coefficients_key(seed)
     with jax.default_matmul_precision(config.matmul_precision):
         if learner.num_starts > 1:
-            result = glue_jax.learn_from_starts(key, learner.experts, target, starts=learner.beta, **words)
+            result = glue_jax.learn_from_starts(key, learner.experts, target, starts=before.beta, **words)
         else:
-            state = glue_jax.init(config.num_experts, learner.optimizer, beta=learner.beta)
+            state = glue_jax.init(config.num_experts, learner.optimizer, beta=before.beta)
             result = glue_jax.learn(key, learner.experts, target, state=state, **words)
-    metrics, alpha = result.history.metrics, result.alpha
+    metrics = result.history.metrics
     steps = len(metrics.loss)
     # One pass a step where there are no probes: the full gradient's, which its backward pass is not counted in.
     per_step = 1 if metrics.probe_losses is None else metrics.probe_losses[0].size
     # Several starts are judged once more in the end.
     judged = len(result.history.validation_steps) + (learner.num_starts > 1)
-    validations = judged * learner.num_starts * len(context.validation.labels)
-    temperature = None
-    variables = learner.merge_fn(learner.experts, alpha)
-    if recipe.temperature:
-        alpha, temperature = alpha.coefficients, float(alpha.temperature)
-    details = {"alpha": np.asarray(alpha).tolist(), "temperature": temperature, "steps": steps}
-    return variables, steps * per_step * config.alpha_batch_size + validations, details
+    passes = steps * per_step * config.alpha_batch_size + judged * learner.num_starts * len(context.validation.labels)
+    return Learned(result.beta, result.alpha, before.steps + steps, before.passes + passes)
+
+
+def _by_groups(beta: Any, num_groups: int | None) -> Any:
+    """The same coefficients for each group."""
+    if num_groups is None:
+        return beta
+    if isinstance(beta, glue_jax.Tempered):
+        return beta._replace(coefficients=_by_groups(beta.coefficients, num_groups))
+    return jnp.tile(beta[None], (num_groups, 1))
 
 
 def _learner(context: Context, recipe: Recipe, measured: Measured) -> Learner:
@@ -235,8 +291,7 @@ def _learner(context: Context, recipe: Recipe, measured: Measured) -> Learner:
         # A softmax reaches a single expert only in the limit.
         inside = 0.99 * weights + 0.01 / weights.shape[-1]
         beta = weights if recipe.outside_the_hull else glue_jax.weights_to_logits(inside)
-        beta = beta if num_groups is None else jnp.tile(beta[None], (num_groups, 1))
-        return glue_jax.Tempered(beta, jnp.zeros(())) if recipe.temperature else beta
+        return _by_groups(glue_jax.Tempered(beta, jnp.zeros(())) if recipe.temperature else beta, num_groups)
 
     several = weights.ndim == 2
     beta = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(start, weights)) if several else start(weights)
@@ -246,8 +301,21 @@ def _learner(context: Context, recipe: Recipe, measured: Measured) -> Learner:
     if recipe.learning_rate is not None:
         schedule = optax.cosine_decay_schedule(recipe.learning_rate, max_steps, _LAST_RATE)
         optimizer = optax.adam(schedule, b1=config.alpha_b1, b2=config.alpha_b2)
-    num_starts = len(weights) if several else 1
-    return Learner(experts, link, merge, loss, beta, num_starts, measured.passes, optimizer, max_steps)
+    start_passes = measured.passes
+    first = None if recipe.first is None else _learner(context, recipe.first, measured)
+    return Learner(
+        experts=experts,
+        link_fn=link,
+        merge_fn=merge,
+        loss_fn=loss,
+        beta=beta,
+        first=first,
+        num_groups=num_groups,
+        num_starts=len(weights) if several else 1,
+        start_passes=start_passes if first is None else first.start_passes,
+        optimizer=optimizer,
+        max_steps=max_steps,
+    )
 
 
 def _loss(

@@ -102,6 +102,7 @@ class Recipe:
         part: of the table.
         paper_config: the number of the paper's Config that it is, which the experiment may have measured already.
         start: where learning starts; without learning, the coefficients.
+        first: what is learned before, one vector of coefficients for the model; its result is the start of each group.
         step_fn: learns the coefficients; None keeps the start.
         link_fn: from what is learned to coefficients.
         task_vectors: whether the experts' common initialisation is blended with them, as their differences' origin.
@@ -121,6 +122,7 @@ class Recipe:
     part: Part
     paper_config: int | None = None
     start: Start = lambda measured: glue_jax.uniform(measured.num_experts)
+    first: "Recipe | None" = None
     step_fn: StepFn | None = None
     link_fn: LinkFn = jax.nn.softmax
     task_vectors: bool = False
@@ -147,8 +149,18 @@ class Recipe:
         """Refuses what cannot be.
 
         Raises:
-            ValueError: coefficients outside the experts' hull with BatchNorm statistics that are blended.
+            ValueError: coefficients outside the experts' hull with BatchNorm statistics that are blended, or a recipe
+                that is learned first whose coefficients are not a start for this one's.
         """
+        if self.first is not None:
+            parts = ("link_fn", "task_vectors", "temperature")
+            if self.first.grouping != "model" or any(
+                getattr(self.first, name) != getattr(self, name) for name in parts
+            ):
+                raise ValueError(
+                    f"{self.name}: first is {self.first.name!r}; expected a recipe of the grouping 'model', with the "
+                    f"same {', '.join(parts)}"
+                )
         if self.outside_the_hull and self.statistics != "minibatch":
             raise ValueError(
                 f"{self.name}: statistics is {self.statistics!r}; expected 'minibatch' with coefficients outside the "
@@ -212,6 +224,23 @@ def recipes(config: Config) -> list[Recipe]:
     def by_accuracy(measured: Measured) -> jax.Array:
         return glue_jax.proxy_accuracy_weights(measured.accuracies())
 
+    def from_coarse_to_fine(by: str, of_model: StepFn, of_groups: StepFn) -> list[Recipe]:
+        coarse = combination(
+            f"minibatch, temperature, free{by}",
+            step_fn=of_model,
+            link_fn=glue_jax.unconstrained,
+            temperature=True,
+            learning_rate=2e-2,
+            most_steps=50,
+            statistics="minibatch",
+        )
+        fine = dataclasses.replace(coarse, first=coarse, step_fn=of_groups, learning_rate=5e-3, most_steps=400)
+        return [
+            coarse,
+            dataclasses.replace(fine, name=f"minibatch, temperature, free, then by block{by}", grouping="block"),
+            dataclasses.replace(fine, name=f"minibatch, temperature, free, then by layer{by}", grouping="layer"),
+        ]
+
     def entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
         del labels
         return glue_jax.entropy(logits)
@@ -247,17 +276,6 @@ def recipes(config: Config) -> list[Recipe]:
         combination(
             "minibatch, layer, temperature", step_fn=many, statistics="minibatch", grouping="layer", temperature=True
         ),
-        *(
-            combination(
-                f"minibatch, {grouping}, temperature, free{by}",
-                step_fn=step_fn,
-                statistics="minibatch",
-                grouping=grouping,
-                temperature=True,
-                link_fn=glue_jax.unconstrained,
-                learning_rate=5e-3,
-            )
-            for grouping in ("block", "layer")
-            for by, step_fn in (("", free_by_groups), (", full gradient", full))
-        ),
+        *from_coarse_to_fine("", free, free_by_groups),
+        *from_coarse_to_fine(", full gradient", full, full),
     ]
