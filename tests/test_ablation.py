@@ -87,6 +87,20 @@ def test_a_command_line_comes_to_its_report_and_has_nothing_to_do_again(tiny, tm
     assert "report:" in capsys.readouterr().out
 
 
+def test_a_recipe_is_chosen_by_its_name_and_several_by_a_word():
+    def names(*words):
+        parsed = ablation.parse(ablation.Arguments, "ablation", "", ["--recipes", *words])
+        return [recipe.name for recipe in parsed.chosen()]
+
+    assert names("minibatch, temperature, free") == ["minibatch, temperature, free"]
+    assert names("uniform, aligned") == [
+        "uniform, aligned to the first",
+        "uniform, aligned jointly",
+        "uniform, aligned to the first, refreshed",
+        "uniform, aligned jointly, refreshed",
+    ]
+
+
 def test_an_interrupted_fine_tuning_finds_the_coefficients_learned(tmp_path, monkeypatch):
     def interrupted(*arguments, **words):
         raise KeyboardInterrupt

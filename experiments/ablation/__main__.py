@@ -33,7 +33,7 @@ class Arguments(ExpertArguments):
 
     Attributes:
         initializations: of the experts; `initialization` itself has no effect here.
-        recipes: those whose names contain one of these words; none given are all.
+        recipes: those of these names, or whose names contain one of these words; none given are all.
         epochs: of fine-tuning.
     """
 
@@ -54,12 +54,16 @@ class Arguments(ExpertArguments):
         self.chosen()
 
     def chosen(self) -> list[Recipe]:
-        """Returns the recipes whose names contain one of the words."""
+        """Returns the recipes of these names, or whose names contain one of the words."""
         known = recipes(self.config)
+        names = {recipe.name for recipe in known}
+        chosen = set() if self.recipes else names
         for word in self.recipes:
-            if not any(word in recipe.name for recipe in known):
+            found = {word} & names or {name for name in names if word in name}
+            if not found:
                 raise ValueError(f"recipes has {word!r}; expected part of one of {[recipe.name for recipe in known]}")
-        return [recipe for recipe in known if not self.recipes or any(word in recipe.name for word in self.recipes)]
+            chosen |= found
+        return [recipe for recipe in known if recipe.name in chosen]
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:

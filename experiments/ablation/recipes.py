@@ -153,7 +153,7 @@ class Recipe:
                 that is learned first whose coefficients are not a start for this one's.
         """
         if self.first is not None:
-            parts = ("link_fn", "task_vectors", "temperature")
+            parts = ("link_fn", "task_vectors", "temperature", "aligned")
             if self.first.grouping != "model" or any(
                 getattr(self.first, name) != getattr(self, name) for name in parts
             ):
@@ -224,21 +224,28 @@ def recipes(config: Config) -> list[Recipe]:
     def by_accuracy(measured: Measured) -> jax.Array:
         return glue_jax.proxy_accuracy_weights(measured.accuracies())
 
-    def from_coarse_to_fine(by: str, of_model: StepFn, of_groups: StepFn) -> list[Recipe]:
+    def from_coarse_to_fine(
+        by: str, of_model: StepFn, of_groups: StepFn, before: str = "", aligned: Alignment = "no"
+    ) -> list[Recipe]:
         coarse = combination(
-            f"minibatch, temperature, free{by}",
+            f"{before}minibatch, temperature, free{by}",
             step_fn=of_model,
             link_fn=glue_jax.unconstrained,
             temperature=True,
             learning_rate=2e-2,
             most_steps=50,
             statistics="minibatch",
+            aligned=aligned,
         )
         fine = dataclasses.replace(coarse, first=coarse, step_fn=of_groups, learning_rate=5e-3, most_steps=400)
         return [
             coarse,
-            dataclasses.replace(fine, name=f"minibatch, temperature, free, then by block{by}", grouping="block"),
-            dataclasses.replace(fine, name=f"minibatch, temperature, free, then by layer{by}", grouping="layer"),
+            *(
+                dataclasses.replace(
+                    fine, name=f"{before}minibatch, temperature, free, then by {grouping}{by}", grouping=grouping
+                )
+                for grouping in ("block", "layer")
+            ),
         ]
 
     def entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -268,6 +275,7 @@ def recipes(config: Config) -> list[Recipe]:
         remedy("GLUE on entropy", step_fn=spsa, objective=entropy),
         remedy("free coefficients", step_fn=free, link_fn=glue_jax.unconstrained, statistics="minibatch"),
         remedy("task vectors", step_fn=free, link_fn=glue_jax.unconstrained, statistics="minibatch", task_vectors=True),
+        combination("uniform, aligned to the first, refreshed", aligned="to the first", statistics="refreshed"),
         combination("uniform, aligned jointly, refreshed", aligned="jointly", statistics="refreshed"),
         combination("minibatch, block", step_fn=many, statistics="minibatch", grouping="block"),
         combination(
@@ -278,4 +286,5 @@ def recipes(config: Config) -> list[Recipe]:
         ),
         *from_coarse_to_fine("", free, free_by_groups),
         *from_coarse_to_fine(", full gradient", full, full),
+        *from_coarse_to_fine("", free, free_by_groups, before="aligned jointly, ", aligned="jointly"),
     ]
