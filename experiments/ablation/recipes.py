@@ -237,7 +237,7 @@ def recipes(config: Config) -> list[Recipe]:
             statistics="minibatch",
             aligned=aligned,
         )
-        fine = dataclasses.replace(coarse, first=coarse, step_fn=of_groups, learning_rate=5e-3, most_steps=400)
+        fine = dataclasses.replace(coarse, first=coarse, step_fn=of_groups, learning_rate=5e-3, most_steps=500)
         return [
             coarse,
             *(
