@@ -53,9 +53,9 @@ def test_every_recipe_gives_a_model_of_the_experts_architecture(tmp_path):
     assert rows["greedy soup"]["forward_passes"] == 2 * 20 + 2 * 20
     assert rows["Fisher-weighted"]["forward_passes"] == 2 * 20
     # Three starts, which two experts' losses gave, judged once more in the end.
-    assert rows["GLUE from the best of three starts"]["forward_passes"] == 2 * 20 + 3 * (5 * 2 * 16 + 5 * 20)
+    assert rows["GLUE from three starts"]["forward_passes"] == 2 * 20 + 3 * (5 * 2 * 16 + 5 * 20)
     assert rows["GLUE, refreshed"]["alpha"] == rows["4 GLUE"]["alpha"]
-    assert np.shape(rows["GLUE, an alpha a layer"]["alpha"]) == (5, 2)
+    assert np.shape(rows["GLUE, by layer"]["alpha"]) == (5, 2)
     assert rows["GLUE, temperature"]["temperature"] != 1
     best = max(found["experts"], key=lambda row: -row["validation_loss"])
     assert rows["best expert"]["test_accuracy"][0] == pytest.approx(best["test_accuracy"])
@@ -92,12 +92,12 @@ def test_a_recipe_is_chosen_by_its_name_and_several_by_a_word():
         parsed = ablation.parse(ablation.Arguments, "ablation", "", ["--recipes", *words])
         return [recipe.name for recipe in parsed.chosen()]
 
-    assert names("minibatch, temperature, free") == ["minibatch, temperature, free"]
-    assert names("uniform, aligned") == [
-        "uniform, aligned to the first",
-        "uniform, aligned jointly",
-        "uniform, aligned to the first, refreshed",
-        "uniform, aligned jointly, refreshed",
+    assert names("free, temperature") == ["free, temperature"]
+    assert names("GLUE, by", "aligned to") == [
+        "aligned to the first",
+        "GLUE, by block",
+        "GLUE, by layer",
+        "aligned to the first, refreshed",
     ]
 
 
@@ -106,7 +106,7 @@ def test_an_interrupted_fine_tuning_finds_the_coefficients_learned(tmp_path, mon
         raise KeyboardInterrupt
 
     context = prepare(ONE_SEED, data.load("digits"), tmp_path, ProgressBars(Console(file=io.StringIO())))
-    chosen = [ALL["GLUE from the best of three starts"], ALL["minibatch, block, temperature"]]
+    chosen = [ALL["GLUE from three starts"], ALL["minibatch, temperature, by block"]]
     folder = Stages(tmp_path / "out")
     alone = measurement.measure(context, chosen, 1, Stages(tmp_path / "alone"))["rows"]
     with monkeypatch.context() as patch:
@@ -147,7 +147,7 @@ def test_coefficients_outside_the_hull_with_blended_statistics_are_refused_with_
 def test_several_starts_go_with_groups_and_a_temperature(tmp_path):
     context = prepare(ONE_SEED, data.load("digits"), tmp_path, ProgressBars(Console(file=io.StringIO())))
     recipe = dataclasses.replace(
-        ALL["GLUE from the best of three starts"], grouping="layer", temperature=True, statistics="minibatch"
+        ALL["GLUE from three starts"], grouping="layer", temperature=True, statistics="minibatch"
     )
     (row,) = measurement.measure(context, [recipe], 0, Stages(tmp_path / "out"))["rows"]
     assert np.shape(row["alpha"]) == (5, 2)
@@ -156,8 +156,8 @@ def test_several_starts_go_with_groups_and_a_temperature(tmp_path):
 
 def test_groups_start_where_one_vector_for_the_model_ended(tmp_path):
     context = prepare(ONE_SEED, data.load("digits"), tmp_path, ProgressBars(Console(file=io.StringIO())))
-    first = ALL["minibatch, temperature, free"]
-    fine = ALL["minibatch, temperature, free, then by layer"]
+    first = ALL["free, temperature"]
+    fine = ALL["free, temperature, by layer"]
     # A rate that moves nothing keeps the start.
     still = dataclasses.replace(fine, name="still", learning_rate=1e-30)
     rows = measurement.measure(context, [first, fine, still], 0, Stages(tmp_path / "out"))["rows"]
@@ -171,9 +171,9 @@ def test_groups_start_where_one_vector_for_the_model_ended(tmp_path):
 
 
 def test_what_is_learned_first_is_one_vector_of_the_same_kind():
-    fine = ALL["minibatch, temperature, free, then by layer"]
+    fine = ALL["free, temperature, by layer"]
     for other in (fine, ALL["free coefficients"], ALL["GLUE, temperature"]):
-        with pytest.raises(ValueError, match=f"then by layer: first is {other.name!r}; expected a recipe of the grou"):
+        with pytest.raises(ValueError, match=f"by layer: first is {other.name!r}; expected a recipe of the grou"):
             dataclasses.replace(fine, first=other)
 
 

@@ -224,11 +224,9 @@ def recipes(config: Config) -> list[Recipe]:
     def by_accuracy(measured: Measured) -> jax.Array:
         return glue_jax.proxy_accuracy_weights(measured.accuracies())
 
-    def from_coarse_to_fine(
-        by: str, of_model: StepFn, of_groups: StepFn, before: str = "", aligned: Alignment = "no"
-    ) -> list[Recipe]:
+    def from_coarse_to_fine(name: str, of_model: StepFn, of_groups: StepFn, aligned: Alignment = "no") -> list[Recipe]:
         coarse = combination(
-            f"{before}minibatch, temperature, free{by}",
+            name,
             step_fn=of_model,
             link_fn=glue_jax.unconstrained,
             temperature=True,
@@ -240,12 +238,8 @@ def recipes(config: Config) -> list[Recipe]:
         fine = dataclasses.replace(coarse, first=coarse, step_fn=of_groups, learning_rate=5e-3, most_steps=500)
         return [
             coarse,
-            *(
-                dataclasses.replace(
-                    fine, name=f"{before}minibatch, temperature, free, then by {grouping}{by}", grouping=grouping
-                )
-                for grouping in ("block", "layer")
-            ),
+            dataclasses.replace(fine, name=f"{name}, by block", grouping="block"),
+            dataclasses.replace(fine, name=f"{name}, by layer", grouping="layer"),
         ]
 
     def entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -261,30 +255,30 @@ def recipes(config: Config) -> list[Recipe]:
         remedy("softmax(-loss)", start=by_loss),
         remedy("greedy soup", start=greedy),
         remedy("Fisher-weighted", merge=_fisher_weighted),
-        remedy("uniform, refreshed", statistics="refreshed"),
-        remedy("uniform, aligned to the first", aligned="to the first"),
-        remedy("uniform, aligned jointly", aligned="jointly"),
+        remedy("refreshed", statistics="refreshed"),
+        remedy("aligned to the first", aligned="to the first"),
+        remedy("aligned", aligned="jointly"),
         remedy("GLUE, refreshed", step_fn=spsa, statistics="refreshed"),
-        remedy("GLUE, minibatch statistics", step_fn=spsa, statistics="minibatch"),
+        remedy("GLUE, minibatch", step_fn=spsa, statistics="minibatch"),
         remedy("GLUE, K - 1 directions", step_fn=many),
-        remedy("GLUE from the best of three starts", step_fn=spsa, start=_several_starts),
-        remedy("GLUE, an alpha a block", step_fn=many, grouping="block"),
-        remedy("GLUE, an alpha a layer", step_fn=many, grouping="layer"),
+        remedy("GLUE from three starts", step_fn=spsa, start=_several_starts),
+        remedy("GLUE, by block", step_fn=many, grouping="block"),
+        remedy("GLUE, by layer", step_fn=many, grouping="layer"),
         remedy("GLUE, temperature", step_fn=spsa, temperature=True),
         remedy("GLUE on accuracy", step_fn=coarse, objective=glue_jax.error_rate),
         remedy("GLUE on entropy", step_fn=spsa, objective=entropy),
         remedy("free coefficients", step_fn=free, link_fn=glue_jax.unconstrained, statistics="minibatch"),
         remedy("task vectors", step_fn=free, link_fn=glue_jax.unconstrained, statistics="minibatch", task_vectors=True),
-        combination("uniform, aligned to the first, refreshed", aligned="to the first", statistics="refreshed"),
-        combination("uniform, aligned jointly, refreshed", aligned="jointly", statistics="refreshed"),
-        combination("minibatch, block", step_fn=many, statistics="minibatch", grouping="block"),
+        combination("aligned to the first, refreshed", aligned="to the first", statistics="refreshed"),
+        combination("aligned, refreshed", aligned="jointly", statistics="refreshed"),
+        combination("minibatch, by block", step_fn=many, statistics="minibatch", grouping="block"),
         combination(
-            "minibatch, block, temperature", step_fn=many, statistics="minibatch", grouping="block", temperature=True
+            "minibatch, temperature, by block", step_fn=many, statistics="minibatch", grouping="block", temperature=True
         ),
         combination(
-            "minibatch, layer, temperature", step_fn=many, statistics="minibatch", grouping="layer", temperature=True
+            "minibatch, temperature, by layer", step_fn=many, statistics="minibatch", grouping="layer", temperature=True
         ),
-        *from_coarse_to_fine("", free, free_by_groups),
-        *from_coarse_to_fine(", full gradient", full, full),
-        *from_coarse_to_fine("", free, free_by_groups, before="aligned jointly, ", aligned="jointly"),
+        *from_coarse_to_fine("free, temperature", free, free_by_groups),
+        *from_coarse_to_fine("full gradient, free, temperature", full, full),
+        *from_coarse_to_fine("aligned, free, temperature", free, free_by_groups, "jointly"),
     ]

@@ -13,6 +13,13 @@ from rich.console import Console
 from experiments.presentation import STYLE, markdown_table, rich_table, spread, write_report
 
 _COLORS = {"the paper": "#777777", "remedies": "#0072b2", "combinations": "#d55e00"}
+_WORDS = (
+    "Refreshed: BatchNorm's statistics are estimated anew on target images. Minibatch: while learning, each model "
+    "normalises by its minibatch, and is refreshed then. Aligned: the experts' units are permuted, jointly or to the "
+    "first expert, before they are blended. By block, by layer: coefficients for each. Temperature: the logits' is "
+    "learned, too. Free: coefficients without a softmax, with minibatch. Free, temperature: one vector of coefficients "
+    "for the model in few steps; by block and by layer go on from there."
+)
 # Epochs of fine-tuning that have a column.
 _EPOCHS = (1, 5)
 
@@ -71,30 +78,30 @@ def table(rows: list[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
 def figure(results: Mapping[str, Any]) -> Figure:
     """Returns each recipe's prior accuracy, seed by seed, beside the best expert's and the ensemble's."""
     sets = results["sets"]
-    most = max(len(_by_recipe(found["rows"])) for found in sets)
+    parts = {row["recipe"]: row["part"] for found in sets for row in found["rows"]}
     with mpl.rc_context(STYLE):
-        picture = Figure(figsize=(3.5 + 4 * len(sets), 1.6 + 0.27 * most), layout="constrained")
-        for axes, found in zip(picture.subplots(1, len(sets), squeeze=False)[0], sets, strict=True):
-            _draw(axes, found)
-        handles, labels = picture.axes[0].get_legend_handles_labels()
+        picture = Figure(figsize=(3 + 3.5 * len(sets), 1.6 + 0.27 * len(parts)), layout="constrained")
+        for axes, found in zip(picture.subplots(1, len(sets), squeeze=False, sharey=True)[0], sets, strict=True):
+            _draw(axes, found, list(parts), [_COLORS[part] for part in parts.values()])
+        first = picture.axes[0]
+        first.set_yticks(range(len(parts)), list(parts))
+        first.set_ylim(len(parts) - 0.5, -0.5)
+        handles, labels = first.get_legend_handles_labels()
         picture.legend(handles, labels, loc="outside lower center", ncols=2)
     return picture
 
 
-def _draw(axes: Axes, found: Mapping[str, Any]) -> None:
+def _draw(axes: Axes, found: Mapping[str, Any], names: list[str], colors: list[str]) -> None:
     """A panel, of one initialisation."""
-    recipes = _by_recipe(found["rows"])
-    for place, runs in enumerate(recipes.values()):
+    for name, runs in _by_recipe(found["rows"]).items():
         values = [100 * run["test_accuracy"][0] for run in runs]
-        color = _COLORS[runs[0]["part"]]
+        place, color = names.index(name), colors[names.index(name)]
         axes.plot(values, [place] * len(values), "o", color=color, markersize=5, alpha=0.6)
         axes.plot(np.mean(values), place, "|", color=color, markersize=14, markeredgewidth=2)
     best = max(row["test_accuracy"] for row in found["experts"])
     axes.axvline(100 * best, color="black", linestyle="--", linewidth=1, label="best expert")
     ensemble = found["ensemble"]["test_accuracy"]
     axes.axvline(100 * ensemble, color="black", linestyle=":", linewidth=1.5, label="ensemble of all experts")
-    axes.set_yticks(range(len(recipes)), list(recipes))
-    axes.invert_yaxis()
     axes.set_xlabel("test accuracy of the prior, %")
     axes.set_title(f"{found['config']['initialization']} initialisation")
 
@@ -111,6 +118,7 @@ def _markdown(results: Mapping[str, Any]) -> str:
         f"accuracy after so many epochs of fine-tuning it; means over {len(config['seeds'])} seeds ± their standard "
         "deviation. Passes: how many times one model went forward on one target or validation image on the way to the "
         "prior; backward passes are not among them. Seconds: to the prior, compilation included.",
+        _WORDS,
         "![accuracy of each recipe's prior](ablation.png)",
     ]
     for found in results["sets"]:
