@@ -110,7 +110,8 @@ def advice(cosine: float, aligned_cosine: float, barriers: Mapping[str, list[lis
     if cosine < _UNRELATED:
         return (
             f"The experts' weights have next to nothing in common (mean cosine {cosine:.2f}): align them first "
-            f"(glue_jax.align_experts brings it to {aligned_cosine:.2f}), and expect little of a plain average."
+            f"(glue_jax.align_experts brings it to {aligned_cosine:.2f}), and do not use a plain average: refresh its "
+            "statistics, or learn free coefficients with minibatch statistics (`python -m experiments.ablation`)."
         )
     related = f"The experts' weights are related (mean cosine {cosine:.2f})"
     if not barriers:
@@ -123,7 +124,7 @@ def advice(cosine: float, aligned_cosine: float, barriers: Mapping[str, list[lis
         return f"{related}, but between two of them the loss rises by {rises}: refresh an average's statistics."
     return (
         f"{related}, but between two of them the loss rises by {rises}: a plain average is worse than they promise. "
-        "Learn the coefficients, by blocks and with minibatch statistics if need be (`python -m experiments.ablation`)."
+        "Learn free coefficients with minibatch statistics, by layer if need be (`python -m experiments.ablation`)."
     )
 
 

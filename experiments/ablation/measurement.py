@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 import glue_jax
-from experiments.ablation.recipes import BLOCKS, LAYERS, Alignment, Measured, Recipe
+from experiments.ablation.recipes import Alignment, Measured, Recipe
 from experiments.config import CoefficientFields, FineTuningFields, part
 from experiments.context import Context, take
 from experiments.data import Examples
@@ -107,9 +107,8 @@ def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: St
     for recipe in recipes:
         learner = functools.cache(lambda recipe=recipe: _learner(context, recipe, measured))
         for seed in context.config.seeds:
-            how = {"recipe": recipe.name, "learning_rate": recipe.learning_rate, "most_steps": recipe.most_steps}
             name = f"ablation/{recipe.slug}-seed{seed}"
-            coefficients = f"{name}-coefficients", {**learning_fields, **how, "seed": seed}
+            coefficients = f"{name}-coefficients", {**learning_fields, "recipe": recipe.fingerprint, "seed": seed}
 
             def compute(
                 recipe: Recipe, learner: Callable[[], Learner], coefficients: tuple[str, Any], seed: int
@@ -128,7 +127,7 @@ def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: St
                 judged = {f"validation_{name}": value for name, value in judged.items()}
                 return {**details, **judged, **tuned, "prior_seconds": seconds}
 
-            stage = name, {**fields, **how, "epochs": num_epochs, "seed": seed}
+            stage = name, {**fields, "recipe": recipe.fingerprint, "epochs": num_epochs, "seed": seed}
             row = _kept(context, recipe, measured, seed, num_epochs)
             if row or stages.read(*stage):
                 bar.skip(1 + num_epochs)
@@ -279,9 +278,7 @@ def _learner(context: Context, recipe: Recipe, measured: Measured) -> Learner:
     if recipe.statistics == "minibatch":
         experts, _ = glue_jax.partition(experts, "^batch_stats/")
     num_groups = None
-    if recipe.grouping != "model":
-        pattern = LAYERS if recipe.grouping == "layer" else BLOCKS[context.config.network]
-        groups = glue_jax.group_by_path(experts, pattern)
+    if groups := recipe.groups(experts, context.config.network):
         merge = functools.partial(merge, groups=groups.rows)
         num_groups = len(groups.names)
     if recipe.temperature:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -107,6 +107,7 @@ class Recipe:
         link_fn: from what is learned to coefficients.
         task_vectors: whether the experts' common initialisation is blended with them, as their differences' origin.
         grouping: what has coefficients of its own.
+        norms_together: whether all norms share a group apart from the layers, not each its layer's.
         temperature: whether a temperature is learned, too.
         learning_rate: of Adam on beta, which falls to a fiftieth of it, by a cosine, at the most steps; None is the
             experiment's own, which stays as it is.
@@ -127,6 +128,7 @@ class Recipe:
     link_fn: LinkFn = jax.nn.softmax
     task_vectors: bool = False
     grouping: Grouping = "model"
+    norms_together: bool = False
     temperature: bool = False
     learning_rate: float | None = None
     most_steps: int | None = None
@@ -144,6 +146,30 @@ class Recipe:
     def slug(self) -> str:
         """Its name in files."""
         return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides its result, as JSON holds it; a function is its name."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        step = self.step_fn
+        if isinstance(step, functools.partial):
+            fields |= {"step_fn": step.func, "step_words": step.keywords}
+        named = {name: getattr(value, "__name__", value) for name, value in fields.items()}
+        return {**named, "first": self.first and self.first.fingerprint}
+
+    def groups(self, experts: Variables, network: str) -> glue_jax.Groups | None:
+        """The groups of a network's leaves; None is one for the model."""
+        if self.grouping == "model":
+            return None
+        pattern = LAYERS if self.grouping == "layer" else BLOCKS[network]
+        if not self.norms_together:
+            return glue_jax.group_by_path(experts, pattern)
+
+        def label(path: str) -> str:
+            found = re.search(pattern, path)
+            return "norms" if "norm" in path else found[found.re.groups] if found else "rest"
+
+        return glue_jax.group_by_path(experts, label)
 
     def __post_init__(self) -> None:
         """Refuses what cannot be.
@@ -197,7 +223,7 @@ def recipes(config: Config) -> list[Recipe]:
         glue_jax.spsa_step, radius=radius, directions="simplex_orthogonal", num_directions=num_experts - 1
     )
     # A step function: see glue_jax.objectives.
-    coarse = functools.partial(many, radius=0.3)
+    wide = functools.partial(many, radius=0.3)
     free = functools.partial(glue_jax.spsa_step, radius=radius, directions="orthogonal", num_directions=num_experts)
     # By groups there are many more dimensions.
     free_by_groups = functools.partial(free, num_directions=2 * num_experts)
@@ -235,7 +261,9 @@ def recipes(config: Config) -> list[Recipe]:
             statistics="minibatch",
             aligned=aligned,
         )
-        fine = dataclasses.replace(coarse, first=coarse, step_fn=of_groups, learning_rate=5e-3, most_steps=500)
+        fine = dataclasses.replace(
+            coarse, first=coarse, step_fn=of_groups, norms_together=True, learning_rate=5e-3, most_steps=500
+        )
         return [
             coarse,
             dataclasses.replace(fine, name=f"{name}, by block", grouping="block"),
@@ -265,7 +293,7 @@ def recipes(config: Config) -> list[Recipe]:
         remedy("GLUE, by block", step_fn=many, grouping="block"),
         remedy("GLUE, by layer", step_fn=many, grouping="layer"),
         remedy("GLUE, temperature", step_fn=spsa, temperature=True),
-        remedy("GLUE on accuracy", step_fn=coarse, objective=glue_jax.error_rate),
+        remedy("GLUE on accuracy", step_fn=wide, objective=glue_jax.error_rate),
         remedy("GLUE on entropy", step_fn=spsa, objective=entropy),
         remedy("free coefficients", step_fn=free, link_fn=glue_jax.unconstrained, statistics="minibatch"),
         remedy("task vectors", step_fn=free, link_fn=glue_jax.unconstrained, statistics="minibatch", task_vectors=True),
