@@ -38,7 +38,8 @@ def refresh_statistics(
         params: the model, with its statistics below `collection`; what they hold, None included, is replaced.
         batches: pytrees of arrays `[B, ...]`.
         statistics_fn: `statistics_fn(params, batch)`, the statistics of that batch alone in training mode, a tree of
-            the structure of the collection: with Flax, what a BatchNorm of momentum 0 has updated them to. Jit it.
+            the structure of the collection: with Flax, what a BatchNorm of momentum 0 has updated them to (of momentum
+            0.99, they would be 99 % of what they were before). Jit it.
         collection: the path of the statistics in `params`, keys joined by slashes; "" where they lie among the
             parameters, as in `nnx.to_pure_dict(nnx.state(model))`.
         mean: the last key of the leaves that are means.

@@ -133,7 +133,29 @@ def test_what_the_experiment_has_done_of_the_papers_configs_is_taken_from_there(
     for row in (*anew, *taken):
         del row["prior_seconds"]
         row.pop("seconds", None)
+        # Where nothing is learned there is no such machine.
+        row["learned_on"] = row.get("learned_on")
     assert taken == anew
+    # What it has done itself comes first.
+    monkeypatch.setattr(measurement, "kept", None)
+    assert len(measurement.measure(context, paper, 1, Stages(tmp_path / "anew"))["rows"]) == 4
+
+
+def test_longer_fine_tuning_than_the_experiments_is_done_anew(tmp_path):
+    context = prepare(ONE_SEED, data.load("digits"), tmp_path, ProgressBars(Console(file=io.StringIO())))
+    protocol.run(context)
+    epochs = ONE_SEED.fine_tuning_epochs + 1
+    (row,) = measurement.measure(context, [ALL["1 data size (uniform)"]], epochs, Stages(tmp_path / "out"))["rows"]
+    assert len(row["test_accuracy"]) == 1 + epochs
+
+
+def test_a_network_without_batch_norm_has_every_way(tmp_path):
+    config = dataclasses.replace(ONE_SEED, network="vit", vit_patch_size=4, vit_depth=1, vit_width=12, vit_mlp_width=24)
+    context = prepare(config, data.load("digits"), tmp_path, ProgressBars(Console(file=io.StringIO())))
+    chosen = [ALL[name] for name in ("GLUE, minibatch", "refreshed", "aligned, free, temperature, by layer")]
+    rows = measurement.measure(context, chosen, 0, Stages(tmp_path / "out"))["rows"]
+    assert len(rows) == 3
+    assert np.isfinite([row["test_loss"] for row in rows]).all()
 
 
 @pytest.mark.parametrize("parts", [{"link_fn": glue_jax.unconstrained}, {"task_vectors": True}])
@@ -157,12 +179,13 @@ def test_several_starts_go_with_groups_and_a_temperature(tmp_path):
 def test_groups_start_where_one_vector_for_the_model_ended(tmp_path):
     context = prepare(ONE_SEED, data.load("digits"), tmp_path, ProgressBars(Console(file=io.StringIO())))
     first = ALL["free, temperature"]
-    fine = ALL["free, temperature, by layer"]
+    # A start of its own is not asked for.
+    fine = dataclasses.replace(ALL["free, temperature, by layer"], start=None)
     # A rate that moves nothing keeps the start.
     still = dataclasses.replace(fine, name="still", learning_rate=1e-30)
     rows = measurement.measure(context, [first, fine, still], 0, Stages(tmp_path / "out"))["rows"]
     of_model, of_layers, of_still = (np.array(row["alpha"]) for row in rows)
-    np.testing.assert_array_equal(of_still, np.tile(of_model, (5, 1)))
+    np.testing.assert_array_equal(of_still, np.tile(of_model, (4, 1)))
     assert rows[2]["temperature"] == rows[0]["temperature"]
     assert np.abs(of_layers - of_model).max() > 1e-3
     assert [row["steps"] for row in rows] == [5, 10, 10]

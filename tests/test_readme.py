@@ -2,8 +2,10 @@ import pathlib
 import re
 import tomllib
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import glue_jax
 
@@ -23,47 +25,45 @@ def test_the_library_examples_run_as_they_stand():
     assert namespace["metrics"].probe_losses.shape == (1, 2)
 
 
-def _network(variables, x):
-    """Logits of a small network, normalised by the minibatch, and its statistics."""
-    hidden = x @ variables["params"]["hidden"]["kernel"]
-    mean, var = hidden.mean(axis=0, keepdims=True), hidden.var(axis=0, keepdims=True)
-    hidden = jax.nn.relu((hidden - mean) * jax.lax.rsqrt(var + 1e-5))
-    return hidden @ variables["params"]["head"]["kernel"], {"norm": {"mean": mean[0], "var": var[0]}}
+class _Network(nn.Module):
+    """README's, with its running statistics."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(use_running_average=True)(nn.Dense(32)(x))
+        return nn.Dense(4, name="head")(nn.relu(x))
 
 
-def test_the_whole_way_to_a_stronger_prior_runs_with_a_network_of_the_readers():
+def _labels(variables, x):
+    return np.asarray(_Network().apply(variables, x)).argmax(axis=1)
+
+
+def test_the_whole_way_to_a_stronger_prior_runs_with_a_flax_network():
     keys = jax.random.split(jax.random.key(0), 4)
-    truth = {
-        "params": {
-            "hidden": {"kernel": jax.random.normal(keys[0], (8, 16))},
-            "head": {"kernel": jax.random.normal(keys[1], (16, 4))},
-        },
-        "batch_stats": {"norm": {"mean": jnp.zeros(16), "var": jnp.ones(16)}},
-    }
+    x = jax.random.normal(keys[0], (768, 8))
+    truth = _Network().init(keys[1], x)
     leaves, treedef = jax.tree.flatten(truth)
-    # One expert is near the truth, two are not.
-    noise = [
-        jax.tree.unflatten(
-            treedef, [scale * jax.random.normal(k, leaf.shape) for k, leaf in zip(row, leaves, strict=True)]
-        )
-        for scale, row in zip((0.2, 2, 2), jax.random.split(keys[2], (3, len(leaves))), strict=True)
-    ]
-    experts = glue_jax.stack_experts([jax.tree.map(jnp.add, truth, each) for each in noise])
-    x = jax.random.normal(keys[3], (768, 8))
-    data = {"x": x, "y": _network(truth, x)[0].argmax(axis=1)}
-    namespace = {
-        "K": 3,
-        "experts": experts,
-        "target": jax.tree.map(lambda leaf: leaf[:512], data),
-        "validation": jax.tree.map(lambda leaf: leaf[512:], data),
-        "minibatch_logits": lambda variables, x: _network(variables, x)[0],
-        "minibatch_statistics": lambda variables, batch: _network(variables, batch["x"])[1],
-    }
+    experts = []
+    for row in jax.random.split(keys[2], (3, len(leaves))):
+        noise = [jax.random.normal(k, leaf.shape) for k, leaf in zip(row, leaves, strict=True)]
+        experts.append(jax.tree.map(jnp.add, truth, jax.tree.unflatten(treedef, noise)))
+    data = {"x": x, "y": _labels(truth, x)}
+    target = jax.tree.map(lambda leaf: leaf[:512], data)
+    validation = jax.tree.map(lambda leaf: leaf[512:], data)
+    namespace = {"K": 3, "experts": glue_jax.stack_experts(experts), "target": target, "validation": validation}
     exec(EXAMPLES[2], namespace)
-    uniform = glue_jax.blend(experts, glue_jax.uniform(3))
-    loss_fn, prior, validation = namespace["loss_fn"], namespace["prior"], namespace["validation"]
-    assert loss_fn(prior, validation) < loss_fn(uniform, validation) - 0.1
-    assert jax.tree.structure(prior) == jax.tree.structure(truth)
+    prior, coarse, fine = (namespace[name] for name in ("prior", "coarse", "fine"))
+    assert set(namespace["groups"].names) == {"norms", "params/Dense_0", "params/head"}
+    first, *others = fine.alpha.coefficients
+    assert all(jnp.abs(first - other).max() > 1e-3 for other in others)
+    assert fine.history.validation_values.min() < coarse.history.validation_values.min()
+    # Its own statistics, on all target data, serve a network in evaluation mode.
+    hidden = np.asarray(nn.Dense(32).apply({"params": prior["params"]["Dense_0"]}, target["x"]))
+    statistics = prior["batch_stats"]["BatchNorm_0"]
+    np.testing.assert_allclose(statistics["mean"], hidden.mean(axis=0), atol=1e-4)
+    np.testing.assert_allclose(statistics["var"], hidden.var(axis=0), rtol=1e-4)
+    correct = [_labels(variables, validation["x"]) == validation["y"] for variables in (prior, *experts)]
+    assert correct[0].mean() > max(each.mean() for each in correct[1:])
 
 
 def test_the_test_command_is_what_ci_runs():

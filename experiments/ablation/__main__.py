@@ -26,6 +26,9 @@ from experiments.presets import ExpertArguments, parse
 from experiments.session import exit_on, process, session
 from experiments.stages import Stages, machine
 
+_MACHINES = "machine", "learned_on"
+"""The fields of a row that name one."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments(ExpertArguments):
@@ -107,7 +110,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     results = {
         "title": f"Ways from experts to one model: {parsed.experiment}, preset {parsed.preset}",
         "command": shlex.join(["python", "-m", "experiments.ablation", *words]),
-        "machine": "; ".join(sorted({row["machine"] for found in sets for row in found["rows"]})),
+        "machine": "; ".join(
+            sorted({row.get(of) or row["machine"] for found in sets for row in found["rows"] for of in _MACHINES})
+        ),
         "sets": sets,
     }
     report.write(results, parsed.out_dir)

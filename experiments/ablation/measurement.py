@@ -36,12 +36,13 @@ class Learner(NamedTuple):
     """A recipe's parts, built once: what is compiled for one seed serves the next.
 
     Attributes:
+        recipe: whose parts.
         experts: stacked; aligned, with an origin, without statistics, as the recipe has it.
         link_fn: of `glue_jax.learn`.
         merge_fn: of `glue_jax.learn`.
         loss_fn: of `glue_jax.learn`.
-        beta: the start, leaves `[...]`, or of several starts `[S, ...]`.
-        first: in place of that start, what learns it.
+        beta: the start, leaves `[...]`, or of several starts `[S, ...]`; None where it is learned.
+        first: what learns it.
         num_groups: of coefficients; None is one vector for the model.
         num_starts: S.
         start_passes: what the starts took, as `Measured.passes`.
@@ -49,6 +50,7 @@ class Learner(NamedTuple):
         max_steps: the most steps.
     """
 
+    recipe: Recipe
     experts: Variables
     link_fn: LinkFn
     merge_fn: MergeFn
@@ -91,8 +93,9 @@ def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: St
         A dict that JSON holds: `config`, `data`, `experts` (a row of `measure_experts` each), `ensemble` (test loss and
         accuracy of their mean probabilities), and `rows`, one for each recipe and seed: `recipe`, `part`, `seed`,
         `test_loss` and `test_accuracy` (of the prior and after each epoch), `validation_loss` and
-        `validation_accuracy` (of the prior, on the images that judged it), `forward_passes` (of one model on one
-        image), `prior_seconds` (compilation included), and `alpha`, `temperature`, `steps` where there are any.
+        `validation_accuracy` (of the prior, on the images that judged it), `training_loss` of each epoch,
+        `forward_passes` (of one model on one image), `prior_seconds` (compilation included, the experts' alignment
+        not), `machine`, and, where they are learned, `alpha`, `temperature`, `steps`, `learned_on`, a machine.
     """
     experts, _ = train_experts(context)
     table = measure_experts(context, experts)["experts"]
@@ -114,9 +117,12 @@ def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: St
                 recipe: Recipe, learner: Callable[[], Learner], coefficients: tuple[str, Any], seed: int
             ) -> dict[str, Any]:
                 target, learned = take(context.train, context.targets[seed]), None
+                # In nobody's seconds: it is computed once.
+                measured.experts(recipe.aligned)
                 if recipe.step_fn is not None:
                     # Kept before it is fine-tuned, for each may take long.
-                    learned = stages.run(*coefficients, lambda: _learn(context, recipe, learner(), target, seed))
+                    learned = stages.run(*coefficients, lambda: _learn(context, learner(), target, seed))
+                    learner()
                 begin = time.perf_counter()
                 variables, details = _model(context, recipe, measured, learner, learned, target)
                 jax.block_until_ready(variables)
@@ -128,8 +134,8 @@ def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: St
                 return {**details, **judged, **tuned, "prior_seconds": seconds}
 
             stage = name, {**fields, "recipe": recipe.fingerprint, "epochs": num_epochs, "seed": seed}
-            row = _kept(context, recipe, measured, seed, num_epochs)
-            if row or stages.read(*stage):
+            row = stages.read(*stage) or _kept(context, recipe, measured, seed, num_epochs)
+            if row is not None:
                 bar.skip(1 + num_epochs)
             row = row or stages.run(*stage, functools.partial(compute, recipe, learner, coefficients, seed))
             rows.append({"recipe": recipe.name, "part": recipe.part, "seed": seed, **row})
@@ -171,6 +177,7 @@ def _kept(context: Context, recipe: Recipe, measured: Measured, seed: int, num_e
         "forward_passes": passes,
         "prior_seconds": weights.get("seconds", 0.0),
         "machine": tuned["machine"],
+        "learned_on": weights.get("machine"),
     }
 
 
@@ -192,6 +199,7 @@ def _model(
         details["alpha"] = np.asarray(alpha).tolist()
     else:
         details = {name: learned[name] for name in ("alpha", "temperature", "steps")}
+        details["learned_on"] = learned["machine"]
         alpha = jnp.asarray(learned["alpha"], jnp.float32)
         if recipe.temperature:
             alpha = glue_jax.Tempered(alpha, jnp.float32(learned["temperature"]))
@@ -206,11 +214,11 @@ def _model(
     return variables, {**details, "forward_passes": measured.passes + passes}
 
 
-def _learn(context: Context, recipe: Recipe, learner: Learner, target: Examples, seed: int) -> dict[str, Any]:
+def _learn(context: Context, learner: Learner, target: Examples, seed: int) -> dict[str, Any]:
     """Learned coefficients, and what they took: `alpha`, `temperature`, `steps`, `forward_passes`."""
-    learned = _coefficients(context, recipe, learner, target, seed)
+    learned = _coefficients(context, learner, target, seed)
     alpha, temperature = learned.alpha, None
-    if recipe.temperature:
+    if learner.recipe.temperature:
         alpha, temperature = alpha.coefficients, float(alpha.temperature)
     return {
         "alpha": np.asarray(alpha).tolist(),
@@ -220,17 +228,17 @@ def _learn(context: Context, recipe: Recipe, learner: Learner, target: Examples,
     }
 
 
-def _coefficients(context: Context, recipe: Recipe, learner: Learner, target: Examples, seed: int) -> Learned:
+def _coefficients(context: Context, learner: Learner, target: Examples, seed: int) -> Learned:
     """Coefficients, learned."""
     config = context.config
     before = Learned(learner.beta, None, steps=0, passes=0)
-    if recipe.first is not None and learner.first is not None:
-        before = _coefficients(context, recipe.first, learner.first, target, seed)
+    if learner.first is not None:
+        before = _coefficients(context, learner.first, target, seed)
         before = before._replace(beta=_by_groups(before.beta, learner.num_groups))
     words: dict[str, Any] = {
         "loss_fn": learner.loss_fn,
         "optimizer": learner.optimizer,
-        "step_fn": recipe.step_fn,
+        "step_fn": learner.recipe.step_fn,
         "link_fn": learner.link_fn,
         "merge_fn": learner.merge_fn,
         "validation_data": context.validation,
@@ -267,15 +275,13 @@ def _by_groups(beta: Any, num_groups: int | None) -> Any:
 
 def _learner(context: Context, recipe: Recipe, measured: Measured) -> Learner:
     """What a recipe learns with."""
-    measured.passes = 0
-    experts, weights = measured.experts(recipe.aligned), recipe.start(measured)
-    link: LinkFn = recipe.link_fn
+    experts, link = measured.experts(recipe.aligned), recipe.link_fn
     merge: MergeFn = glue_jax.blend
     if recipe.task_vectors:
         origin = initial_variables(context)
         experts = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), origin, experts)
         link = glue_jax.task_vector_weights
-    if recipe.statistics == "minibatch":
+    if recipe.statistics == "minibatch" and jax.tree.leaves(experts["batch_stats"]):
         experts, _ = glue_jax.partition(experts, "^batch_stats/")
     num_groups = None
     if groups := recipe.groups(experts, context.config.network):
@@ -290,17 +296,23 @@ def _learner(context: Context, recipe: Recipe, measured: Measured) -> Learner:
         beta = weights if recipe.outside_the_hull else glue_jax.weights_to_logits(inside)
         return _by_groups(glue_jax.Tempered(beta, jnp.zeros(())) if recipe.temperature else beta, num_groups)
 
-    several = weights.ndim == 2
-    beta = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(start, weights)) if several else start(weights)
+    if recipe.first is not None:
+        first = _learner(context, recipe.first, measured)
+        beta, num_starts, start_passes = None, 1, first.start_passes
+    else:
+        measured.passes = 0
+        first, weights = None, recipe.start(measured)
+        several = weights.ndim == 2
+        num_starts, start_passes = len(weights) if several else 1, measured.passes
+        beta = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(start, weights)) if several else start(weights)
     loss = functools.partial(_loss, context.problem, recipe.objective, recipe.statistics == "minibatch")
     config, optimizer = context.config, context.alpha_optimizer
     max_steps = min(config.alpha_steps, recipe.most_steps or config.alpha_steps)
     if recipe.learning_rate is not None:
         schedule = optax.cosine_decay_schedule(recipe.learning_rate, max_steps, _LAST_RATE)
         optimizer = optax.adam(schedule, b1=config.alpha_b1, b2=config.alpha_b2)
-    start_passes = measured.passes
-    first = None if recipe.first is None else _learner(context, recipe.first, measured)
     return Learner(
+        recipe=recipe,
         experts=experts,
         link_fn=link,
         merge_fn=merge,
@@ -308,8 +320,8 @@ def _learner(context: Context, recipe: Recipe, measured: Measured) -> Learner:
         beta=beta,
         first=first,
         num_groups=num_groups,
-        num_starts=len(weights) if several else 1,
-        start_passes=start_passes if first is None else first.start_passes,
+        num_starts=num_starts,
+        start_passes=start_passes,
         optimizer=optimizer,
         max_steps=max_steps,
     )

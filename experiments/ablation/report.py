@@ -117,7 +117,8 @@ def _markdown(results: Mapping[str, Any]) -> str:
         "Test accuracy and loss of the prior, its accuracy on the validation images, which judge learning, and test "
         f"accuracy after so many epochs of fine-tuning it; means over {len(config['seeds'])} seeds ± their standard "
         "deviation. Passes: how many times one model went forward on one target or validation image on the way to the "
-        "prior; backward passes are not among them. Seconds: to the prior, compilation included.",
+        "prior; backward passes are not among them. Seconds: to the prior, with compilation, without the experts' "
+        "alignment.",
         _WORDS,
         "![accuracy of each recipe's prior](ablation.png)",
     ]
