@@ -257,7 +257,7 @@ def recipes(config: Config) -> list[Recipe]:
             link_fn=glue_jax.unconstrained,
             temperature=True,
             learning_rate=2e-2,
-            most_steps=50,
+            most_steps=200,
             statistics="minibatch",
             aligned=aligned,
         )
