@@ -94,10 +94,10 @@ def test_a_recipe_is_chosen_by_its_name_and_several_by_a_word():
 
     assert names("free, temperature") == ["free, temperature"]
     assert names("GLUE, by", "aligned to") == [
-        "aligned to the first",
+        "uniform, aligned to the first",
         "GLUE, by block",
         "GLUE, by layer",
-        "aligned to the first, refreshed",
+        "uniform, aligned to the first, refreshed",
     ]
 
 
@@ -152,7 +152,7 @@ def test_longer_fine_tuning_than_the_experiments_is_done_anew(tmp_path):
 def test_a_network_without_batch_norm_has_every_way(tmp_path):
     config = dataclasses.replace(ONE_SEED, network="vit", vit_patch_size=4, vit_depth=1, vit_width=12, vit_mlp_width=24)
     context = prepare(config, data.load("digits"), tmp_path, ProgressBars(Console(file=io.StringIO())))
-    chosen = [ALL[name] for name in ("GLUE, minibatch", "refreshed", "aligned, free, temperature, by layer")]
+    chosen = [ALL[name] for name in ("GLUE, minibatch", "uniform, refreshed", "aligned, free, temperature, by layer")]
     rows = measurement.measure(context, chosen, 0, Stages(tmp_path / "out"))["rows"]
     assert len(rows) == 3
     assert np.isfinite([row["test_loss"] for row in rows]).all()

@@ -283,9 +283,9 @@ def recipes(config: Config) -> list[Recipe]:
         remedy("softmax(-loss)", start=by_loss),
         remedy("greedy soup", start=greedy),
         remedy("Fisher-weighted", merge=_fisher_weighted),
-        remedy("refreshed", statistics="refreshed"),
-        remedy("aligned to the first", aligned="to the first"),
-        remedy("aligned", aligned="jointly"),
+        remedy("uniform, refreshed", statistics="refreshed"),
+        remedy("uniform, aligned to the first", aligned="to the first"),
+        remedy("uniform, aligned", aligned="jointly"),
         remedy("GLUE, refreshed", step_fn=spsa, statistics="refreshed"),
         remedy("GLUE, minibatch", step_fn=spsa, statistics="minibatch"),
         remedy("GLUE, K - 1 directions", step_fn=many),
@@ -297,8 +297,8 @@ def recipes(config: Config) -> list[Recipe]:
         remedy("GLUE on entropy", step_fn=spsa, objective=entropy),
         remedy("free coefficients", step_fn=free, link_fn=glue_jax.unconstrained, statistics="minibatch"),
         remedy("task vectors", step_fn=free, link_fn=glue_jax.unconstrained, statistics="minibatch", task_vectors=True),
-        combination("aligned to the first, refreshed", aligned="to the first", statistics="refreshed"),
-        combination("aligned, refreshed", aligned="jointly", statistics="refreshed"),
+        combination("uniform, aligned to the first, refreshed", aligned="to the first", statistics="refreshed"),
+        combination("uniform, aligned, refreshed", aligned="jointly", statistics="refreshed"),
         combination("minibatch, by block", step_fn=many, statistics="minibatch", grouping="block"),
         combination(
             "minibatch, temperature, by block", step_fn=many, statistics="minibatch", grouping="block", temperature=True
