@@ -108,7 +108,7 @@ def test_a_runs_experts_are_compared_and_advised_on(tiny, tmp_path, initializati
         (0.88, {}, "barriers tell"),
         (0.88, {"blended statistics": [[0.0, 0.05]]}, "average them as they are"),
         (0.88, {"blended statistics": [[0.0, 2.0]], "statistics refreshed": [[0.0, 0.05]]}, "refresh an average's"),
-        (0.88, {"blended statistics": [[0.0, 2.0]], "statistics refreshed": [[0.0, 1.0]]}, "Learn the coefficients"),
+        (0.88, {"blended statistics": [[0.0, 2.0]], "statistics refreshed": [[0.0, 1.0]]}, "Learn free coefficients"),
     ],
 )
 def test_the_advice_follows_weights_and_barriers(cosine, barriers, message):
