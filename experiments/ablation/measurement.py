@@ -106,41 +106,44 @@ def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: St
     learning_fields = {**shared, **part(context.config, CoefficientFields)}
     fields = {**learning_fields, **part(context.config, FineTuningFields)}
     bar = context.progress.stage("Recipes", len(recipes) * len(context.config.seeds) * (1 + num_epochs))
+
+    def measure_row(recipe: Recipe, learner: Callable[[], Learner], seed: int) -> dict[str, Any]:
+        name, how = f"ablation/{recipe.slug}-seed{seed}", {"recipe": recipe.fingerprint, "seed": seed}
+
+        def compute() -> dict[str, Any]:
+            target, learned = take(context.train, context.targets[seed]), None
+            # In nobody's seconds: it is computed once.
+            measured.experts(recipe.aligned)
+            if recipe.step_fn is not None:
+                # Kept before it is fine-tuned, for each may take long.
+                stage = f"{name}-coefficients", {**learning_fields, **how}
+                learned = stages.run(*stage, lambda: _learn(context, learner(), target, seed))
+                learner()
+            begin = time.perf_counter()
+            variables, details = _model(context, recipe, measured, learner, learned, target)
+            jax.block_until_ready(variables)
+            seconds = time.perf_counter() - begin + (learned["seconds"] if learned else 0.0)
+            bar.advance()
+            judged = context.evaluate(variables, context.validation)
+            tuned = fine_tune(context, variables, seed, num_epochs=num_epochs, stage=bar)
+            judged = {f"validation_{name}": value for name, value in judged.items()}
+            return {**details, **judged, **tuned, "prior_seconds": seconds}
+
+        stage = name, {**fields, **how, "epochs": num_epochs}
+        row = stages.read(*stage) or _kept(context, recipe, measured, seed, num_epochs)
+        if row is not None:
+            bar.skip(1 + num_epochs)
+        return row or stages.run(*stage, compute)
+
     rows = []
     for recipe in recipes:
-        learner = functools.cache(lambda recipe=recipe: _learner(context, recipe, measured))
+        learner = functools.cache(functools.partial(_learner, context, recipe, measured))
         for seed in context.config.seeds:
-            name = f"ablation/{recipe.slug}-seed{seed}"
-            coefficients = f"{name}-coefficients", {**learning_fields, "recipe": recipe.fingerprint, "seed": seed}
-
-            def compute(
-                recipe: Recipe, learner: Callable[[], Learner], coefficients: tuple[str, Any], seed: int
-            ) -> dict[str, Any]:
-                target, learned = take(context.train, context.targets[seed]), None
-                # In nobody's seconds: it is computed once.
-                measured.experts(recipe.aligned)
-                if recipe.step_fn is not None:
-                    # Kept before it is fine-tuned, for each may take long.
-                    learned = stages.run(*coefficients, lambda: _learn(context, learner(), target, seed))
-                    learner()
-                begin = time.perf_counter()
-                variables, details = _model(context, recipe, measured, learner, learned, target)
-                jax.block_until_ready(variables)
-                seconds = time.perf_counter() - begin + (learned["seconds"] if learned else 0.0)
-                bar.advance()
-                judged = context.evaluate(variables, context.validation)
-                tuned = fine_tune(context, variables, seed, num_epochs=num_epochs, stage=bar)
-                judged = {f"validation_{name}": value for name, value in judged.items()}
-                return {**details, **judged, **tuned, "prior_seconds": seconds}
-
-            stage = name, {**fields, "recipe": recipe.fingerprint, "epochs": num_epochs, "seed": seed}
-            row = stages.read(*stage) or _kept(context, recipe, measured, seed, num_epochs)
-            if row is not None:
-                bar.skip(1 + num_epochs)
-            row = row or stages.run(*stage, functools.partial(compute, recipe, learner, coefficients, seed))
+            row = measure_row(recipe, learner, seed)
             rows.append({"recipe": recipe.name, "part": recipe.part, "seed": seed, **row})
-            accuracy = row["test_accuracy"][0]
-            context.progress.say(f"{recipe.name}, seed {seed}: {100 * accuracy:.1f} % before fine-tuning")
+            context.progress.say(
+                f"{recipe.name}, seed {seed}: {100 * row['test_accuracy'][0]:.1f} % before fine-tuning"
+            )
     ensemble = stages.run(
         "ablation/ensemble", {**shared, "test": len(context.test.labels)}, lambda: _ensemble(context, experts)
     )
