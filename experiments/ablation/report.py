@@ -18,7 +18,7 @@ _WORDS = (
     "normalises by its minibatch, and is refreshed then. Aligned: the experts' units are permuted, jointly or to the "
     "first expert, before they are blended. By block, by layer: coefficients for each. Temperature: the logits' is "
     "learned, too. Free: coefficients without a softmax, with minibatch. Free, temperature: one vector of coefficients "
-    "for the model in few steps; by block and by layer go on from there."
+    "for the model in few steps; by block and by layer go on from there, with one vector for all norms together."
 )
 # Epochs of fine-tuning that have a column.
 _EPOCHS = (1, 5)
