@@ -92,7 +92,7 @@ def test_a_recipe_is_chosen_by_its_name_and_several_by_a_word():
         parsed = ablation.parse(ablation.Arguments, "ablation", "", ["--recipes", *words])
         return [recipe.name for recipe in parsed.chosen()]
 
-    assert names("free, temperature") == ["free, temperature"]
+    assert names("free coefficients") == ["free coefficients"]
     assert names("GLUE, by", "aligned to") == [
         "uniform, aligned to the first",
         "GLUE, by block",
@@ -152,7 +152,7 @@ def test_longer_fine_tuning_than_the_experiments_is_done_anew(tmp_path):
 def test_a_network_without_batch_norm_has_every_way(tmp_path):
     config = dataclasses.replace(ONE_SEED, network="vit", vit_patch_size=4, vit_depth=1, vit_width=12, vit_mlp_width=24)
     context = prepare(config, data.load("digits"), tmp_path, ProgressBars(Console(file=io.StringIO())))
-    chosen = [ALL[name] for name in ("GLUE, minibatch", "uniform, refreshed", "aligned, free, temperature, by layer")]
+    chosen = [ALL[name] for name in ("GLUE, minibatch", "uniform, refreshed", "aligned, free coefficients, by layer")]
     rows = measurement.measure(context, chosen, 0, Stages(tmp_path / "out"))["rows"]
     assert len(rows) == 3
     assert np.isfinite([row["test_loss"] for row in rows]).all()
@@ -178,15 +178,15 @@ def test_several_starts_go_with_groups_and_a_temperature(tmp_path):
 
 def test_groups_start_where_one_vector_for_the_model_ended(tmp_path):
     context = prepare(ONE_SEED, data.load("digits"), tmp_path, ProgressBars(Console(file=io.StringIO())))
-    first = ALL["free, temperature"]
+    first = ALL["free coefficients, temperature"]
     # A start of its own is not asked for.
-    fine = dataclasses.replace(ALL["free, temperature, by layer"], start=None)
+    fine = dataclasses.replace(ALL["free coefficients, by layer"], first=first, temperature=True, start=None)
     # A rate that moves nothing keeps the start.
     still = dataclasses.replace(fine, name="still", learning_rate=1e-30)
     rows = measurement.measure(context, [first, fine, still], 0, Stages(tmp_path / "out"))["rows"]
     of_model, of_layers, of_still = (np.array(row["alpha"]) for row in rows)
     np.testing.assert_array_equal(of_still, np.tile(of_model, (4, 1)))
-    assert rows[2]["temperature"] == rows[0]["temperature"]
+    assert rows[2]["temperature"] == rows[0]["temperature"] != 1
     assert np.abs(of_layers - of_model).max() > 1e-3
     assert [row["steps"] for row in rows] == [5, 10, 10]
     # 5 steps of 2 K directions, and 4 validations more.
@@ -194,8 +194,8 @@ def test_groups_start_where_one_vector_for_the_model_ended(tmp_path):
 
 
 def test_what_is_learned_first_is_one_vector_of_the_same_kind():
-    fine = ALL["free, temperature, by layer"]
-    for other in (fine, ALL["free coefficients"], ALL["GLUE, temperature"]):
+    fine = ALL["free coefficients, by layer"]
+    for other in (fine, ALL["free coefficients, temperature"], ALL["GLUE, minibatch"]):
         with pytest.raises(ValueError, match=f"by layer: first is {other.name!r}; expected a recipe of the grou"):
             dataclasses.replace(fine, first=other)
 

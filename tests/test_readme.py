@@ -31,7 +31,7 @@ class _Network(nn.Module):
     @nn.compact
     def __call__(self, x):
         x = nn.BatchNorm(use_running_average=True)(nn.Dense(32)(x))
-        return nn.Dense(4, name="head")(nn.relu(x))
+        return nn.Dense(4)(nn.relu(x))
 
 
 def _labels(variables, x):
@@ -53,8 +53,8 @@ def test_the_whole_way_to_a_stronger_prior_runs_with_a_flax_network():
     namespace = {"K": 3, "experts": glue_jax.stack_experts(experts), "target": target, "validation": validation}
     exec(EXAMPLES[2], namespace)
     prior, coarse, fine = (namespace[name] for name in ("prior", "coarse", "fine"))
-    assert set(namespace["groups"].names) == {"norms", "params/Dense_0", "params/head"}
-    first, *others = fine.alpha.coefficients
+    assert set(namespace["groups"].names) == {"norms", "params/Dense_0", "params/Dense_1"}
+    first, *others = fine.alpha
     assert all(jnp.abs(first - other).max() > 1e-3 for other in others)
     assert fine.history.validation_values.min() < coarse.history.validation_values.min()
     # Its own statistics, on all target data, serve a network in evaluation mode.

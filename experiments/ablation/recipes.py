@@ -225,8 +225,8 @@ def recipes(config: Config) -> list[Recipe]:
     # A step function: see glue_jax.objectives.
     wide = functools.partial(many, radius=0.3)
     free = functools.partial(glue_jax.spsa_step, radius=radius, directions="orthogonal", num_directions=num_experts)
-    # By groups there are many more dimensions.
-    free_by_groups = functools.partial(free, num_directions=2 * num_experts)
+    # By layer there are many more dimensions.
+    free_by_layer = functools.partial(free, num_directions=2 * num_experts)
     full = glue_jax.full_gradient_step
 
     def paper(name: str, **parts: object) -> Recipe:
@@ -250,30 +250,33 @@ def recipes(config: Config) -> list[Recipe]:
     def by_accuracy(measured: Measured) -> jax.Array:
         return glue_jax.proxy_accuracy_weights(measured.accuracies())
 
-    def from_coarse_to_fine(name: str, of_model: StepFn, of_groups: StepFn, aligned: Alignment = "no") -> list[Recipe]:
+    def from_coarse_to_fine(name: str, of_model: StepFn, of_layers: StepFn, aligned: Alignment = "no") -> list[Recipe]:
         coarse = combination(
             name,
             step_fn=of_model,
             link_fn=glue_jax.unconstrained,
-            temperature=True,
             learning_rate=2e-2,
             most_steps=200,
             statistics="minibatch",
             aligned=aligned,
         )
         fine = dataclasses.replace(
-            coarse, first=coarse, step_fn=of_groups, norms_together=True, learning_rate=5e-3, most_steps=500
-        )
-        return [
             coarse,
-            dataclasses.replace(fine, name=f"{name}, by block", grouping="block"),
-            dataclasses.replace(fine, name=f"{name}, by layer", grouping="layer"),
-        ]
+            name=f"{name}, by layer",
+            first=coarse,
+            step_fn=of_layers,
+            grouping="layer",
+            norms_together=True,
+            learning_rate=5e-3,
+            most_steps=500,
+        )
+        return [coarse, fine]
 
     def entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
         del labels
         return glue_jax.entropy(logits)
 
+    from_free = from_coarse_to_fine("free coefficients", free, free_by_layer)
     return [
         paper("1 data size (uniform)", paper_config=1),
         paper("2 proxy accuracy", paper_config=2, start=by_accuracy),
@@ -295,8 +298,6 @@ def recipes(config: Config) -> list[Recipe]:
         remedy("GLUE, temperature", step_fn=spsa, temperature=True),
         remedy("GLUE on accuracy", step_fn=wide, objective=glue_jax.error_rate),
         remedy("GLUE on entropy", step_fn=spsa, objective=entropy),
-        remedy("free coefficients", step_fn=free, link_fn=glue_jax.unconstrained, statistics="minibatch"),
-        remedy("task vectors", step_fn=free, link_fn=glue_jax.unconstrained, statistics="minibatch", task_vectors=True),
         combination("uniform, aligned to the first, refreshed", aligned="to the first", statistics="refreshed"),
         combination("uniform, aligned, refreshed", aligned="jointly", statistics="refreshed"),
         combination("minibatch, by block", step_fn=many, statistics="minibatch", grouping="block"),
@@ -306,7 +307,9 @@ def recipes(config: Config) -> list[Recipe]:
         combination(
             "minibatch, temperature, by layer", step_fn=many, statistics="minibatch", grouping="layer", temperature=True
         ),
-        *from_coarse_to_fine("free, temperature", free, free_by_groups),
-        *from_coarse_to_fine("full gradient, free, temperature", full, full),
-        *from_coarse_to_fine("aligned, free, temperature", free, free_by_groups, "jointly"),
+        *from_free,
+        dataclasses.replace(from_free[0], name="free coefficients, temperature", temperature=True),
+        dataclasses.replace(from_free[0], name="task vectors", task_vectors=True),
+        *from_coarse_to_fine("full gradient, free coefficients", full, full),
+        *from_coarse_to_fine("aligned, free coefficients", free, free_by_layer, "jointly"),
     ]

@@ -17,8 +17,9 @@ _WORDS = (
     "Refreshed: BatchNorm's statistics are estimated anew on target images. Minibatch: while learning, each model "
     "normalises by its minibatch, and is refreshed then. Aligned: the experts' units are permuted, jointly or to the "
     "first expert, before they are blended. By block, by layer: coefficients for each. Temperature: the logits' is "
-    "learned, too. Free: coefficients without a softmax, with minibatch. Free, temperature: one vector of coefficients "
-    "for the model in few steps; by block and by layer go on from there, with one vector for all norms together."
+    "learned, too. Free coefficients: without a softmax, with minibatch; by block and by layer go on from the one "
+    "vector for the model, with one for all norms together. Task vectors: free coefficients of the differences to the "
+    "experts' initialisation."
 )
 # Epochs of fine-tuning that have a column.
 _EPOCHS = (1, 5)
