@@ -4,16 +4,18 @@ import dataclasses
 import functools
 import io
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from rich.console import Console
 
+import experiments
 import glue_jax
 from experiments import data, digits, protocol
 from experiments.ablation import __main__ as ablation
-from experiments.ablation import measurement
+from experiments.ablation import measurement, report
 from experiments.ablation.recipes import Recipe, recipes
 from experiments.context import prepare
 from experiments.progress import ProgressBars
@@ -22,6 +24,7 @@ from tests.test_protocol import TINY
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 
+RESULTS = Path(experiments.__file__).parent / "results"
 ONE_SEED = dataclasses.replace(TINY, seeds=(0,))
 ALL = {recipe.name: recipe for recipe in recipes(ONE_SEED)}
 
@@ -61,6 +64,12 @@ def test_every_recipe_gives_a_model_of_the_experts_architecture(tmp_path):
     assert rows["best expert"]["test_accuracy"][0] == pytest.approx(best["test_accuracy"])
 
 
+@pytest.mark.parametrize("folder", sorted(RESULTS.glob("ablation-*")), ids=lambda folder: folder.name)
+def test_the_reports_that_are_kept_are_those_of_their_results(folder):
+    results = json.loads((folder / "results.json").read_text())
+    assert (folder / "report.md").read_text() == report._markdown(results)
+
+
 def test_a_command_line_comes_to_its_report_and_has_nothing_to_do_again(tiny, tmp_path, monkeypatch, capsys):
     words = ("--recipes", "4 GLUE", "task vectors")
     first = run(tmp_path, *words)
@@ -76,11 +85,11 @@ def test_a_command_line_comes_to_its_report_and_has_nothing_to_do_again(tiny, tm
         "report.md",
         "ablation.png",
     }
-    report = (tmp_path / "out" / "report.md").read_text()
-    assert "nan" not in report
-    assert "| 4 GLUE |" in report
-    assert "Experts of separate initialisation" in report
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["title"] in report
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "nan" not in text
+    assert "| 4 GLUE |" in text
+    assert "Experts of separate initialisation" in text
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["title"] in text
     monkeypatch.setattr(measurement, "_model", None)
     again = run(tmp_path, *words)
     assert again["sets"] == first["sets"]
@@ -195,7 +204,8 @@ def test_groups_start_where_one_vector_for_the_model_ended(tmp_path):
 
 def test_what_is_learned_first_is_one_vector_of_the_same_kind():
     fine = ALL["free coefficients, by layer"]
-    for other in (fine, ALL["free coefficients, temperature"], ALL["GLUE, minibatch"]):
+    others = "free coefficients, temperature", "GLUE, minibatch", "task vectors", "aligned, free coefficients"
+    for other in (fine, *(ALL[name] for name in others)):
         with pytest.raises(ValueError, match=f"by layer: first is {other.name!r}; expected a recipe of the grou"):
             dataclasses.replace(fine, first=other)
 

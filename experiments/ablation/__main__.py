@@ -3,7 +3,7 @@
     python -m experiments.ablation
     python -m experiments.ablation --experiment cifar10 --initializations common --recipes "4 GLUE" "free coefficients"
 
-The digits, all ways and both initialisations, take 12 minutes of one CPU core. Each way's coefficients and figures are
+The digits, all ways and both initialisations, take 10 minutes of one CPU core. Each way's coefficients and figures are
 kept in the folder of the results, so an interrupted run goes on, and ways can be added.
 
 Experts are read from `--run-dir`, where the experiment's own command keeps them (give it the same options); those that

@@ -19,7 +19,7 @@ from glue_jax.types import LinkFn, StepFn
 
 Statistics = Literal["blended", "refreshed", "minibatch"]
 Part = Literal["the paper", "remedies", "combinations"]
-Grouping = Literal["model", "block", "layer"]
+Grouping = Literal["model", "block", "layer", "layer, norms together"]
 Alignment = Literal["no", "to the first", "jointly"]
 
 BLOCKS: Mapping[str, str] = {
@@ -106,8 +106,7 @@ class Recipe:
         step_fn: learns the coefficients; None keeps the start.
         link_fn: from what is learned to coefficients.
         task_vectors: whether the experts' common initialisation is blended with them, as their differences' origin.
-        grouping: what has coefficients of its own.
-        norms_together: whether all norms share a group apart from the layers, not each its layer's.
+        grouping: what has coefficients of its own; with norms together, they share theirs.
         temperature: whether a temperature is learned, too.
         learning_rate: of Adam on beta, which falls to a fiftieth of it, by a cosine, at the most steps; None is the
             experiment's own, which stays as it is.
@@ -128,7 +127,6 @@ class Recipe:
     link_fn: LinkFn = jax.nn.softmax
     task_vectors: bool = False
     grouping: Grouping = "model"
-    norms_together: bool = False
     temperature: bool = False
     learning_rate: float | None = None
     most_steps: int | None = None
@@ -161,13 +159,12 @@ class Recipe:
         """The groups of a network's leaves; None is one for the model."""
         if self.grouping == "model":
             return None
-        pattern = LAYERS if self.grouping == "layer" else BLOCKS[network]
-        if not self.norms_together:
-            return glue_jax.group_by_path(experts, pattern)
+        if self.grouping != "layer, norms together":
+            return glue_jax.group_by_path(experts, LAYERS if self.grouping == "layer" else BLOCKS[network])
 
         def label(path: str) -> str:
-            found = re.search(pattern, path)
-            return "norms" if "norm" in path else found[found.re.groups] if found else "rest"
+            found = re.search(LAYERS, path)
+            return "norms" if "norm" in path else found[1] if found else "rest"
 
         return glue_jax.group_by_path(experts, label)
 
@@ -265,8 +262,7 @@ def recipes(config: Config) -> list[Recipe]:
             name=f"{name}, by layer",
             first=coarse,
             step_fn=of_layers,
-            grouping="layer",
-            norms_together=True,
+            grouping="layer, norms together",
             learning_rate=5e-3,
             most_steps=500,
         )
@@ -276,7 +272,7 @@ def recipes(config: Config) -> list[Recipe]:
         del labels
         return glue_jax.entropy(logits)
 
-    from_free = from_coarse_to_fine("free coefficients", free, free_by_layer)
+    free_model, free_layers = from_coarse_to_fine("free coefficients", free, free_by_layer)
     return [
         paper("1 data size (uniform)", paper_config=1),
         paper("2 proxy accuracy", paper_config=2, start=by_accuracy),
@@ -307,9 +303,10 @@ def recipes(config: Config) -> list[Recipe]:
         combination(
             "minibatch, temperature, by layer", step_fn=many, statistics="minibatch", grouping="layer", temperature=True
         ),
-        *from_free,
-        dataclasses.replace(from_free[0], name="free coefficients, temperature", temperature=True),
-        dataclasses.replace(from_free[0], name="task vectors", task_vectors=True),
+        free_model,
+        free_layers,
+        dataclasses.replace(free_model, name="free coefficients, temperature", temperature=True),
+        dataclasses.replace(free_model, name="task vectors", task_vectors=True),
         *from_coarse_to_fine("full gradient, free coefficients", full, full),
         *from_coarse_to_fine("aligned, free coefficients", free, free_by_layer, "jointly"),
     ]

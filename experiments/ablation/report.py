@@ -17,7 +17,7 @@ _WORDS = (
     "Refreshed: BatchNorm's statistics are estimated anew on target images. Minibatch: while learning, each model "
     "normalises by its minibatch, and is refreshed then. Aligned: the experts' units are permuted, jointly or to the "
     "first expert, before they are blended. By block, by layer: coefficients for each. Temperature: the logits' is "
-    "learned, too. Free coefficients: without a softmax, with minibatch; by block and by layer go on from the one "
+    "learned, too. Free coefficients: without a softmax, with minibatch; by layer they go on from the one "
     "vector for the model, with one for all norms together. Task vectors: free coefficients of the differences to the "
     "experts' initialisation."
 )
@@ -110,16 +110,17 @@ def _draw(axes: Axes, found: Mapping[str, Any], names: list[str], colors: list[s
 def _markdown(results: Mapping[str, Any]) -> str:
     """The report."""
     config = results["sets"][0]["config"]
+    seeds = config["seeds"]
+    means = f"means over {len(seeds)} seeds ± their standard deviation" if len(seeds) > 1 else f"seed {seeds[0]}"
     blocks = [
         f"# {results['title']}",
         f"    {results['command']}",
         f"{config['network']} on {results['sets'][0]['data']}, {config['num_experts']} experts of "
         f"{config['expert_examples']} images. Run on {results['machine']}.",
         "Test accuracy and loss of the prior, its accuracy on the validation images, which judge learning, and test "
-        f"accuracy after so many epochs of fine-tuning it; means over {len(config['seeds'])} seeds ± their standard "
-        "deviation. Passes: how many times one model went forward on one target or validation image on the way to the "
-        "prior; backward passes are not among them. Seconds: to the prior, with compilation, without the experts' "
-        "alignment.",
+        f"accuracy after so many epochs of fine-tuning it; {means}. Passes: how many times one model went forward on "
+        "one target or validation image on the way to the prior; backward passes are not among them. Seconds: to the "
+        "prior, with compilation, without the experts' alignment.",
         _WORDS,
         "![accuracy of each recipe's prior](ablation.png)",
     ]
