@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import glue_jax
 
@@ -38,7 +39,8 @@ def _labels(variables, x):
     return np.asarray(_Network().apply(variables, x)).argmax(axis=1)
 
 
-def test_the_whole_way_to_a_stronger_prior_runs_with_a_flax_network():
+@pytest.mark.parametrize("aligned", [False, True])
+def test_the_whole_way_to_a_stronger_prior_runs_with_a_flax_network(aligned):
     keys = jax.random.split(jax.random.key(0), 4)
     x = jax.random.normal(keys[0], (768, 8))
     truth = _Network().init(keys[1], x)
@@ -50,8 +52,10 @@ def test_the_whole_way_to_a_stronger_prior_runs_with_a_flax_network():
     data = {"x": x, "y": _labels(truth, x)}
     target = jax.tree.map(lambda leaf: leaf[:512], data)
     validation = jax.tree.map(lambda leaf: leaf[512:], data)
-    namespace = {"K": 3, "experts": glue_jax.stack_experts(experts), "target": target, "validation": validation}
-    exec(EXAMPLES[2], namespace)
+    namespace = {"experts": glue_jax.stack_experts(experts), "target": target, "validation": validation}
+    example = re.sub(r"^# (?=spec =|experts =)", "", EXAMPLES[2], flags=re.MULTILINE) if aligned else EXAMPLES[2]
+    exec(example, namespace)
+    assert ("spec" in namespace) == aligned
     prior, coarse, fine = (namespace[name] for name in ("prior", "coarse", "fine"))
     assert set(namespace["groups"].names) == {"norms", "params/Dense_0", "params/Dense_1"}
     first, *others = fine.alpha
@@ -62,6 +66,8 @@ def test_the_whole_way_to_a_stronger_prior_runs_with_a_flax_network():
     statistics = prior["batch_stats"]["BatchNorm_0"]
     np.testing.assert_allclose(statistics["mean"], hidden.mean(axis=0), atol=1e-4)
     np.testing.assert_allclose(statistics["var"], hidden.var(axis=0), rtol=1e-4)
+    assert namespace["logits"].shape == (256, 4)
+    np.testing.assert_array_equal(namespace["logits"].argmax(axis=1), _labels(prior, validation["x"]))
     correct = [_labels(variables, validation["x"]) == validation["y"] for variables in (prior, *experts)]
     assert correct[0].mean() > max(each.mean() for each in correct[1:])
 

@@ -39,8 +39,9 @@ class Arguments(ExpertArguments):
 
     Attributes:
         initializations: of the experts; `initialization` itself has no effect here.
-        recipes: those of these names, or whose names contain one of these words; none given are all.
-        epochs: of fine-tuning.
+        recipes: those of these names; a word that is none's name stands for all whose names contain it; none given are
+            all.
+        epochs: of fine-tuning; `fine-tuning-epochs` is the experiment's, whose own run Configs 1 to 4 are taken from.
     """
 
     initializations: tuple[Initialization, ...] = ("common", "separate")
@@ -60,7 +61,7 @@ class Arguments(ExpertArguments):
         self.chosen()
 
     def chosen(self) -> list[Recipe]:
-        """Returns the recipes of these names, or whose names contain one of the words."""
+        """Returns the recipes of these names, and those whose names contain a word that is none's name."""
         known = recipes(self.config)
         names = {recipe.name for recipe in known}
         chosen = set() if self.recipes else names
