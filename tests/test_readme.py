@@ -89,4 +89,5 @@ def test_the_public_address_is_that_of_the_project():
 def test_every_picture_and_report_that_is_shown_is_there():
     shown = re.findall(r"\]\((?!http)([^)#]+)\)", README)
     assert [path for path in shown if path.endswith(".png")]
+    assert "RESULTS_" not in README
     assert not [path for path in shown if not (ROOT / path).exists()]
