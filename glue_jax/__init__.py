@@ -6,22 +6,23 @@ The method is of Park, Chaudhari, Pranav, Joe-Wong and Moura, "GLUE: Gradient-fr
 
 from glue_jax import theory
 from glue_jax.alignment import Alignment, Permutations, PermutationSpec, align, align_experts, chain_spec, permute
-from glue_jax.ask_tell import ask, tell
+from glue_jax.ask_tell import Probes, ask, tell
 from glue_jax.batch_norm import refresh_statistics
 from glue_jax.batches import batched_mean, minibatch_indices
+from glue_jax.blending import blend
+from glue_jax.calibration import Calibration, calibrate
 from glue_jax.coefficients import (
     data_size_weights,
     proxy_accuracy_weights,
     uniform,
     weights_to_logits,
 )
-from glue_jax.diagnostics import Calibration, Diagnostics, calibrate, probe_diagnostics, with_diagnostics
 from glue_jax.directions import Directions, sample_directions
 from glue_jax.estimators import Estimate, forward_gradient, full_gradient, spsa_gradient
-from glue_jax.experts import blend, num_experts, stack_experts
+from glue_jax.experts import num_experts, stack_experts
 from glue_jax.groups import Groups, group_by_path
 from glue_jax.learning import NonFiniteLossError, learn
-from glue_jax.links import Tempered, box, task_vector_weights, tempered_link, tempered_merge, unconstrained
+from glue_jax.links import Link, Tempered, box, task_vector_weights, tempered_link, tempered_merge, unconstrained
 from glue_jax.objectives import entropy, error_rate
 from glue_jax.paths import combine, leaf_paths, partition
 from glue_jax.similarity import Similarity, loss_barriers, weight_similarity
@@ -29,6 +30,7 @@ from glue_jax.soups import best_expert, diagonal_fisher, fisher_merge, greedy_so
 from glue_jax.starts import learn_from_starts
 from glue_jax.steps import alpha, forward_gradient_step, full_gradient_step, init, spsa_step
 from glue_jax.types import (
+    Diagnostics,
     GlueMetrics,
     GlueState,
     History,
@@ -53,12 +55,14 @@ __all__ = [
     "Groups",
     "History",
     "LearnResult",
+    "Link",
     "LinkFn",
     "LossFn",
     "MergeFn",
     "NonFiniteLossError",
     "PermutationSpec",
     "Permutations",
+    "Probes",
     "Progress",
     "Similarity",
     "StepFn",
@@ -95,7 +99,6 @@ __all__ = [
     "num_experts",
     "partition",
     "permute",
-    "probe_diagnostics",
     "proxy_accuracy_weights",
     "refresh_statistics",
     "sample_directions",
@@ -111,5 +114,4 @@ __all__ = [
     "uniform",
     "weight_similarity",
     "weights_to_logits",
-    "with_diagnostics",
 ]

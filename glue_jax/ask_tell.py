@@ -1,25 +1,53 @@
 """The step of GLUE cut in two, for losses that JAX does not compute: another framework, a served model, a metric.
 
 for _ in range(100):
-    alphas = glue_jax.ask(key, state)                            # [2m, K]
-    losses = [evaluate(alpha) for alpha in np.asarray(alphas)]   # anything, lower is better
-    state, metrics = glue_jax.tell(key, state, losses, optimizer=optimizer)
+    probes = glue_jax.ask(key, state)
+    losses = [evaluate(alpha) for alpha in np.asarray(probes.alpha)]  # anything, lower is better
+    state, metrics = glue_jax.tell(probes, losses, optimizer=optimizer)
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from glue_jax.coefficients import check_floating
 from glue_jax.directions import Directions, dimension, sample_directions
-from glue_jax.estimators import Scale, check_radius, scale_factor, spsa_estimate, spsa_probes
+from glue_jax.estimators import (
+    Estimate,
+    Scale,
+    check_radius,
+    combine_slopes,
+    scale_factor,
+    spsa_probes,
+)
+from glue_jax.links import directions_of
+from glue_jax.precision import DEFAULT_RADIUS
 from glue_jax.steps import update
 from glue_jax.types import GlueMetrics, GlueState, LinkFn, PyTree
+
+
+class Probes(NamedTuple):
+    """What `ask` wants to know the losses of, and all that `tell` needs beside them.
+
+    Attributes:
+        alpha: of each probe, leaves `[2m, ...]`: at `beta + radius u` and `beta - radius u` of each direction in turn.
+        state: the state that was given to `ask`.
+        directions: u, of beta's structure, leaves `[m, ...]`.
+        radius: of the probes, `[]`.
+        factor: what the scale multiplies Eq. (6) by.
+        alpha_of_state: the coefficients of `state`, unperturbed.
+    """
+
+    alpha: PyTree
+    state: GlueState
+    directions: PyTree
+    radius: ArrayLike
+    factor: float
+    alpha_of_state: PyTree
 
 
 def ask(
@@ -27,25 +55,28 @@ def ask(
     state: GlueState,
     *,
     link_fn: LinkFn = jax.nn.softmax,
-    radius: ArrayLike | optax.Schedule = 1e-2,
+    radius: ArrayLike | optax.Schedule = DEFAULT_RADIUS,
     num_directions: int = 1,
-    directions: Directions = "rademacher",
-) -> PyTree:
+    directions: Directions | None = None,
+    scale: Scale = "unbiased",
+) -> Probes:
     """Returns the coefficients whose losses `tell` wants: the first half of `spsa_step`.
 
     Args:
         key: as for `spsa_step`, the same for every step.
         state: of `init` or `tell`.
         link_fn: as for `spsa_step`.
-        radius: as for `spsa_step`.
+        radius: as for `spsa_step`. A loss that is measured in few digits, or a metric that counts, wants a large one.
         num_directions: m.
         directions: as for `spsa_step`.
+        scale: as for `spsa_step`.
 
     Returns:
-        alpha of each probe, leaves `[2m, ...]`: at `beta + radius u` and `beta - radius u` of each direction in turn.
+        The probes, for `tell`.
 
     Raises:
         ValueError: an argument out of its range.
+        TypeError: coefficients that are not floating point.
 
     Example:
         >>> import jax, optax
@@ -53,61 +84,64 @@ def ask(
         >>> optimizer = optax.adam(0.1)
         >>> key, state = jax.random.key(0), glue_jax.init(2, optimizer)
         >>> for _ in range(50):
-        ...     alphas = glue_jax.ask(key, state)
-        ...     losses = [(float(alpha[1]) - 0.75) ** 2 for alpha in alphas]
-        ...     state, metrics = glue_jax.tell(key, state, losses, optimizer=optimizer)
+        ...     probes = glue_jax.ask(key, state)
+        ...     losses = [(float(alpha[1]) - 0.75) ** 2 for alpha in probes.alpha]
+        ...     state, metrics = glue_jax.tell(probes, losses, optimizer=optimizer)
         >>> bool(abs(glue_jax.alpha(state)[1] - 0.75) < 0.05)
         True
     """
-    check_floating(state.beta)
-    check_radius(radius)  # pyright: ignore[reportArgumentType]
     radius = radius(state.step) if callable(radius) else radius
+    check_radius(radius)
+    directions = directions or directions_of(link_fn)
     u = sample_directions(jax.random.fold_in(key, state.step), state.beta, num_directions, directions)
-    return jax.vmap(link_fn)(spsa_probes(state.beta, u, radius))
+    return Probes(
+        alpha=jax.vmap(link_fn)(spsa_probes(state.beta, u, radius)),
+        state=state,
+        directions=u,
+        radius=radius,
+        factor=scale_factor(scale, dimension(state.beta, directions)),
+        alpha_of_state=link_fn(state.beta),
+    )
 
 
 def tell(
-    key: jax.Array,
-    state: GlueState,
-    losses: ArrayLike | Sequence[float],
-    *,
-    optimizer: optax.GradientTransformation,
-    link_fn: LinkFn = jax.nn.softmax,
-    radius: ArrayLike | optax.Schedule = 1e-2,
-    num_directions: int = 1,
-    directions: Directions = "rademacher",
-    scale: Scale = "unbiased",
+    probes: Probes, losses: ArrayLike | Sequence[float | None], *, optimizer: optax.GradientTransformation
 ) -> tuple[GlueState, GlueMetrics]:
-    """Takes the step that the losses of the coefficients of `ask` say: the second half of `spsa_step`.
+    """Takes the step that the losses of the probes say: the second half of `spsa_step`.
+
+    The losses of the host are subtracted in float64. A probe that could not be evaluated has the loss None. Its pair is
+    left out, and the other pairs decide. Where no pair is left, the state goes on to its next step unchanged, and the
+    next `ask` draws other directions.
 
     Args:
-        key: the one given to `ask`: the directions are drawn again from it and the state's step.
-        state: the one given to `ask`.
-        losses: of the probes in the order of `ask`, `[2m]`, lower is better.
+        probes: of `ask`.
+        losses: of the probes in their order, `[2m]`, lower is better; None for a probe that failed.
         optimizer: of beta, the one given to `init`.
-        link_fn: the one given to `ask`.
-        radius: the one given to `ask`.
-        num_directions: m.
-        directions: those given to `ask`.
-        scale: as for `spsa_step`.
 
     Returns:
-        The next state, and the metrics of the state that went in, as `spsa_step` does.
+        The next state, and the metrics of the state that went in, as `spsa_step` returns them. The losses of a pair
+        that was left out are NaN there.
 
     Raises:
-        ValueError: losses of another shape, or, outside `jit`, that are infinite or not a number; an argument out of
-            its range.
+        ValueError: losses of another shape, that are infinite or not a number, or that are no real numbers.
     """
-    check_radius(radius)  # pyright: ignore[reportArgumentType]
-    losses = jnp.asarray(losses)
-    losses = losses.astype(jnp.promote_types(losses.dtype, jnp.float32))
-    if losses.shape != (2 * num_directions,):
-        raise ValueError(
-            f"losses have shape {losses.shape}; expected [2m] = ({2 * num_directions},), one for each probe"
-        )
-    if not isinstance(losses, Tracer) and not np.isfinite(losses).all():
-        raise ValueError(f"losses are {losses.tolist()}; expected finite numbers")
-    factor = scale_factor(scale, dimension(state.beta, directions))
-    radius = radius(state.step) if callable(radius) else radius
-    u = sample_directions(jax.random.fold_in(key, state.step), state.beta, num_directions, directions)
-    return update(spsa_estimate(losses, u, radius, factor), state, optimizer, link_fn)
+    count = len(jax.tree.leaves(probes.directions)[0])
+    failed = [loss is None for loss in losses] if isinstance(losses, Sequence) else [False] * np.size(losses)
+    values = np.asarray([np.nan if loss is None else loss for loss in losses] if any(failed) else losses)
+    if values.shape != (2 * count,):
+        raise ValueError(f"losses have shape {values.shape}; expected [2m] = ({2 * count},), one for each probe")
+    if values.dtype.kind not in "fiub" or not np.isfinite(values[~np.array(failed)]).all():
+        raise ValueError(f"losses are {values.tolist()}; expected finite real numbers, or None for a probe that failed")
+    pairs = values.astype(np.float64).reshape(-1, 2)
+    state, complete = probes.state, np.isfinite(pairs).all(axis=1)
+    slopes = np.where(complete, (pairs[:, 0] - pairs[:, 1]) / (2 * float(probes.radius)), 0.0)
+    # The mean over all directions becomes that over the complete ones.
+    slopes *= count / max(complete.sum(), 1)
+    pairs = np.where(complete[:, None], pairs, np.nan)
+    estimate = Estimate(
+        value=jnp.asarray(np.mean(pairs[complete]) if complete.any() else np.nan, jnp.float32),
+        gradient=combine_slopes(jnp.asarray(slopes, jnp.float32), probes.directions, probes.factor),
+        probe_values=jnp.asarray(pairs, jnp.float32),
+    )
+    next_state, metrics = update(estimate, state, optimizer, probes.alpha_of_state)
+    return (next_state if complete.any() else state._replace(step=state.step + 1)), metrics

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
+from glue_jax.coefficients import check_floating
 from glue_jax.types import PyTree
 
 DirectionName = Literal["rademacher", "sphere", "gaussian", "orthogonal", "simplex_orthogonal"]
@@ -54,7 +55,7 @@ def dimension(beta: PyTree, directions: Directions = "rademacher") -> int:
     Raises:
         ValueError: an unknown name, or nothing to probe (d = 0, as for `simplex_orthogonal` with one expert).
     """
-    if isinstance(directions, str) and directions not in get_args(DirectionName):
+    if not callable(directions) and directions not in get_args(DirectionName):
         raise ValueError(f"directions is {directions!r}; expected one of {get_args(DirectionName)} or a function")
     probed = _without_last(beta) if directions == "simplex_orthogonal" else beta
     d = sum(math.prod(np.shape(leaf)) for leaf in jax.tree.leaves(probed))
@@ -79,10 +80,13 @@ def sample_directions(
         A pytree of beta's structure and dtypes with leaves `[m, ...]`.
 
     Raises:
-        ValueError: m below 1, an unknown name, nothing to probe, or a function's directions of a wrong shape.
+        ValueError: an m that is no integer of at least 1, an unknown name, nothing to probe, or a function's
+            directions of a wrong shape.
+        TypeError: coefficients that are not floating point.
     """
-    if num_directions < 1:
-        raise ValueError(f"num_directions is {num_directions}; expected at least 1")
+    check_floating(beta)
+    if not isinstance(num_directions, int | np.integer) or num_directions < 1:
+        raise ValueError(f"num_directions is {num_directions}; expected an integer of at least 1")
     dimension(beta, directions)
     if callable(directions):
         return _checked(directions(key, beta, num_directions), beta, num_directions)
@@ -123,6 +127,8 @@ def _sphere(key: jax.Array, m: int, d: int, dtype: Any) -> jax.Array:
 
 def _orthogonal(key: jax.Array, m: int, d: int, dtype: Any) -> jax.Array:
     """Orthonormal rows, in independent blocks of d."""
+    if min(m, d) == 1:
+        return _sphere(key, m, d, dtype)
     blocks = -(-m // d)
     normal = jax.random.normal(key, (blocks, d, min(m, d)), dtype)
     q, r = jnp.linalg.qr(normal)

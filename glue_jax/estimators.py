@@ -12,11 +12,13 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from glue_jax.coefficients import check_floating
 from glue_jax.directions import Directions, dimension, sample_directions
-from glue_jax.types import PyTree
+from glue_jax.precision import DEFAULT_RADIUS
+from glue_jax.types import Diagnostics, PyTree
 
 Scale = Literal["unbiased", "paper"]
 
@@ -28,11 +30,13 @@ class Estimate(NamedTuple):
         value: the function's value, `[]`; for SPSA the mean of its 2m probes.
         gradient: of beta's structure.
         probe_values: `[m, 2]`, the values at `beta + radius u` and `beta - radius u` (Eq. 3); None for the others.
+        diagnostics: of `spsa_gradient(..., diagnostics=True)`; None otherwise.
     """
 
     value: jax.Array
     gradient: PyTree
     probe_values: jax.Array | None
+    diagnostics: Diagnostics | None = None
 
 
 def spsa_gradient(
@@ -40,11 +44,12 @@ def spsa_gradient(
     fun: Callable[[PyTree], jax.Array],
     beta: PyTree,
     *,
-    radius: ArrayLike = 1e-2,
+    radius: ArrayLike = DEFAULT_RADIUS,
     num_directions: int = 1,
     directions: Directions = "rademacher",
     scale: Scale = "unbiased",
     probe_batch_size: int | None = None,
+    diagnostics: bool = False,
 ) -> Estimate:
     """Estimates a gradient from two evaluations a direction, without differentiating (Eq. 3-6).
 
@@ -65,6 +70,7 @@ def spsa_gradient(
             which a convolution with a kernel for each probe is slow. (The loop serves networks in JAX's usual layout,
             images `[B, H, W, C]` and kernels `[H, W, in, out]`. In the layout of PyTorch, XLA:CPU runs a convolution
             slowly within a loop: pass 2m there.)
+        diagnostics: whether to measure how good the estimate is, by 2m + 1 evaluations more.
 
     Returns:
         An `Estimate` with `probe_values` `[m, 2]`.
@@ -83,12 +89,17 @@ def spsa_gradient(
         >>> jnp.allclose(estimate.gradient, 2 * beta, atol=1e-3)
         Array(True, dtype=bool)
     """
-    check_floating(beta)
     check_radius(radius)
     factor = scale_factor(scale, dimension(beta, directions))
     u = sample_directions(key, beta, num_directions, directions)
-    values = map_probes(scalar_valued(fun), spsa_probes(beta, u, radius), probe_batch_size)
-    return spsa_estimate(values, u, radius, factor)
+    fun = scalar_valued(fun)
+    values = map_probes(fun, spsa_probes(beta, u, radius), probe_batch_size)
+    estimate = spsa_estimate(values, u, radius, factor)
+    if not diagnostics:
+        return estimate
+    double = 2 * jnp.asarray(radius)
+    wide = map_probes(fun, spsa_probes(beta, u, double), probe_batch_size)
+    return estimate._replace(diagnostics=_diagnose(values, wide, fun(beta), radius))
 
 
 def forward_gradient(
@@ -119,15 +130,14 @@ def forward_gradient(
         An `Estimate` whose `value` is `fun(beta)`.
 
     Raises:
-        ValueError: an argument out of its range, or a `fun` whose value is no scalar.
+        ValueError: an argument out of its range, or a `fun` whose value is no scalar, or an integer.
         TypeError: coefficients that are not floating point.
     """
-    check_floating(beta)
     factor = scale_factor(scale, dimension(beta, directions))
     u = sample_directions(key, beta, num_directions, directions)
-    slope_along = functools.partial(jax.jvp, scalar_valued(fun), (beta,))
+    slope_along = functools.partial(jax.jvp, scalar_valued(fun, differentiable=True), (beta,))
     values, slopes = map_probes(lambda direction: slope_along((direction,)), u, probe_batch_size)
-    return Estimate(value=values[0], gradient=_combine(slopes, u, factor), probe_values=None)
+    return Estimate(value=values[0], gradient=combine_slopes(slopes, u, factor), probe_values=None)
 
 
 def full_gradient(key: jax.Array | None, fun: Callable[[PyTree], jax.Array], beta: PyTree) -> Estimate:
@@ -142,12 +152,12 @@ def full_gradient(key: jax.Array | None, fun: Callable[[PyTree], jax.Array], bet
         An `Estimate` whose `value` is `fun(beta)`.
 
     Raises:
-        ValueError: a `fun` whose value is no scalar.
+        ValueError: a `fun` whose value is no scalar, or an integer.
         TypeError: coefficients that are not floating point.
     """
     del key
     check_floating(beta)
-    value, gradient = jax.value_and_grad(scalar_valued(fun))(beta)
+    value, gradient = jax.value_and_grad(scalar_valued(fun, differentiable=True))(beta)
     return Estimate(value=value, gradient=gradient, probe_values=None)
 
 
@@ -164,14 +174,31 @@ def spsa_probes(beta: PyTree, directions: PyTree, radius: ArrayLike) -> PyTree:
 def spsa_estimate(values: jax.Array, directions: PyTree, radius: ArrayLike, factor: float) -> Estimate:
     """Eq. (3) to (6), from the values `[2m]` at the points of `spsa_probes`."""
     pairs = values.reshape(-1, 2)
-    slopes = (pairs[:, 0] - pairs[:, 1]) / (2 * jnp.asarray(radius))
-    return Estimate(value=jnp.mean(pairs), gradient=_combine(slopes, directions, factor), probe_values=pairs)
+    gradient = combine_slopes(_slopes(values, radius), directions, factor)
+    return Estimate(value=jnp.mean(pairs), gradient=gradient, probe_values=pairs)
 
 
 def check_radius(radius: ArrayLike) -> None:
-    """Refuses a radius that is known and no finite number above 0."""
-    if isinstance(radius, int | float | np.number) and not 0 < radius < math.inf:
+    """Refuses a radius that is no real scalar or, where its value is known, no finite number above 0."""
+    if np.shape(radius) != () or jnp.iscomplexobj(radius):
+        raise ValueError(
+            f"radius has shape {np.shape(radius)}, dtype {jnp.result_type(radius)}; expected one real number"
+        )
+    if not isinstance(radius, Tracer) and not 0 < float(radius) < math.inf:
         raise ValueError(f"radius is {radius}; expected a finite number above 0")
+
+
+def _slopes(values: jax.Array, radius: ArrayLike) -> jax.Array:
+    """Eq. (4), `[m]`, from the values `[2m]` at the points of `spsa_probes`."""
+    pairs = values.reshape(-1, 2)
+    return (pairs[:, 0] - pairs[:, 1]) / (2 * jnp.asarray(radius))
+
+
+def _diagnose(values: jax.Array, wide: jax.Array, centre: jax.Array, radius: ArrayLike) -> Diagnostics:
+    """What the values at the radius `[2m]`, at twice the radius `[2m]` and in the middle tell about the slopes."""
+    near, far = _slopes(values, radius), _slopes(wide, 2 * jnp.asarray(radius))
+    size, difference = (jnp.sqrt(jnp.mean(jnp.square(part))) for part in (far, near - far))
+    return Diagnostics(disagreement=difference / size, curvature=2 * (jnp.mean(values) - centre) / jnp.square(radius))
 
 
 def map_probes(fun: Callable[[PyTree], Any], probes: PyTree, probe_batch_size: int | None) -> Any:
@@ -189,7 +216,7 @@ def map_probes(fun: Callable[[PyTree], Any], probes: PyTree, probe_batch_size: i
     return jax.lax.map(fun, probes, batch_size=None if probe_batch_size == 1 else probe_batch_size)
 
 
-def _combine(slopes: jax.Array, directions: PyTree, factor: float) -> PyTree:
+def combine_slopes(slopes: jax.Array, directions: PyTree, factor: float) -> PyTree:
     """Eq. (6): the mean of slope times direction, times the scale's factor."""
 
     def combine(leaf: jax.Array) -> jax.Array:
@@ -206,15 +233,20 @@ def scale_factor(scale: Scale, d: int) -> float:
     return float(d) if scale == "unbiased" else 1.0
 
 
-def scalar_valued(fun: Callable[[PyTree], jax.Array]) -> Callable[[PyTree], jax.Array]:
-    """`fun`, whose value must be a real scalar, in at least float32."""
+def scalar_valued(fun: Callable[[PyTree], jax.Array], *, differentiable: bool = False) -> Callable[[PyTree], jax.Array]:
+    """`fun`, whose value must be a real scalar, and no integer where it is differentiated, in at least float32."""
 
     def checked(beta: PyTree) -> jax.Array:
         value = fun(beta)
-        if not jax.tree_util.all_leaves([value]) or np.shape(value) != () or jnp.iscomplexobj(value):
+        if value is None or not jax.tree_util.all_leaves([value]) or np.shape(value) != () or jnp.iscomplexobj(value):
             raise ValueError(
                 f"the function of the coefficients returned {jax.tree.map(jnp.shape, value)}; expected one real "
                 "scalar (reduce the loss over the batch, and return nothing beside it)"
+            )
+        if differentiable and not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+            raise ValueError(
+                f"the function of the coefficients returned dtype {jnp.result_type(value)}, whose derivative is 0; "
+                "expected floating point (spsa_gradient takes a metric that counts)"
             )
         return jnp.asarray(value, jnp.promote_types(jnp.result_type(value), jnp.float32))
 

@@ -1,35 +1,47 @@
-"""Experts as one pytree with a leading axis K, and their blend (Eq. 1)."""
+"""Experts as one pytree with a leading axis K."""
 
-import operator
-from collections.abc import Sequence
+import re
+import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from glue_jax.paths import slashed
 from glue_jax.types import Params, PyTree
 
 
-def stack_experts(experts: Sequence[Params], *, take_first: Sequence[str] = ()) -> Params:
+def stack_experts(
+    experts: Iterable[Params], *, take_first: str | Sequence[str] = (), sharding: PyTree = None
+) -> Params:
     """Stacks K experts of one architecture into one pytree whose leaves are `[K, ...]`.
 
     Leaves that are not floating point (counters, masks) are never averaged: the experts must agree on them, or
-    they must be named in `take_first`.
+    they must be named in `take_first`. The stack is filled leaf by leaf. An iterator that yields expert after expert
+    and keeps none of them needs memory for the stack and one leaf; a list needs it for the experts and the stack.
 
     Args:
-        experts: K pytrees of one structure, with leaves of the same shapes and dtypes.
-        take_first: leaves that are not floating point and may differ; the first expert's are kept. Each entry is
-            a whole path as the errors print it (`"['bn']['num_batches_tracked']"`) or one key of a path
-            (`"num_batches_tracked"`), which names every leaf below it.
+        experts: K pytrees of one structure, with leaves of the same shapes and dtypes: arrays of JAX or NumPy, or
+            what `np.asarray` takes.
+        take_first: leaves that are not floating point and may differ; the first expert's are kept. Each entry is a
+            regular expression for their paths (`glue_jax.paths`), as `"num_batches_tracked$"`, or a path as errors
+            print it.
+        sharding: where the stack goes: a `jax.sharding.Sharding` of the stacked leaves, or a pytree of them, a prefix
+            of an expert's. None is JAX's default.
 
     Returns:
         The experts as one pytree, each leaf `[K, ...]`.
 
     Raises:
-        ValueError: experts that differ, with every difference by its path; an entry of `take_first` that names no
-            leaf or a floating-point one.
-        TypeError: a leaf that is no array, or a PRNG key.
+        ValueError: experts that differ, with every difference by its path; weights that are infinite or not a
+            number; integers that JAX's dtype does not hold; an entry of `take_first` that finds no leaf, or a
+            floating-point one.
+        TypeError: a leaf that is no array of numbers, or a PRNG key.
+
+    Warns:
+        UserWarning: float64 leaves, which JAX stores as float32 unless `jax_enable_x64` is set.
 
     Example:
         >>> import jax.numpy as jnp
@@ -38,31 +50,35 @@ def stack_experts(experts: Sequence[Params], *, take_first: Sequence[str] = ()) 
         >>> experts["w"].shape
         (2, 3)
     """
-    if not experts:
-        raise ValueError("stack_experts got no experts: expected a sequence of at least one pytree")
-    flattened = [jax.tree_util.tree_flatten_with_path(expert) for expert in experts]
-    trees = [_checked_leaves(index, leaves) for index, (leaves, _) in enumerate(flattened)]
-    first, (first_leaves, treedef) = trees[0], flattened[0]
-    if not first:
-        raise ValueError("the experts hold no arrays: expected pytrees with at least one leaf")
-    kept = _resolve_take_first(first_leaves, take_first)
-
-    differences = []
-    for index, (leaves, (_, other_treedef)) in enumerate(zip(trees, flattened, strict=True)):
-        found = [f"has no {path}" for path in first if path not in leaves]
-        found += [f"has {path}, which expert 0 lacks" for path in leaves if path not in first]
-        found += [
-            f"at {path}: {difference}"
-            for path, leaf in leaves.items()
-            if path in first and (difference := _difference(first[path], leaf, kept=path in kept))
-        ]
-        if not found and other_treedef != treedef:
-            found = [f"in the types of its containers: {other_treedef} against {treedef}"]
+    columns: dict[str, list[Any]] = {}
+    paths, treedef, kept = [], None, set()
+    differences: list[str] = []
+    for index, expert in enumerate(experts):
+        flat, own_treedef = jax.tree_util.tree_flatten_with_path(expert)
+        leaves = {path_name(path): _as_array(index, path, leaf) for path, leaf in flat}
+        if treedef is None:
+            if not leaves:
+                raise ValueError("the experts hold no arrays: expected pytrees with at least one leaf")
+            treedef, paths = own_treedef, [path for path, _ in flat]
+            kept = _resolve_take_first(paths, leaves, take_first)
+            columns = {path: [leaf] for path, leaf in leaves.items()}
+            continue
+        found = _differences({path: column[0] for path, column in columns.items()}, leaves, kept)
+        if not found and own_treedef != treedef:
+            found = [f"in the types of its containers: {own_treedef} against {treedef}"]
         differences += [f"expert {index} differs from expert 0 {text}" for text in found]
+        if not differences:
+            for path, leaf in leaves.items():
+                columns[path].append(columns[path][0] if path in kept else leaf)
+    if treedef is None:
+        raise ValueError("stack_experts got no experts: expected at least one pytree")
     if differences:
         raise ValueError("\n".join(differences))
-
-    stacked = [jnp.stack([(first if path in kept else tree)[path] for tree in trees]) for path in first]
+    shardings = [None] * len(paths) if sharding is None else _broadcast(sharding, treedef)
+    stacked = []
+    for (path, column), place in zip(columns.items(), shardings, strict=True):
+        stacked.append(_stacked(path, column, place))
+        column.clear()
     return jax.tree.unflatten(treedef, stacked)
 
 
@@ -73,93 +89,83 @@ def num_experts(experts: Params) -> int:
         experts: stacked experts, each leaf `[K, ...]`.
 
     Raises:
-        ValueError: no leaves, a leaf without a leading axis, or leading axes that differ, by path.
+        ValueError: no leaves, a leaf without a leading axis, leading axes that differ, by path, or of length 0.
     """
     leaves = jax.tree_util.tree_leaves_with_path(experts)
     if not leaves:
         raise ValueError("the experts hold no arrays: expected a pytree with leaves [K, ...]")
     first_path, first_leaf = leaves[0]
     for path, leaf in leaves:
-        if np.ndim(leaf) == 0 or leaf.shape[0] != first_leaf.shape[0]:
+        if np.ndim(leaf) == 0 or np.shape(leaf)[0] != np.shape(first_leaf)[0]:
             raise ValueError(
-                f"the experts are not stacked: {_name(path)} has shape {np.shape(leaf)} and "
-                f"{_name(first_path)} has shape {np.shape(first_leaf)}; expected a common leading axis K "
+                f"the experts are not stacked: {path_name(path)} has shape {np.shape(leaf)} and "
+                f"{path_name(first_path)} has shape {np.shape(first_leaf)}; expected a common leading axis K "
                 "(see stack_experts)"
             )
-    return first_leaf.shape[0]
+    if not np.shape(first_leaf)[0]:
+        raise ValueError(f"{path_name(first_path)} has shape {np.shape(first_leaf)}; expected at least one expert")
+    return np.shape(first_leaf)[0]
 
 
-def blend(experts: Params, alpha: jax.typing.ArrayLike, groups: PyTree | None = None) -> Params:
-    """Blends stacked experts into one model: theta(alpha) = sum_i alpha_i theta_i (Eq. 1).
-
-    One `jnp.tensordot` a leaf, accumulated in at least float32 with the highest precision (so that the two probes
-    of SPSA, which differ by little, are not rounded together on an accelerator), then cast to the expert's dtype.
-    Leaves that are not floating point are the first expert's.
-
-    Args:
-        experts: stacked experts, each leaf `[K, ...]`.
-        alpha: the coefficients, `[K]`, or `[G, K]` with `groups`. They need not lie on the simplex.
-        groups: a pytree of row numbers in `range(G)`, of the experts' structure or a prefix of it: the row of
-            `alpha` that blends a leaf. A part of the model whose row is `g` is blended by `alpha[g]`.
-
-    Returns:
-        The blended model, each leaf `[...]` in the expert's dtype.
-
-    Raises:
-        ValueError: shapes of `alpha`, `groups` and the experts that do not fit.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> import glue_jax
-        >>> experts = glue_jax.stack_experts([{"w": jnp.zeros(3)}, {"w": jnp.ones(3)}])
-        >>> glue_jax.blend(experts, jnp.array([0.25, 0.75]))["w"]
-        Array([0.75, 0.75, 0.75], dtype=float32)
-    """
-    k = num_experts(experts)
-    alpha = jnp.asarray(alpha)
-    expected = "[K]" if groups is None else "[G, K]"
-    if alpha.ndim != (1 if groups is None else 2) or alpha.shape[-1] != k:
-        raise ValueError(
-            f"alpha has shape {alpha.shape}; expected {expected} with K = {k}, the experts' leading axis"
-            + ("; pass groups to blend by rows" if groups is None and alpha.ndim == 2 else "")
-        )
-    if groups is None:
-        return jax.tree.map(lambda leaf: _blend_leaf(alpha, leaf), experts)
-    rows = _broadcast_groups(groups, experts, num_groups=alpha.shape[0])
-    return jax.tree.map(lambda leaf, row: _blend_leaf(alpha[row], leaf), experts, rows)
+def path_name(path: tuple[Any, ...]) -> str:
+    """Returns a path of `jax.tree_util` as errors print it."""
+    return jax.tree_util.keystr(path) or "the root"
 
 
-def _checked_leaves(index: int, leaves: list[tuple[Any, Any]]) -> dict[str, np.ndarray | jax.Array]:
-    """The leaves of one expert by path, as arrays; refuses what cannot be stacked."""
-    arrays = {}
-    for path, leaf in leaves:
-        name = _name(path)
-        if not isinstance(leaf, bool | int | float | complex) and not hasattr(leaf, "__array__"):
-            raise TypeError(f"expert {index} holds a {type(leaf).__name__} at {name}; expected arrays alone")
-        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+def _as_array(index: int, path: tuple[Any, ...], leaf: Any) -> Any:
+    """A leaf of expert `index` as an array of JAX or NumPy; refuses what cannot be stacked."""
+    where = f"expert {index} holds a {type(leaf).__name__} at {path_name(path)}"
+    if isinstance(leaf, np.ma.MaskedArray):
+        raise TypeError(f"{where}, whose mask would be lost: fill it first")
+    if isinstance(leaf, jax.Array):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             raise TypeError(
-                f"expert {index} holds a PRNG key at {name}, which cannot be blended: split off the parameters and "
-                "the batch statistics, and stack those"
+                f"expert {index} holds a PRNG key at {path_name(path)}, which cannot be blended: split off the "
+                "parameters and the batch statistics, and stack those"
             )
-        arrays[name] = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)  # pyright: ignore[reportArgumentType]
-    return arrays
+        return leaf
+    if isinstance(leaf, bool | int | float | complex):
+        array = np.asarray(leaf)
+        return array.astype(jax.dtypes.canonicalize_dtype(array.dtype)) if isinstance(leaf, float | complex) else array
+    if not hasattr(leaf, "__array__"):
+        raise TypeError(f"{where}; expected arrays alone")
+    try:
+        array = np.asarray(leaf)
+    except (TypeError, RuntimeError, ValueError) as error:
+        raise TypeError(
+            f"{where}, which NumPy cannot read ({error}); of a PyTorch tensor pass tensor.detach().cpu().numpy(), of a "
+            "bfloat16 one tensor.detach().cpu().float().numpy().astype(jnp.bfloat16)"
+        ) from error
+    if not (jnp.issubdtype(array.dtype, jnp.number) or jnp.issubdtype(array.dtype, jnp.bool_)):
+        raise TypeError(f"{where} of dtype {array.dtype}; expected numbers")
+    return array
 
 
-def _resolve_take_first(leaves: list[tuple[Any, Any]], take_first: Sequence[str]) -> set[str]:
-    """The paths that `take_first` names."""
-    if isinstance(take_first, str):
-        raise TypeError(f"take_first is the string {take_first!r}; expected a sequence of paths")
-    names = {_name(path): {jax.tree_util.keystr((key,), simple=True) for key in path} for path, _ in leaves}
-    averaged = {_name(path) for path, leaf in leaves if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)}
+def _resolve_take_first(
+    paths: Sequence[tuple[Any, ...]], leaves: dict[str, Any], take_first: str | Sequence[str]
+) -> set[str]:
+    """The names of the leaves that `take_first` finds."""
+    slashed_paths = {path_name(path): slashed(path) for path in paths}
     kept = set()
-    for entry in take_first:
-        named = {name for name, keys in names.items() if entry == name or entry in keys}
-        if not named:
-            raise ValueError(f"take_first names {entry!r}, but no leaf is there; the paths are {list(names)}")
-        if wrong := sorted(named & averaged):
-            raise ValueError(f"take_first names {entry!r}, but floating-point leaves are blended, not taken: {wrong}")
-        kept |= named
+    for entry in (take_first,) if isinstance(take_first, str) else take_first:
+        found = {entry} & leaves.keys() or {name for name, path in slashed_paths.items() if re.search(entry, path)}
+        if not found:
+            raise ValueError(f"take_first has {entry!r}, which finds no leaf of {list(slashed_paths.values())}")
+        if wrong := sorted(name for name in found if jnp.issubdtype(leaves[name].dtype, jnp.inexact)):
+            raise ValueError(f"take_first has {entry!r}, but floating-point leaves are blended, not taken: {wrong}")
+        kept |= found
     return kept
+
+
+def _differences(first: dict[str, Any], other: dict[str, Any], kept: set[str]) -> list[str]:
+    """What keeps two experts from being stacked."""
+    found = [f"has no {path}" for path in first if path not in other]
+    found += [f"has {path}, which expert 0 lacks" for path in other if path not in first]
+    return found + [
+        f"at {path}: {difference}"
+        for path, leaf in other.items()
+        if path in first and (difference := _difference(first[path], leaf, kept=path in kept))
+    ]
 
 
 def _difference(first: Any, other: Any, *, kept: bool) -> str | None:
@@ -168,51 +174,48 @@ def _difference(first: Any, other: Any, *, kept: bool) -> str | None:
         return f"{other.shape} against {first.shape}"
     if first.dtype != other.dtype:
         return f"{other.dtype} against {first.dtype}"
-    if kept or jnp.issubdtype(first.dtype, jnp.inexact) or np.array_equal(first, other):
+    if kept or jnp.issubdtype(first.dtype, jnp.inexact):
+        return None
+    advice = "only floating-point leaves are averaged, so name the path in take_first to keep expert 0's"
+    if isinstance(first, jax.core.Tracer) or isinstance(other, jax.core.Tracer):
+        return f"{first.dtype} values that are traced, and cannot be compared under jit; {advice}"
+    if np.array_equal(first, other):
         return None
     values = f" ({other} against {first})" if first.size == 1 else ""
-    return (
-        f"different {first.dtype} values{values}; only floating-point leaves are averaged, so name the path in "
-        "take_first to keep expert 0's"
-    )
+    return f"different {first.dtype} values{values}; {advice}"
 
 
-def _blend_leaf(alpha: jax.Array, leaf: jax.Array) -> jax.Array:
-    """Eq. (1) for one leaf."""
-    leaf = jnp.asarray(leaf)
-    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-        return leaf[0]
-    blended = jnp.tensordot(
-        alpha,
-        leaf,
-        axes=1,
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.promote_types(leaf.dtype, jnp.float32),
-    )
-    return blended.astype(leaf.dtype)
-
-
-def _broadcast_groups(groups: PyTree, experts: Params, *, num_groups: int) -> PyTree:
-    """The row of each leaf as an int, checked."""
-    try:
-        rows = jax.tree.broadcast(groups, experts)
-    except ValueError as error:
-        raise ValueError(f"groups is no prefix of the experts' tree: {error}") from error
-
-    def checked(path: tuple[Any, ...], row: Any) -> int:
-        try:
-            number = operator.index(row)
-        except TypeError as error:
-            raise ValueError(f"groups holds {row!r} at {_name(path)}; expected a row number") from error
-        if not 0 <= number < num_groups:
+def _stacked(path: str, column: Sequence[Any], sharding: Any) -> jax.Array:
+    """One leaf of all experts, `[K, ...]`, in its place, checked."""
+    dtype = column[0].dtype
+    stored = jax.dtypes.canonicalize_dtype(dtype)
+    if any(isinstance(leaf, jax.Array) for leaf in column):
+        stacked = jnp.stack(column)
+    else:
+        on_host = np.stack(column)
+        stacked = on_host.astype(stored, copy=False)
+        if jnp.issubdtype(dtype, jnp.integer) and not np.array_equal(stacked, on_host):
             raise ValueError(
-                f"groups holds row {number} at {_name(path)}; expected one of the {num_groups} rows of alpha"
+                f"{path} has {dtype} values that JAX's {stored} does not hold; set jax_enable_x64, or leave it out"
             )
-        return number
+    if stored != dtype and jnp.issubdtype(dtype, jnp.inexact):
+        warnings.warn(
+            f"{path} is stored as {stored}, not as {dtype}: set jax_enable_x64 to keep it, or cast the experts",
+            stacklevel=3,
+        )
+    stacked = jnp.asarray(stacked) if sharding is None else jax.device_put(stacked, sharding)
+    if jnp.issubdtype(dtype, jnp.inexact) and not isinstance(stacked, jax.core.Tracer):
+        finite = np.asarray(jnp.isfinite(stacked).reshape(len(stacked), -1).all(axis=1))
+        if not finite.all():
+            bad = np.flatnonzero(~finite).tolist()
+            raise ValueError(f"the experts {bad} have infinite values, or NaN, at {path}; expected finite weights")
+    return stacked
 
-    return jax.tree_util.tree_map_with_path(checked, rows)
 
-
-def _name(path: tuple[Any, ...]) -> str:
-    """A path as errors print it."""
-    return jax.tree_util.keystr(path) or "the root"
+def _broadcast(sharding: PyTree, treedef: Any) -> list[Any]:
+    """The sharding of each leaf, from a prefix of the tree."""
+    like = jax.tree.unflatten(treedef, range(treedef.num_leaves))
+    return jax.tree.leaves(
+        jax.tree.broadcast(sharding, like, is_leaf=lambda node: isinstance(node, jax.sharding.Sharding)),
+        is_leaf=lambda node: isinstance(node, jax.sharding.Sharding),
+    )

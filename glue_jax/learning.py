@@ -12,7 +12,8 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from glue_jax.batches import batched_mean, check_counts, minibatch_indices, num_examples, on_cpu
-from glue_jax.experts import blend, num_experts
+from glue_jax.blending import blend
+from glue_jax.experts import num_experts
 from glue_jax.steps import init, spsa_step
 from glue_jax.types import (
     Batch,

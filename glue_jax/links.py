@@ -1,48 +1,113 @@
 """From what is learned to the coefficients that blend: `link_fn`s beside the softmax.
 
-Outside the convex hull of the experts (all of these but a box within [0, 1] whose coefficients happen to sum to 1) a
-blended variance of BatchNorm can be negative. Keep the statistics out of the blend there, by
-`partition(experts, "^batch_stats/")`: a `loss_fn` that normalises by the minibatch does not need them, and
-`refresh_statistics` gives the result its own.
+All of these links leave the convex hull of the experts, where a blended variance of BatchNorm can be negative. Keep
+the statistics out of the blend there, by `partition(experts, "^batch_stats/")`. A `loss_fn` that normalises by the
+minibatch does not need them, and `refresh_statistics` gives the result its own.
 """
 
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
+from glue_jax.blending import merge_for_learning
+from glue_jax.directions import DirectionName
 from glue_jax.paths import matching
 from glue_jax.types import LinkFn, MergeFn, Params, PyTree
 
 
-def unconstrained(beta: PyTree) -> PyTree:
-    """Returns `beta` itself: the `link_fn` of Eq. (7), which updates alpha without the softmax.
+@dataclasses.dataclass(frozen=True)
+class Link:
+    """A `link_fn` that brings its own start and its own directions.
 
-    Start it inside the hull: `init(k, optimizer, beta=uniform(k))`.
+    `box` and `tempered_link` return the same link for the same arguments, so that nothing is compiled twice.
+
+    Attributes:
+        fn: `fn(beta) -> alpha`.
+        start: `start(num_experts) -> beta`, where `init` starts.
+        directions: what `spsa_step` and `forward_gradient_step` probe along by default.
     """
+
+    fn: LinkFn
+    start: Callable[[int], PyTree]
+    directions: DirectionName = "orthogonal"
+
+    def __call__(self, beta: PyTree, /) -> PyTree:
+        """Returns alpha."""
+        return self.fn(beta)
+
+
+def start_of(link_fn: LinkFn, num_experts: int) -> PyTree:
+    """Returns the beta that learning starts from: the link's own, or zeros, float32 `[K]`."""
+    if isinstance(link_fn, Link):
+        return link_fn.start(num_experts)
+    return jnp.zeros((num_experts,), jnp.float32)
+
+
+def directions_of(link_fn: LinkFn) -> DirectionName:
+    """Returns the directions that suit a link.
+
+    A softmax does not see a common change of all coefficients: `simplex_orthogonal` leaves it out. With two experts,
+    half of the steps along random signs are wasted on it. Of a function that is not known, all is probed.
+    """
+    if isinstance(link_fn, Link):
+        return link_fn.directions
+    inner = link_fn.func if isinstance(link_fn, functools.partial) else link_fn
+    return "simplex_orthogonal" if inner is jax.nn.softmax else "orthogonal"
+
+
+def _identity(beta: PyTree) -> PyTree:
+    """Beta itself."""
     return beta
 
 
-def box(beta: jax.Array, *, low: float = 0.0, high: float = 1.0) -> jax.Array:
-    """Returns coefficients between two bounds, each by itself: `low + (high - low) sigmoid(beta)`.
+def _uniform(num_experts: int) -> jax.Array:
+    """1/K for each expert."""
+    return jnp.full((num_experts,), 1 / num_experts, jnp.float32)
+
+
+unconstrained = Link(_identity, _uniform)
+"""The `link_fn` of Eq. (7), which updates alpha without the softmax: alpha is beta. It starts at 1/K."""
+
+
+@functools.cache
+def box(*, low: float = 0.0, high: float = 1.0) -> Link:
+    """Returns the link to coefficients between two bounds, each by itself: `low + (high - low) sigmoid(beta)`.
+
+    It starts at 1/K, or in the middle where 1/K is not within the bounds.
 
     Args:
-        beta: `[..., K]`.
         low: the lower bound; may be negative.
         high: the upper bound, above it.
 
     Raises:
-        ValueError: bounds that are not in this order.
+        ValueError: bounds that are not finite, or not in this order.
 
     Example:
         >>> import jax.numpy as jnp
         >>> import glue_jax
-        >>> glue_jax.box(jnp.zeros(2), low=-0.5, high=1.5)
+        >>> glue_jax.box(low=-0.5, high=1.5)(jnp.zeros(2))
         Array([0.5, 0.5], dtype=float32)
     """
-    if not low < high:
-        raise ValueError(f"low is {low} and high is {high}; expected low < high")
-    return low + (high - low) * jax.nn.sigmoid(beta)
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(f"low is {low} and high is {high}; expected finite numbers, low < high")
+    return Link(functools.partial(_in_box, low=low, high=high), functools.partial(_box_start, low=low, high=high))
+
+
+def _in_box(beta: PyTree, *, low: float, high: float) -> PyTree:
+    """Coefficients between the bounds."""
+    return jax.tree.map(lambda leaf: low + (high - low) * jax.nn.sigmoid(leaf), beta)
+
+
+def _box_start(num_experts: int, *, low: float, high: float) -> jax.Array:
+    """Where the coefficients are 1/K, or 0, the middle of the box."""
+    fraction = (1 / num_experts - low) / (high - low)
+    return jnp.full((num_experts,), math.log(fraction / (1 - fraction)) if 0 < fraction < 1 else 0.0, jnp.float32)
 
 
 def task_vector_weights(scales: jax.Array) -> jax.Array:
@@ -50,7 +115,7 @@ def task_vector_weights(scales: jax.Array) -> jax.Array:
 
     Task arithmetic (Ilharco et al., 2023, https://arxiv.org/abs/2212.04089), as a blend: of the models that
     `stack_experts([origin, *experts])` holds, with the coefficients `1 - sum(lambda)` and `lambda`. With a box:
-    `link_fn=lambda beta: task_vector_weights(box(beta))`.
+    `scales = box(low=0.0, high=1.0)` and `link_fn=lambda beta: task_vector_weights(scales(beta))`.
 
     Args:
         scales: lambda, `[..., K]`.
@@ -79,35 +144,57 @@ class Tempered(NamedTuple):
     temperature: jax.Array
 
 
-def tempered_link(link_fn: LinkFn = jax.nn.softmax) -> LinkFn:
-    """Returns a `link_fn` of `Tempered` coefficients.
+@functools.cache
+def tempered_link(link_fn: LinkFn = jax.nn.softmax) -> Link:
+    """Returns the link of `Tempered` coefficients. It starts where `link_fn` does, at temperature 1.
 
     Args:
         link_fn: of the coefficients beside the temperature.
     """
+    return Link(
+        functools.partial(_tempered, link_fn=link_fn),
+        functools.partial(_tempered_start, link_fn=link_fn),
+        directions_of(link_fn),
+    )
 
-    def link(beta: Tempered) -> Tempered:
-        return Tempered(link_fn(beta.coefficients), jnp.exp(beta.temperature))
 
-    return link
+def _tempered(beta: PyTree, *, link_fn: LinkFn) -> Tempered:
+    """Alpha with its temperature."""
+    if not isinstance(beta, Tempered):
+        raise TypeError(
+            f"beta is a {type(beta).__name__}; expected glue_jax.Tempered(coefficients, temperature), as a state of "
+            "glue_jax.init(..., link_fn=tempered_link(...)) has"
+        )
+    return Tempered(link_fn(beta.coefficients), jnp.exp(beta.temperature))
+
+
+def _tempered_start(num_experts: int, *, link_fn: LinkFn) -> Tempered:
+    """The link's start, and the logarithm of 1."""
+    return Tempered(start_of(link_fn, num_experts), jnp.zeros(()))
 
 
 def tempered_merge(merge_fn: MergeFn, *, head: str) -> MergeFn:
     """Returns a `merge_fn` of `Tempered` coefficients that divides the logits by the temperature.
 
-    An average of networks is under-confident, its logits too small. The temperature is folded into the last layer, so
-    that the merged model is one of the experts' architecture and needs nothing beside.
+    An average of networks is under-confident: its logits are too small. The temperature is folded into the last layer,
+    so that the merged model is one of the experts' architecture and needs nothing beside.
 
     Args:
         merge_fn: of the coefficients beside the temperature.
         head: a regular expression for the paths of the last layer's kernel and bias (`glue_jax.paths`).
 
     Returns:
-        The `merge_fn`, which raises a ValueError where no path has `head` in it.
+        The `merge_fn`. It raises a ValueError where no path has `head` in it, and a TypeError for coefficients that
+        are not `Tempered`.
     """
 
-    def merge(experts: Params, alpha: Tempered) -> Params:
-        params = merge_fn(experts, alpha.coefficients)
+    def merge(experts: Params, alpha: PyTree, *, min_dtype: DTypeLike | None = None) -> Params:
+        if not isinstance(alpha, Tempered):
+            raise TypeError(f"alpha is a {type(alpha).__name__}; expected glue_jax.Tempered, as tempered_link gives")
+        if min_dtype is None:
+            params = merge_fn(experts, alpha.coefficients)
+        else:
+            params = merge_for_learning(merge_fn)(experts, alpha.coefficients)
         chosen = matching(params, head)
         return jax.tree.map(
             lambda leaf, is_head: (leaf / alpha.temperature).astype(leaf.dtype) if is_head else leaf, params, chosen

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glue_jax.experts import blend, num_experts
+from glue_jax.blending import blend
+from glue_jax.experts import num_experts
 from glue_jax.groups import Groups
 from glue_jax.types import Params
 

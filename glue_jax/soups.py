@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from glue_jax.batches import batched_mean
-from glue_jax.experts import blend, num_experts
+from glue_jax.blending import blend
+from glue_jax.experts import num_experts
 from glue_jax.types import Params, PyTree
 
 

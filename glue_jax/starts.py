@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from glue_jax.batches import batched_mean, num_examples
-from glue_jax.experts import blend
+from glue_jax.blending import blend
 from glue_jax.learning import learn
 from glue_jax.steps import spsa_step
 from glue_jax.types import (

@@ -6,37 +6,61 @@ randomness from `fold_in(key, state.step)`: one key serves a whole run.
 """
 
 import functools
+import warnings
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
+from glue_jax.blending import blend, merge_for_learning
 from glue_jax.coefficients import check_floating
 from glue_jax.directions import Directions
 from glue_jax.estimators import Estimate, Scale, forward_gradient, full_gradient, spsa_gradient
-from glue_jax.experts import blend
+from glue_jax.links import directions_of, start_of
+from glue_jax.precision import DEFAULT_RADIUS, SHORT_RADIUS, matmul_precision_of, multiplies_short_floats
 from glue_jax.types import Batch, GlueMetrics, GlueState, LinkFn, LossFn, MergeFn, Params, PyTree
 
 
-def init(num_experts: int, optimizer: optax.GradientTransformation, *, beta: PyTree | None = None) -> GlueState:
+def init(
+    num_experts: int,
+    optimizer: optax.GradientTransformation,
+    *,
+    beta: PyTree | None = None,
+    link_fn: LinkFn | None = None,
+) -> GlueState:
     """Returns the state that learning starts from.
 
     Args:
         num_experts: K.
         optimizer: of beta; the paper's is `optax.adam(1e-2, b1=0.9, b2=0.99)`.
-        beta: the start, any pytree of floating-point coefficients. None is zeros `[K]`, under a softmax the
-            uniform average. `weights_to_logits` gives a start anywhere inside the simplex.
+        beta: the start, any pytree of floating-point coefficients. None is the link's own start: zeros `[K]` for the
+            softmax, which are the uniform average, and for a function that is not known. `weights_to_logits` gives a
+            start anywhere inside the simplex.
+        link_fn: the steps'; None is the softmax.
+
+    Returns:
+        The state of step 0.
 
     Raises:
-        ValueError: `num_experts` below 1.
-        TypeError: a beta that is not floating point.
+        ValueError: `num_experts` below 1, a beta that is empty, or coefficients of another number of experts.
+        TypeError: a beta that is not floating point, or an optimizer that is none.
     """
-    if num_experts < 1:
-        raise ValueError(f"num_experts is {num_experts}; expected at least 1")
-    start: PyTree = jnp.zeros((num_experts,), jnp.float32) if beta is None else beta
+    if not isinstance(num_experts, int | np.integer) or num_experts < 1:
+        raise ValueError(f"num_experts is {num_experts}; expected an integer of at least 1")
+    if not callable(getattr(optimizer, "init", None)):
+        raise TypeError(f"optimizer is {optimizer!r}; expected an optax optimizer, as optax.adam(1e-2)")
+    start: PyTree = start_of(link_fn or jax.nn.softmax, num_experts) if beta is None else beta
     check_floating(start)
+    shapes = jax.tree.map(jnp.shape, jax.eval_shape(link_fn, start) if link_fn else start)
+    found = jax.tree.leaves(shapes, is_leaf=lambda node: isinstance(node, tuple) and not hasattr(node, "_fields"))
+    if not found or any(shape and shape[-1] != num_experts for shape in found):
+        raise ValueError(
+            f"beta gives coefficients of shape {shapes}; expected a last axis of num_experts = {num_experts}"
+            + ("" if link_fn else " (pass link_fn where it makes the coefficients from a beta of another shape)")
+        )
     # A copy, since steps may donate their state; of no weak type, which would change in the first step and retrace.
     start = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.result_type(leaf)), start)
     return GlueState(step=jnp.zeros((), jnp.int32), beta=start, opt_state=optimizer.init(start))
@@ -62,11 +86,13 @@ def spsa_step(
     optimizer: optax.GradientTransformation,
     link_fn: LinkFn = jax.nn.softmax,
     merge_fn: MergeFn = blend,
-    radius: ArrayLike | optax.Schedule = 1e-2,
+    radius: ArrayLike | optax.Schedule | None = None,
     num_directions: int = 1,
-    directions: Directions = "rademacher",
+    directions: Directions | None = None,
     scale: Scale = "unbiased",
     probe_batch_size: int | None = None,
+    matmul_precision: str | None = "highest",
+    diagnostics: bool = False,
 ) -> tuple[GlueState, GlueMetrics]:
     """One step of GLUE: two blended forward passes a direction, no backward pass (Eq. 3-7; the paper's Config 4).
 
@@ -81,11 +107,19 @@ def spsa_step(
         link_fn: `link_fn(beta) -> alpha`. The softmax over the last axis keeps the blend in the experts' convex hull;
             `unconstrained` is the literal Eq. (7).
         merge_fn: `merge_fn(experts, alpha) -> params`.
-        radius: the length of a probe's step in beta, or a schedule of it, `radius(step)`.
+        radius: the length of a probe's step in beta, or a schedule of it, `radius(step)`. None is 0.1. It is 1, with a
+            warning, where `loss_fn` multiplies bfloat16 or float16 arrays (see `glue_jax.precision`).
         num_directions: m.
-        directions: see `spsa_gradient`.
+        directions: see `spsa_gradient`. None is what suits the link: `simplex_orthogonal` for the softmax, which does
+            not see a common change of all coefficients, and `orthogonal` for others.
         scale: see `spsa_gradient`.
         probe_batch_size: see `spsa_gradient`.
+        matmul_precision: of the products in `loss_fn` that name no precision of their own, a value of
+            `jax.default_matmul_precision`. An accelerator's default rounds the weights of both probes to bfloat16 or
+            TF32, and most of their difference with them. The highest precision costs several times as much per
+            product. None leaves JAX's setting as it is. A network that computes in bfloat16 by itself is not helped:
+            see `forward_gradient_step`.
+        diagnostics: whether the metrics have `diagnostics`, for 2m + 1 forward passes more.
 
     Returns:
         The next state, and the metrics of the state that went in.
@@ -108,15 +142,25 @@ def spsa_step(
         >>> bool(jnp.abs(glue_jax.alpha(state)[1] - 0.75) < 0.05)
         True
     """
-    estimator = functools.partial(
-        spsa_gradient,
-        radius=radius(state.step) if callable(radius) else radius,
-        num_directions=num_directions,
-        directions=directions,
-        scale=scale,
-        probe_batch_size=probe_batch_size,
-    )
-    return _step(estimator, key, state, experts, batch, loss_fn, optimizer, link_fn, merge_fn)
+
+    def precise_loss(params: Params, batch: Batch) -> jax.Array:
+        with matmul_precision_of(matmul_precision):
+            return loss_fn(params, batch)
+
+    def estimator(key: jax.Array, objective: Callable[[PyTree], jax.Array], beta: PyTree) -> Estimate:
+        return spsa_gradient(
+            key,
+            objective,
+            beta,
+            radius=_radius(radius, state.step, objective, beta),
+            num_directions=num_directions,
+            directions=directions or directions_of(link_fn),
+            scale=scale,
+            probe_batch_size=probe_batch_size,
+            diagnostics=diagnostics,
+        )
+
+    return _step(estimator, key, state, experts, batch, precise_loss, optimizer, link_fn, merge_fn)
 
 
 def forward_gradient_step(
@@ -130,13 +174,15 @@ def forward_gradient_step(
     link_fn: LinkFn = jax.nn.softmax,
     merge_fn: MergeFn = blend,
     num_directions: int = 1,
-    directions: Directions = "rademacher",
+    directions: Directions | None = None,
     scale: Scale = "unbiased",
     probe_batch_size: int | None = None,
 ) -> tuple[GlueState, GlueMetrics]:
     """One step with exact slopes along random directions, by forward-mode differentiation.
 
-    As `spsa_step`, with `forward_gradient` in place of `spsa_gradient`; no radius.
+    As `spsa_step`, with `forward_gradient` in place of `spsa_gradient`: no radius, and no difference of two losses. Its
+    slopes are as exact as the network's own number format, also where that is bfloat16 or TF32, at the device's default
+    precision.
 
     Args:
         key: as for `spsa_step`.
@@ -161,7 +207,7 @@ def forward_gradient_step(
     estimator = functools.partial(
         forward_gradient,
         num_directions=num_directions,
-        directions=directions,
+        directions=directions or directions_of(link_fn),
         scale=scale,
         probe_batch_size=probe_batch_size,
     )
@@ -212,24 +258,55 @@ def _step(
     merge_fn: MergeFn,
 ) -> tuple[GlueState, GlueMetrics]:
     """One update of beta by any estimator."""
+    merge = merge_for_learning(merge_fn)
 
     def objective(beta: PyTree) -> jax.Array:
-        return loss_fn(merge_fn(experts, link_fn(beta)), batch)
+        return loss_fn(merge(experts, link_fn(beta)), batch)
 
     estimate = estimator(jax.random.fold_in(key, state.step), objective, state.beta)
-    return update(estimate, state, optimizer, link_fn)
+    return update(estimate, state, optimizer, link_fn(state.beta))
+
+
+def _radius(
+    radius: ArrayLike | optax.Schedule | None, step: jax.Array, objective: Callable[[PyTree], jax.Array], beta: PyTree
+) -> ArrayLike:
+    """The radius of one step."""
+    if radius is not None:
+        return radius(step) if callable(radius) else radius
+    if not multiplies_short_floats(objective, beta):
+        return DEFAULT_RADIUS
+    warnings.warn(
+        "loss_fn multiplies bfloat16 or float16 arrays, which rounds away most of the difference of two nearby models. "
+        f"spsa_step takes the radius {SHORT_RADIUS}, whose slopes are off by several percent at least. "
+        "forward_gradient_step is right there. Or compute in float32, or give a radius (glue_jax.calibrate finds one).",
+        stacklevel=4,
+    )
+    return SHORT_RADIUS
 
 
 def update(
-    estimate: Estimate, state: GlueState, optimizer: optax.GradientTransformation, link_fn: LinkFn
+    estimate: Estimate, state: GlueState, optimizer: optax.GradientTransformation, alpha: PyTree
 ) -> tuple[GlueState, GlueMetrics]:
-    """The step that an estimate says: the next state, and the metrics of the one that went in."""
-    updates, opt_state = optimizer.update(estimate.gradient, state.opt_state, state.beta)
+    """Takes the step that an estimate says.
+
+    Args:
+        estimate: of the gradient at `state.beta`.
+        state: before the step.
+        optimizer: of beta. One that wants the loss (`optax.polyak_sgd`, `optax.contrib.reduce_on_plateau`) is given it.
+        alpha: of `state`.
+
+    Returns:
+        The next state, and the metrics of the state that went in.
+    """
+    updates, opt_state = optax.with_extra_args_support(optimizer).update(
+        estimate.gradient, state.opt_state, state.beta, value=estimate.value, grad=estimate.gradient
+    )
     metrics = GlueMetrics(
         loss=estimate.value,
-        alpha=link_fn(state.beta),
+        alpha=alpha,
         gradient_norm=optax.tree.norm(estimate.gradient),
         probe_losses=estimate.probe_values,
+        diagnostics=estimate.diagnostics,
     )
     beta = optax.apply_updates(state.beta, updates)
     return GlueState(step=state.step + 1, beta=beta, opt_state=opt_state), metrics

@@ -36,7 +36,10 @@ class MergeFn(Protocol):
     """`merge_fn(experts, alpha) -> params`: one model from the stacked experts (Eq. 1)."""
 
     def __call__(self, experts: Params, alpha: PyTree, /) -> Params:
-        """Returns the merged model."""
+        """Returns the merged model.
+
+        A merge that has a keyword `min_dtype`, as `blend`, is called with float32 while the coefficients are learned.
+        """
         ...
 
 
@@ -54,6 +57,22 @@ class GlueState(NamedTuple):
     opt_state: optax.OptState
 
 
+class Diagnostics(NamedTuple):
+    """How good the slopes of SPSA are, by the same slopes measured again at twice the radius.
+
+    Attributes:
+        disagreement: how far the slopes at the radius are from those at twice the radius, root mean squares over
+            directions, as a fraction of the latter's size, `[]`. It sees every kind of rounding, which spoils the
+            slope at the radius, and the loss's bends, which spoil the slope at twice the radius. Below 0.1 the radius
+            is good; `calibrate` looks for a better one.
+        curvature: the mean over directions of `(L+ + L- - 2 L) / radius^2`, the second derivative along a direction,
+            `[]`.
+    """
+
+    disagreement: jax.Array
+    curvature: jax.Array
+
+
 class GlueMetrics(NamedTuple):
     """What a step measured. All of it belongs to the state that went in.
 
@@ -63,14 +82,14 @@ class GlueMetrics(NamedTuple):
         alpha: the blend's coefficients, `[K]` or any pytree.
         gradient_norm: the Euclidean norm of the estimated gradient for `beta`, `[]`.
         probe_losses: `[m, 2]`, the losses `L+` and `L-` of each direction (Eq. 3); None for the other estimators.
-        diagnostics: how good the estimate is, a `Diagnostics`; None but from a step of `with_diagnostics`.
+        diagnostics: how good SPSA's estimate is; None but from `spsa_step(..., diagnostics=True)`.
     """
 
     loss: jax.Array
     alpha: PyTree
     gradient_norm: jax.Array
     probe_losses: jax.Array | None
-    diagnostics: PyTree | None = None
+    diagnostics: Diagnostics | None = None
 
 
 class StepFn(Protocol):

@@ -15,6 +15,15 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture
+def without_quick_compilation():
+    """Compiles with all optimizations, in a module that does without them: for what a program takes."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="session")
 def _compilation_cache_dir(tmp_path_factory):
     return tmp_path_factory.mktemp("compilation_cache")

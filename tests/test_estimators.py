@@ -203,7 +203,7 @@ def test_spsa_never_differentiates(fun, probe_batch_size):
 
     for transformed in (estimate, jax.jit(estimate)):
         beta = jnp.array([0.3, -0.2])
-        np.testing.assert_allclose(transformed(beta).gradient, np.cos(beta), atol=1e-3)
+        np.testing.assert_allclose(transformed(beta).gradient, np.cos(beta), rtol=3e-3)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,11 @@
-"""Stacking, counting and blending experts."""
+"""Stacking and counting experts."""
 
+import gc
 import math
 import re
+import weakref
 from typing import Any, NamedTuple
 
-import hypothesis
-import hypothesis.extra.numpy as hnp
-import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,11 +14,6 @@ import pytest
 import glue_jax
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-reproducible = hypothesis.settings(deadline=None, derandomize=True, max_examples=15)
-
-finite = st.floats(-100, 100, width=32, allow_subnormal=False)
-stacked_leaves = hnp.arrays(np.float32, hnp.array_shapes(min_dims=1, max_dims=3, max_side=4), elements=finite)
 
 
 class Layer(NamedTuple):
@@ -50,129 +44,13 @@ def test_stacking_keeps_dtypes(dtype):
 
 def test_python_numbers_and_numpy_arrays_can_be_stacked():
     stacked = glue_jax.stack_experts(
-        [{"a": 1.0, "b": np.array([2.0, 3.0], np.float32)}, {"a": 3.0, "b": np.array([4.0, 5.0], np.float32)}]
+        [
+            {"a": 1.0, "b": np.array([2.0, 3.0], np.float32)},
+            {"a": 3.0, "b": np.array([4.0, 5.0], np.float32)},
+        ]
     )
     np.testing.assert_array_equal(stacked["a"], [1, 3])
     np.testing.assert_array_equal(stacked["b"], [[2, 3], [4, 5]])
-
-
-def test_the_blend_is_the_weighted_sum_of_the_experts():
-    experts = glue_jax.stack_experts(
-        [{"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([10.0, 20.0])}, {"w": jnp.array([-4.0, 8.0])}]
-    )
-    np.testing.assert_array_equal(glue_jax.blend(experts, jnp.array([0.5, 0.25, 0.25]))["w"], [2.0, 8.0])
-    np.testing.assert_array_equal(glue_jax.blend(experts, jnp.array([2.0, -1.0, 0.5]))["w"], [-10.0, -12.0])
-
-
-@reproducible
-@hypothesis.given(leaf=stacked_leaves, data=st.data())
-def test_a_one_hot_alpha_returns_that_expert_exactly(leaf, data):
-    index = data.draw(st.integers(0, leaf.shape[0] - 1))
-    blended = glue_jax.blend({"w": jnp.asarray(leaf)}, jax.nn.one_hot(index, leaf.shape[0]))
-    np.testing.assert_array_equal(blended["w"], leaf[index])
-
-
-@reproducible
-@hypothesis.given(leaf=stacked_leaves, data=st.data())
-def test_permuting_experts_and_alpha_together_leaves_the_blend(leaf, data):
-    k = leaf.shape[0]
-    alpha = data.draw(hnp.arrays(np.float32, (k,), elements=st.floats(-1, 1, width=32)))
-    order = np.array(data.draw(st.permutations(range(k))))
-    blended = glue_jax.blend({"w": jnp.asarray(leaf)}, alpha)["w"]
-    permuted = glue_jax.blend({"w": jnp.asarray(leaf[order])}, alpha[order])["w"]
-    np.testing.assert_allclose(permuted, blended, rtol=0, atol=1e-6 * k * 100)
-
-
-@reproducible
-@hypothesis.given(expert=stacked_leaves, logits=hnp.arrays(np.float32, (5,), elements=st.floats(-5, 5, width=32)))
-def test_equal_experts_make_alpha_on_the_simplex_irrelevant(expert, logits):
-    experts = glue_jax.stack_experts([{"w": expert}] * 5)
-    blended = glue_jax.blend(experts, jax.nn.softmax(logits))["w"]
-    np.testing.assert_allclose(blended, expert, rtol=1e-6, atol=1e-30)
-
-
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
-def test_half_precision_experts_are_accumulated_in_float32(dtype):
-    # Beyond 2/eps neighbours are 2 apart, so that `big + 1` is `big` again, but `big + 1 + 1` is not.
-    big = 2 / float(jnp.finfo(dtype).eps)
-    assert dtype(big) + dtype(1) == dtype(big)
-    experts = {"w": jnp.array([[big], [1.0], [1.0]], dtype)}
-    blended = glue_jax.blend(experts, jnp.ones(3))["w"]
-    assert blended.dtype == dtype
-    assert float(blended[0]) == big + 2
-
-
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
-def test_alpha_is_not_rounded_to_half_precision_experts(dtype):
-    eps = float(jnp.finfo(dtype).eps)
-    alpha, expert = 1 + 0.45 * eps, 3 / eps
-    assert dtype(alpha) == 1
-    # The product is expert + 1.35, where neighbours are 2 apart.
-    assert float(glue_jax.blend({"w": jnp.array([[expert]], dtype)}, jnp.array([alpha]))["w"][0]) == expert + 2
-
-
-def test_each_leaf_keeps_its_own_dtype():
-    experts = {"a": jnp.ones((2, 3), jnp.bfloat16), "b": jnp.ones((2,), jnp.float32), "c": jnp.ones((2, 1), jnp.int32)}
-    blended = glue_jax.blend(experts, jnp.array([0.5, 0.5]))
-    assert jax.tree.map(lambda leaf: leaf.dtype, blended) == {"a": jnp.bfloat16, "b": jnp.float32, "c": jnp.int32}
-
-
-def test_integer_leaves_are_the_first_experts_whatever_alpha():
-    experts = glue_jax.stack_experts(
-        [{"n": jnp.array([3, 4]), "mask": jnp.array(True)}, {"n": jnp.array([3, 4]), "mask": jnp.array(True)}]
-    )
-    blended = glue_jax.blend(experts, jnp.array([0.0, 0.3]))
-    np.testing.assert_array_equal(blended["n"], [3, 4])
-    assert blended["n"].dtype == jnp.int32
-    assert blended["mask"].dtype == jnp.bool_
-    assert bool(blended["mask"])
-
-
-ROWS = jnp.array([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])
-
-
-@pytest.mark.parametrize(
-    "groups",
-    [
-        {"body": {"w": 0, "b": 0}, "head": {"w": 2, "b": 1}},
-        {"body": 0, "head": {"w": 2, "b": 1}},
-        {"body": np.int64(0), "head": {"w": jnp.array(2), "b": 1}},
-    ],
-    ids=["a full tree", "a prefix tree", "integer arrays"],
-)
-def test_groups_blend_each_leaf_by_its_row_of_alpha(groups):
-    part = {"w": jnp.array([[2.0, 2.0], [6.0, 6.0]]), "b": jnp.array([10.0, 30.0])}
-    blended = glue_jax.blend({"body": part, "head": part}, ROWS, groups)
-    np.testing.assert_array_equal(blended["body"]["w"], [2, 2])
-    np.testing.assert_array_equal(blended["body"]["b"], 10)
-    np.testing.assert_array_equal(blended["head"]["w"], [4, 4])
-    np.testing.assert_array_equal(blended["head"]["b"], 30)
-
-
-def test_one_row_for_the_whole_tree_is_the_blend_by_that_row():
-    experts = {"a": jnp.array([1.0, 3.0]), "b": jnp.array([[2.0], [4.0]])}
-    by_group, by_row = glue_jax.blend(experts, ROWS, 2), glue_jax.blend(experts, ROWS[2])
-    assert jax.tree.all(jax.tree.map(np.array_equal, by_group, by_row))
-
-
-@pytest.mark.parametrize(
-    ("alpha", "groups", "message"),
-    [
-        (jnp.ones(3), None, r"alpha has shape \(3,\); expected \[K\] with K = 2"),
-        (jnp.ones(()), None, r"alpha has shape \(\); expected \[K\]"),
-        (jnp.ones((3, 2)), None, r"alpha has shape \(3, 2\).*pass groups"),
-        (jnp.ones(2), {"a": 0, "b": 0}, r"alpha has shape \(2,\); expected \[G, K\] with K = 2"),
-        (jnp.ones((2, 3)), {"a": 0, "b": 0}, r"alpha has shape \(2, 3\); expected \[G, K\]"),
-        (jnp.ones((3, 2)), {"a": 0, "b": 3}, r"row 3 at \['b'\]; expected one of the 3 rows"),
-        (jnp.ones((3, 2)), {"a": -1, "b": 0}, r"row -1 at \['a'\]"),
-        (jnp.ones((3, 2)), {"a": 0, "b": 0.5}, r"0.5 at \['b'\]; expected a row number"),
-        (jnp.ones((3, 2)), {"a": 0}, "groups is no prefix"),
-        (jnp.ones((3, 2)), {"a": 0, "b": [0, 1]}, "groups is no prefix"),
-    ],
-)
-def test_alpha_and_groups_that_do_not_fit_are_refused(alpha, groups, message):
-    with pytest.raises(ValueError, match=message):
-        glue_jax.blend({"a": jnp.ones(2), "b": jnp.ones((2, 3))}, alpha, groups)
 
 
 @pytest.mark.parametrize(
@@ -271,9 +149,9 @@ def test_a_key_in_take_first_names_every_leaf_of_that_name_and_below():
     assert jax.tree.map(int, blended) == {"a": {"count": 1}, "b": {"count": {"x": 1, "y": -1}}}
 
 
-@pytest.mark.parametrize("entry", ["count", ".count"])
-def test_take_first_names_a_field_by_its_whole_name(entry):
-    # `count` must not name `count_scale`, a floating-point leaf.
+@pytest.mark.parametrize("entry", ["count$", ".count"])
+def test_take_first_finds_a_field_by_its_whole_name(entry):
+    # `count` finds `count_scale` too, a floating-point leaf.
     experts = [Layer(jnp.zeros(2), jnp.array(count)) for count in (3, 4)]
     blended = glue_jax.blend(glue_jax.stack_experts(experts, take_first=[entry]), jnp.array([0.5, 0.5]))
     assert int(blended.count) == 3
@@ -286,13 +164,111 @@ def test_take_first_leaves_the_other_integer_leaves_checked():
 
 
 @pytest.mark.parametrize(
-    ("take_first", "error", "message"),
+    ("take_first", "message"),
     [
-        (["nothing"], ValueError, r"take_first names 'nothing', but no leaf is there.*\['n'\]"),
-        (["w"], ValueError, r"take_first names 'w', but floating-point leaves.*\['w'\]"),
-        ("n", TypeError, "take_first is the string 'n'"),
+        (["nothing"], r"take_first has 'nothing', which finds no leaf of \['n', 'w'\]"),
+        ("w", r"take_first has 'w', but floating-point leaves.*\['w'\]"),
     ],
 )
-def test_a_take_first_that_names_nothing_or_a_weight_is_refused(take_first, error, message):
-    with pytest.raises(error, match=message):
+def test_a_take_first_that_finds_nothing_or_a_weight_is_refused(take_first, message):
+    with pytest.raises(ValueError, match=message):
         glue_jax.stack_experts([{"n": jnp.array(1), "w": jnp.array(1.0)}], take_first=take_first)
+
+
+def test_take_first_finds_dotted_names_by_one_pattern():
+    experts = [{"bn1.num_batches_tracked": np.int64(count), "bn1.weight": np.ones(2, np.float32)} for count in (3, 9)]
+    stacked = glue_jax.stack_experts(experts, take_first="num_batches_tracked")
+    np.testing.assert_array_equal(stacked["bn1.num_batches_tracked"], [3, 3])
+
+
+def test_experts_may_come_one_after_another_from_an_iterator():
+    alive = []
+
+    class Tracked(np.ndarray):
+        """An array that can be counted."""
+
+    def experts():
+        for index in range(3):
+            array = np.full(4, index, np.float32).view(Tracked)
+            alive.append(weakref.ref(array))
+            yield {"w": array}
+
+    stacked = glue_jax.stack_experts(experts())
+    np.testing.assert_array_equal(stacked["w"][:, 0], [0, 1, 2])
+    gc.collect()
+    assert [found() for found in alive] == [None] * 3
+
+
+def test_the_stack_goes_where_its_sharding_says():
+    device = jax.devices()[0]
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    experts = [{"a": np.ones(2, np.float32), "b": {"c": np.ones(3, np.float32)}}] * 2
+    for given in (sharding, {"a": sharding, "b": sharding}):
+        stacked = glue_jax.stack_experts(experts, sharding=given)
+        assert all(leaf.sharding == sharding and leaf.committed for leaf in jax.tree.leaves(stacked))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_weights_that_are_not_finite_are_refused_by_expert_and_path(bad, dtype):
+    experts = [{"w": jnp.ones(3, dtype)}, {"w": jnp.array([1.0, bad, 1.0], dtype)}, {"w": jnp.ones(3, dtype)}]
+    with pytest.raises(ValueError, match=r"the experts \[1\] have infinite values, or NaN, at \['w'\]"):
+        glue_jax.stack_experts(experts)
+
+
+def test_integers_that_jax_does_not_hold_are_refused_and_others_kept():
+    assert int(glue_jax.stack_experts([{"n": np.int64(7)}] * 2)["n"][0]) == 7
+    with pytest.raises(ValueError, match=r"\['n'\] has int64 values that JAX's int32 does not hold"):
+        glue_jax.stack_experts([{"n": np.int64(2**40 + 7)}] * 2)
+
+
+def test_float64_is_not_narrowed_in_silence():
+    with pytest.warns(UserWarning, match=r"\['w'\] is stored as float32, not as float64"):
+        glue_jax.stack_experts([{"w": np.ones(2)}] * 2)
+
+
+def test_masks_and_arrays_that_numpy_cannot_read_are_refused_by_path():
+    with pytest.raises(TypeError, match=r"expert 0 holds a MaskedArray at \['w'\], whose mask would be lost"):
+        glue_jax.stack_experts([{"w": np.ma.masked_array([1.0, 2.0], [True, False])}])
+    with pytest.raises(TypeError, match="expected numbers"):
+        glue_jax.stack_experts([{"w": np.array(["a"])}])
+
+    class Tensor:
+        """As a PyTorch tensor that requires a gradient."""
+
+        dtype = "torch.float32"
+
+        def __array__(self, dtype=None, copy=None):
+            raise RuntimeError("Can't call numpy() on Tensor that requires grad.")
+
+    with pytest.raises(TypeError, match=r"expert 0 holds a Tensor at \['w'\], which NumPy cannot read.*detach"):
+        glue_jax.stack_experts([{"w": Tensor()}])
+
+
+def test_a_tensor_of_another_framework_that_numpy_reads_is_stacked():
+    class Tensor:
+        """As a PyTorch tensor, whose dtype NumPy does not know."""
+
+        dtype = "torch.float32"
+
+        def __init__(self, values):
+            self.values = np.asarray(values, np.float32)
+
+        def __array__(self, dtype=None, copy=None):
+            return self.values
+
+    stacked = glue_jax.stack_experts([{"w": Tensor([1, 2])}, {"w": Tensor([3, 4])}])
+    np.testing.assert_array_equal(stacked["w"], [[1, 2], [3, 4]])
+
+
+def test_integers_under_jit_are_not_said_to_differ():
+    def stack(n):
+        return glue_jax.stack_experts([{"n": n}, {"n": n}])
+
+    with pytest.raises(ValueError, match="traced, and cannot be compared under jit"):
+        jax.jit(stack)(jnp.array(1))
+
+
+def test_no_experts_on_the_leading_axis_are_refused():
+    with pytest.raises(ValueError, match=r"\['w'\] has shape \(0, 3\); expected at least one expert"):
+        glue_jax.num_experts({"w": jnp.zeros((0, 3))})

@@ -28,10 +28,43 @@ def learned(step_fn, experts, loss, beta, steps=80, rate=0.1, **words):
 
 
 def test_a_box_keeps_its_bounds_and_starts_in_its_middle():
-    values = glue_jax.box(jnp.array([-1e3, 0.0, 1e3]), low=-0.5, high=1.5)
+    values = glue_jax.box(low=-0.5, high=1.5)(jnp.array([-1e3, 0.0, 1e3]))
     np.testing.assert_allclose(values, [-0.5, 0.5, 1.5], atol=1e-6)
-    with pytest.raises(ValueError, match=r"low is 1.0 and high is 1.0; expected low < high"):
-        glue_jax.box(jnp.zeros(2), low=1.0, high=1.0)
+    with pytest.raises(ValueError, match=r"low is 1.0 and high is 1.0; expected finite numbers, low < high"):
+        glue_jax.box(low=1.0, high=1.0)
+    with pytest.raises(ValueError, match="expected finite numbers"):
+        glue_jax.box(high=np.inf)
+
+
+@pytest.mark.parametrize(
+    ("link", "expected"),
+    [
+        (jax.nn.softmax, 0.25),
+        (glue_jax.unconstrained, 0.25),
+        (glue_jax.box(low=-1.0, high=2.0), 0.25),
+        (glue_jax.box(low=0.5, high=1.5), 1.0),
+    ],
+)
+def test_a_link_brings_its_own_start(link, expected):
+    state = glue_jax.init(4, optax.sgd(0.1), link_fn=link)
+    np.testing.assert_allclose(glue_jax.alpha(state, link), np.full(4, expected), rtol=1e-5)
+    tempered = glue_jax.tempered_link(link)
+    alpha = glue_jax.alpha(glue_jax.init(4, optax.sgd(0.1), link_fn=tempered), tempered)
+    np.testing.assert_allclose(alpha.coefficients, np.full(4, expected), rtol=1e-5)
+    assert alpha.temperature == 1
+
+
+def test_links_of_the_same_parts_are_equal_so_that_nothing_is_compiled_twice():
+    assert glue_jax.tempered_link() == glue_jax.tempered_link()
+    assert glue_jax.box(low=-1.0) is glue_jax.box(low=-1.0)
+    assert glue_jax.tempered_link(glue_jax.unconstrained) != glue_jax.tempered_link()
+
+
+def test_coefficients_without_their_temperature_are_refused():
+    with pytest.raises(TypeError, match=r"beta is a .*; expected glue_jax.Tempered"):
+        glue_jax.tempered_link()(jnp.zeros(2))
+    with pytest.raises(TypeError, match=r"alpha is a .*; expected glue_jax.Tempered"):
+        glue_jax.tempered_merge(glue_jax.blend, head="w")({"w": jnp.ones(2)}, jnp.ones(2))
 
 
 def test_task_vector_weights_are_the_origin_and_its_differences():
@@ -49,7 +82,7 @@ def test_a_point_outside_the_hull_is_reached_by_task_vectors_in_a_box(step_fn):
     experts = glue_jax.stack_experts([jnp.zeros(2), jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0])])
 
     def link(beta):
-        return glue_jax.task_vector_weights(glue_jax.box(beta, low=-1.0, high=2.0))
+        return glue_jax.task_vector_weights(glue_jax.box(low=-1.0, high=2.0)(beta))
 
     def loss(params):
         return jnp.sum(jnp.square(params - jnp.array([1.5, -0.5])))

@@ -144,19 +144,29 @@ def test_orthogonal_directions_are_lowered_for_each_platform(platform, direction
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_no_product_of_the_module_is_rounded_on_an_accelerator(platform):
     lines = [line for line in module(platform, num_directions=3).splitlines() if "stablehlo.dot_general" in line]
-    # One blend for each of the 3 * LAYERS leaves, and the combination of the directions.
-    assert len(lines) == 3 * LAYERS + 1
+    # One blend for each of the 3 * LAYERS leaves, the zero-sum basis, and the combination of the directions.
+    assert len(lines) == 3 * LAYERS + 2
     assert all("precision = [HIGHEST, HIGHEST]" in line for line in lines)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("groups", [None, {"a": 0, "b": 1}], ids=["[K]", "[G, K]"])
-def test_a_blend_under_vmap_keeps_the_highest_precision_and_float32_sums(groups, dtype):
-    experts = {"a": jnp.ones((EXPERTS, 4, 2), dtype), "b": jnp.ones((EXPERTS, 5), dtype)}
+def test_a_blend_under_vmap_keeps_the_highest_precision_and_float32_sums(groups):
+    experts = {"a": jnp.ones((EXPERTS, 4, 2)), "b": jnp.ones((EXPERTS, 5))}
     alphas = jnp.ones((2, EXPERTS) if groups is None else (2, 2, EXPERTS))
     found = products(jax.vmap(lambda alpha: glue_jax.blend(experts, alpha, groups)), alphas)
-    assert [params["precision"] for params in found] == [(HIGHEST, HIGHEST)] * 2
-    assert [params["preferred_element_type"] for params in found] == [jnp.float32] * 2
+    # One for each leaf and each of the two kinds of platforms.
+    assert [params["precision"] for params in found] == [(HIGHEST, HIGHEST)] * 4
+    assert [params["preferred_element_type"] for params in found] == [jnp.float32] * 4
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_short_experts_are_multiplied_and_added_without_a_product_on_an_accelerator(platform, dtype):
+    experts = {"a": jax.ShapeDtypeStruct((EXPERTS, 4, 2), dtype)}
+    blend = jax.jit(jax.vmap(lambda experts, alpha: glue_jax.blend(experts, alpha), in_axes=(None, 0)))
+    text = export.export(blend, platforms=[platform])(experts, jax.ShapeDtypeStruct((2, EXPERTS), jnp.float32))
+    assert "dot_general" not in text.mlir_module()
+    assert "stablehlo.while" not in text.mlir_module()
 
 
 @pytest.mark.parametrize("probe_batch_size", [None, 1, 3, 100])
@@ -166,7 +176,7 @@ def test_every_product_of_a_step_has_the_highest_precision(probe_batch_size):
         spsa_step, num_directions=2, directions="simplex_orthogonal", probe_batch_size=probe_batch_size
     )
     found = products(step, *step_arguments())
-    assert len(found) >= 3 * LAYERS + 2
+    assert len(found) >= 2 * 3 * LAYERS + 2
     assert {params["precision"] for params in found} == {(HIGHEST, HIGHEST)}
 
 

@@ -69,6 +69,136 @@ def test_alpha_is_the_link_of_beta():
     np.testing.assert_array_equal(glue_jax.alpha(state, glue_jax.unconstrained), state.beta)
 
 
+def test_the_number_of_experts_and_the_start_must_agree():
+    with pytest.raises(ValueError, match=r"coefficients of shape \(5,\); expected a last axis of num_experts = 3"):
+        glue_jax.init(3, SGD, beta=jnp.zeros(5))
+    with pytest.raises(ValueError, match="num_experts = 3"):
+        glue_jax.init(3, SGD, beta={"a": jnp.zeros((2, 3)), "b": jnp.zeros(2)})
+
+    def lift(beta):
+        return jnp.concatenate([beta, -jnp.sum(beta, keepdims=True)])
+
+    assert glue_jax.init(3, SGD, beta=jnp.zeros(2), link_fn=lift).beta.shape == (2,)
+    with pytest.raises(ValueError, match="num_experts = 4"):
+        glue_jax.init(4, SGD, beta=jnp.zeros(2), link_fn=lift)
+
+
+@pytest.mark.parametrize("optimizer", [None, optax.adam])
+def test_an_optimizer_that_is_none_is_refused(optimizer):
+    with pytest.raises(TypeError, match="expected an optax optimizer"):
+        glue_jax.init(3, optimizer)
+
+
+@pytest.mark.parametrize("optimizer", [optax.polyak_sgd(), optax.chain(SGD, optax.contrib.reduce_on_plateau())])
+def test_optimizers_that_want_the_loss_are_given_it(optimizer):
+    experts, batch = linear_problem()
+    state = glue_jax.init(4, optimizer)
+    step = jax.jit(functools.partial(glue_jax.full_gradient_step, loss_fn=squared_loss, optimizer=optimizer))
+    for _ in range(3):
+        state, metrics = step(jax.random.key(0), state, experts, batch)
+    start = squared_loss(glue_jax.blend(experts, glue_jax.uniform(4)), batch)
+    assert metrics.loss < start
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_the_default_directions_of_a_softmax_are_never_ones_that_it_does_not_see(k):
+    experts = {"w": jnp.arange(float(k))}
+    step = functools.partial(glue_jax.spsa_step, loss_fn=lambda params, _: params["w"], optimizer=SGD)
+    start = glue_jax.init(k, SGD)
+    norms = [float(step(jax.random.key(seed), start, experts, None)[1].gradient_norm) for seed in range(12)]
+    assert min(norms) > 1e-3
+    wasteful = functools.partial(step, directions="rademacher")
+    norms = [float(wasteful(jax.random.key(seed), start, experts, None)[1].gradient_norm) for seed in range(12)]
+    assert min(norms) < 1e-3
+
+
+def test_a_step_has_its_diagnostics_in_its_metrics_where_they_are_asked_for():
+    # The loss is beta^2 along the one direction in the box of Eq. (7).
+    step = functools.partial(
+        glue_jax.spsa_step,
+        loss_fn=lambda params, _: 3 * params @ params,
+        optimizer=SGD,
+        link_fn=glue_jax.unconstrained,
+        merge_fn=lambda experts, alpha: alpha,
+        num_directions=4,
+        radius=0.1,
+    )
+    start = glue_jax.init(4, SGD, beta=jnp.ones(4))
+    plain, metrics = step(jax.random.key(0), start, {"w": jnp.ones(4)}, None)
+    assert metrics.diagnostics is None
+    told, metrics = step(jax.random.key(0), start, {"w": jnp.ones(4)}, None, diagnostics=True)
+    chex.assert_trees_all_equal(told, plain)
+    # The second derivative of 3 |beta|^2 along any direction, whose slope does not depend on the radius.
+    np.testing.assert_allclose(metrics.diagnostics.curvature, 6, rtol=1e-3)
+    assert metrics.diagnostics.disagreement < 1e-3
+
+
+@pytest.mark.parametrize("digits", [7, 10])
+def test_diagnostics_see_the_rounding_of_the_network_whatever_the_dtype_of_the_loss(digits):
+    def loss(params, _):
+        return jnp.sum(jax.lax.reduce_precision(1 + params["w"], 8, digits))
+
+    step = functools.partial(glue_jax.spsa_step, loss_fn=loss, optimizer=SGD, num_directions=2, diagnostics=True)
+    experts = {"w": jax.random.normal(jax.random.key(0), (3, 1000)) / 100}
+    fine = functools.partial(step, loss_fn=lambda params, _: jnp.sum(1 + params["w"]))
+    coarse, exact = (
+        function(jax.random.key(1), glue_jax.init(3, SGD), experts, None, radius=3e-2)[1].diagnostics
+        for function in (step, fine)
+    )
+    assert coarse.disagreement > 0.5
+    assert exact.disagreement < 0.2
+
+
+def test_a_network_of_bfloat16_products_is_told_and_takes_a_large_radius():
+    experts, batch = linear_problem()
+
+    def loss(params, batch):
+        inputs, targets = batch
+        outputs = inputs.astype(jnp.bfloat16) @ params["w"].astype(jnp.bfloat16)
+        return jnp.mean((outputs.astype(jnp.float32) - targets) ** 2)
+
+    step = functools.partial(glue_jax.spsa_step, loss_fn=loss, optimizer=SGD)
+    with pytest.warns(UserWarning, match="multiplies bfloat16 or float16 arrays.*forward_gradient_step is right there"):
+        _, told = step(jax.random.key(0), glue_jax.init(4, SGD), experts, batch)
+    # A radius that is given is taken without a word.
+    _, given = step(jax.random.key(0), glue_jax.init(4, SGD), experts, batch, radius=1.0)
+    np.testing.assert_array_equal(told.probe_losses, given.probe_losses)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [({}, {"HIGHEST"}), ({"matmul_precision": None}, {"None"}), ({"matmul_precision": "default"}, {"DEFAULT"})],
+)
+def test_the_products_of_the_loss_have_the_highest_precision_unless_another_is_asked_for(words, expected):
+    experts, batch = linear_problem()
+    seen = set()
+
+    def loss(params, batch):
+        jaxpr = jax.make_jaxpr(squared_loss)(params, batch)
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "dot_general":
+                precision = equation.params["precision"]
+                seen.add(precision[0].name if precision else "None")
+        return squared_loss(params, batch)
+
+    glue_jax.spsa_step(jax.random.key(0), glue_jax.init(4, SGD), experts, batch, loss_fn=loss, optimizer=SGD, **words)
+    assert seen == expected
+
+
+@pytest.mark.parametrize("step_fn", STEPS[1:])
+def test_a_loss_that_counts_is_not_differentiated_to_zero_in_silence(step_fn):
+    experts, batch = linear_problem()
+    with pytest.raises(ValueError, match="returned dtype int32, whose derivative is 0"):
+        step_fn(
+            jax.random.key(0),
+            glue_jax.init(4, SGD),
+            experts,
+            batch,
+            loss_fn=lambda params, _: jnp.sum(params["w"] > 0),
+            optimizer=SGD,
+        )
+
+
 def test_no_experts_and_integer_coefficients_are_refused():
     with pytest.raises(ValueError, match="num_experts is 0"):
         glue_jax.init(0, SGD)
@@ -113,8 +243,8 @@ def test_spsa_along_all_zero_sum_directions_approaches_the_gradient_derived_by_h
         num_directions=3,
         directions="simplex_orthogonal",
     )
-    # O(radius²) and differences of float32 losses over 2e-2.
-    np.testing.assert_allclose(state.beta, beta - gradient, atol=1e-3 * float(np.linalg.norm(gradient)))
+    # O(radius²) and differences of float32 losses over twice the radius.
+    np.testing.assert_allclose(state.beta, beta - gradient, atol=1e-2 * float(np.linalg.norm(gradient)))
 
 
 def test_the_update_in_alpha_space_is_equation_7():
@@ -158,7 +288,7 @@ def test_the_state_keeps_its_structure_and_metrics_belong_to_the_state_that_went
     if step_fn is glue_jax.spsa_step:
         assert metrics.probe_losses.shape == (1, 2)
         np.testing.assert_allclose(metrics.loss, np.mean(metrics.probe_losses), rtol=1e-6)
-        np.testing.assert_allclose(metrics.loss, blended, rtol=1e-3)
+        np.testing.assert_allclose(metrics.loss, blended, rtol=1e-2)
     else:
         assert metrics.probe_losses is None
         np.testing.assert_allclose(metrics.loss, blended, rtol=1e-6)
@@ -233,6 +363,7 @@ def test_the_radius_may_be_a_schedule_of_the_step():
                 loss_fn=lambda params, _: params,
                 optimizer=SGD,
                 link_fn=glue_jax.unconstrained,
+                directions="rademacher",
                 radius=optax.linear_schedule(0.5, 0.1, 4),
             )
         )(jax.random.key(0), state, jnp.array([1.0, 0.0, 0.0, 0.0]), None)
@@ -348,7 +479,7 @@ def test_an_spsa_step_never_differentiates_the_loss_and_the_other_steps_do():
 def test_coefficients_and_losses_that_do_not_fit_are_refused(step_fn, beta, loss, message):
     experts, batch = linear_problem()
     with pytest.raises(ValueError, match=message):
-        step_fn(jax.random.key(0), glue_jax.init(4, SGD, beta=beta), experts, batch, loss_fn=loss, optimizer=SGD)
+        step_fn(jax.random.key(0), glue_jax.init(len(beta), SGD), experts, batch, loss_fn=loss, optimizer=SGD)
 
 
 @pytest.mark.parametrize(
@@ -356,6 +487,12 @@ def test_coefficients_and_losses_that_do_not_fit_are_refused(step_fn, beta, loss
     [
         ({"radius": 0.0}, "radius is 0.0"),
         ({"num_directions": 0}, "num_directions is 0"),
+        ({"radius": jnp.float32(0)}, "radius is 0.0"),
+        ({"radius": np.array(jnp.nan)}, "radius is nan"),
+        ({"radius": lambda step: 0.0}, "radius is 0.0"),
+        ({"radius": jnp.ones(3)}, r"radius has shape \(3,\)"),
+        ({"radius": 1j}, "dtype complex64"),
+        ({"num_directions": 1.5}, "num_directions is 1.5; expected an integer"),
         ({"directions": "axes"}, "directions is 'axes'"),
         ({"scale": "none"}, "scale is 'none'"),
         ({"probe_batch_size": 0}, "probe_batch_size is 0"),

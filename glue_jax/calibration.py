@@ -1,94 +1,19 @@
-"""How good SPSA's estimates are, and which radius and learning rate they need."""
+"""Which radius and learning rate SPSA needs."""
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from glue_jax import theory
+from glue_jax.batches import check_counts
 from glue_jax.coefficients import check_floating
 from glue_jax.directions import Directions, dimension, sample_directions
 from glue_jax.estimators import map_probes, scalar_valued, spsa_probes
-from glue_jax.types import Batch, GlueMetrics, GlueState, Params, PyTree, StepFn
-
-
-class Diagnostics(NamedTuple):
-    """What the probes of a step tell beside its gradient.
-
-    Attributes:
-        signal_to_noise: the root mean square over directions of `(L+ - L-) / 2`, in units of the spacing of floating
-            point at the loss, `[]`. Where it is small the radius is, too: a network's rounding errors add up.
-        curvature: the mean over directions of `(L+ + L- - 2 L) / radius^2`, the second derivative along a direction,
-            `[]`.
-        bend: the root mean square of `(L+ + L-) / 2 - L` over that of `(L+ - L-) / 2`, `[]`. Well above 1, the loss
-            bends within the radius more than it falls: the radius is large, or a minimum near.
-    """
-
-    signal_to_noise: jax.Array
-    curvature: jax.Array
-    bend: jax.Array
-
-
-def probe_diagnostics(probe_losses: jax.Array, loss: jax.Array, radius: jax.typing.ArrayLike) -> Diagnostics:
-    """Returns what a step's probes tell beside its gradient.
-
-    Args:
-        probe_losses: `metrics.probe_losses`, `[m, 2]`.
-        loss: of the unperturbed blend on the same minibatch, `[]`: one forward pass more.
-        radius: the step's.
-    """
-    odd = (probe_losses[:, 0] - probe_losses[:, 1]) / 2
-    even = (probe_losses[:, 0] + probe_losses[:, 1]) / 2 - loss
-    signal, bend = (jnp.sqrt(jnp.mean(jnp.square(values))) for values in (odd, even))
-    return Diagnostics(
-        signal_to_noise=signal / (jnp.finfo(probe_losses.dtype).eps * jnp.abs(loss)),
-        curvature=jnp.mean(2 * even) / jnp.square(radius),
-        bend=bend / signal,
-    )
-
-
-def with_diagnostics(step_fn: StepFn, radius: jax.typing.ArrayLike | optax.Schedule) -> StepFn:
-    """Returns a step that has its diagnostics in its metrics, for one forward pass more.
-
-    Args:
-        step_fn: `spsa_step`, or a `functools.partial` of it.
-        radius: the one that it steps with.
-
-    Returns:
-        The step; build it once, so that `learn` compiles it once.
-
-    Example:
-        >>> import functools, jax, jax.numpy as jnp, optax
-        >>> import glue_jax
-        >>> step_fn = glue_jax.with_diagnostics(functools.partial(glue_jax.spsa_step, radius=0.1), 0.1)
-        >>> result = glue_jax.learn(
-        ...     jax.random.key(0),
-        ...     {"w": jnp.array([0.0, 1.0])},
-        ...     jnp.full((64,), 0.3),
-        ...     loss_fn=lambda params, batch: jnp.mean((params["w"] - batch) ** 2),
-        ...     optimizer=optax.adam(0.1),
-        ...     step_fn=step_fn,
-        ...     max_steps=20,
-        ... )
-        >>> result.history.metrics.diagnostics.curvature.shape
-        (20,)
-    """
-
-    def step(
-        key: jax.Array, state: GlueState, experts: Params, batch: Batch, /, **words: Any
-    ) -> tuple[GlueState, GlueMetrics]:
-        next_state, metrics = step_fn(key, state, experts, batch, **words)
-        if metrics.probe_losses is None:
-            raise ValueError("the step has no probe_losses in its metrics: expected spsa_step")
-        loss = words["loss_fn"](words["merge_fn"](experts, metrics.alpha), batch)
-        of_step = radius(state.step) if callable(radius) else radius
-        return next_state, metrics._replace(diagnostics=probe_diagnostics(metrics.probe_losses, loss, of_step))
-
-    return step
+from glue_jax.types import PyTree
 
 
 class Calibration(NamedTuple):
@@ -151,6 +76,8 @@ def calibrate(
         TypeError: coefficients that are not floating point.
     """
     check_floating(beta)
+    check_counts(num_directions=num_directions, step_directions=step_directions)
+    beta = jax.tree.map(jnp.asarray, beta)
     tried = np.asarray(radii, np.float64)
     if tried.ndim != 1 or len(tried) < 3 or not (tried[0] > 0 and tried[-1] < math.inf and (np.diff(tried) > 0).all()):
         raise ValueError(f"radii are {list(radii)}; expected at least three finite numbers above 0, ascending")
