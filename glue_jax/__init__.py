@@ -19,7 +19,7 @@ from glue_jax.diagnostics import Calibration, Diagnostics, calibrate, probe_diag
 from glue_jax.directions import Directions, sample_directions
 from glue_jax.estimators import Estimate, forward_gradient, full_gradient, spsa_gradient
 from glue_jax.experts import blend, num_experts, stack_experts
-from glue_jax.groups import Groups, group_by_path
+from glue_jax.groups import Groups, by_layer, group_by_path
 from glue_jax.learning import NonFiniteLossError, learn
 from glue_jax.links import Tempered, box, task_vector_weights, tempered_link, tempered_merge, unconstrained
 from glue_jax.objectives import entropy, error_rate
@@ -71,6 +71,7 @@ __all__ = [
     "best_expert",
     "blend",
     "box",
+    "by_layer",
     "calibrate",
     "chain_spec",
     "combine",

@@ -226,7 +226,7 @@ def test_experts_whose_heads_differ_share_a_backbone_and_one_of_the_heads():
     base = mlp(jax.random.key(10))
     heads = [{"kernel": jnp.ones((6, classes)), "bias": jnp.zeros(classes)} for classes in (3, 5)]
     moved = {**glue_jax.permute(base, MLP, shuffled(MLP, base)), "dense3": heads[1]}
-    rests, parts = zip(*(glue_jax.partition(expert, "^dense3/") for expert in (base, moved)), strict=True)
+    parts, rests = zip(*(glue_jax.partition(expert, "^dense3/") for expert in (base, moved)), strict=True)
     backbone = {path: axes for path, axes in MLP.items() if not path.startswith("dense3/")}
     aligned = glue_jax.align_experts(glue_jax.stack_experts(rests), backbone).experts
     model = glue_jax.combine(glue_jax.blend(aligned, glue_jax.uniform(2)), parts[0])

@@ -31,7 +31,7 @@ def test_statistics_of_batches_are_those_of_all_examples(cuts):
 
 
 def test_what_statistics_held_before_makes_no_difference():
-    without, _ = glue_jax.partition(PARAMS, "^batch_stats/")
+    _, without = glue_jax.partition(PARAMS, "^batch_stats/")
     first, second = (glue_jax.refresh_statistics(params, [DATA], statistics) for params in (PARAMS, without))
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
@@ -113,7 +113,7 @@ def test_batches_of_other_statistics_are_refused():
 
 def test_evaluation_without_statistics_is_refused_with_the_reason():
     network = models.build("convnet", image_shape=(8, 8, 1), num_classes=4)
-    without, _ = glue_jax.partition(network.init(jax.random.key(3)), "^batch_stats/")
+    _, without = glue_jax.partition(network.init(jax.random.key(3)), "^batch_stats/")
     with pytest.raises(ValueError, match="no BatchNorm statistics, as outside the experts' convex hull"):
         network.apply(without, jnp.zeros((2, 8, 8, 1)))
 

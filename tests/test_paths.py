@@ -22,13 +22,13 @@ def test_a_path_is_its_keys_joined_by_slashes():
 
 @pytest.mark.parametrize("pattern", ["head", "^batch_stats/", "/w$", ""])
 def test_combining_what_was_partitioned_gives_the_tree_again(pattern):
-    rest, part = glue_jax.partition(MODEL, pattern)
+    part, rest = glue_jax.partition(MODEL, pattern)
     assert len(jax.tree.leaves(rest)) + len(jax.tree.leaves(part)) == 5
     assert glue_jax.combine(rest, part) == glue_jax.combine(part, rest) == MODEL
 
 
 def test_a_part_is_what_the_pattern_is_in():
-    rest, part = glue_jax.partition(MODEL, "^params/head")
+    part, rest = glue_jax.partition(MODEL, "^params/head")
     assert jax.tree.leaves(part) == [4, 3]
     assert jax.tree.leaves(rest) == [5, 1, 2]
 
@@ -40,7 +40,7 @@ def test_backbones_are_blended_and_one_head_is_put_back():
     first, second = expert(0.0, 2), expert(1.0, 5)
     with pytest.raises(ValueError, match=r"expert 1 differs from expert 0 at \['head'\]: \(3, 5\) against \(3, 2\)"):
         glue_jax.stack_experts([first, second])
-    (body, head), (other_body, _) = (glue_jax.partition(model, "^head") for model in (first, second))
+    (head, body), (_, other_body) = (glue_jax.partition(model, "^head") for model in (first, second))
     blend = glue_jax.blend(glue_jax.stack_experts([body, other_body]), jnp.array([0.25, 0.75]))
     model = glue_jax.combine(blend, head)
     np.testing.assert_allclose(model["body"], [0.75] * 3)
