@@ -5,7 +5,7 @@ The method is of Park, Chaudhari, Pranav, Joe-Wong and Moura, "GLUE: Gradient-fr
 """
 
 from glue_jax import theory
-from glue_jax.alignment import Alignment, Permutations, PermutationSpec, align, align_experts, chain_spec, permute
+from glue_jax.alignment import Alignment, Permutations, align, align_experts, permute
 from glue_jax.ask_tell import ask, tell
 from glue_jax.batch_norm import refresh_statistics
 from glue_jax.batches import batched_mean, minibatch_indices
@@ -24,6 +24,7 @@ from glue_jax.learning import NonFiniteLossError, learn
 from glue_jax.links import Tempered, box, task_vector_weights, tempered_link, tempered_merge, unconstrained
 from glue_jax.objectives import entropy, error_rate
 from glue_jax.paths import combine, leaf_paths, partition
+from glue_jax.permutation_specs import PermutationSpec, chain_spec
 from glue_jax.similarity import Similarity, loss_barriers, weight_similarity
 from glue_jax.soups import best_expert, diagonal_fisher, fisher_merge, greedy_soup, loss_weights
 from glue_jax.starts import learn_from_starts
