@@ -218,10 +218,11 @@ def align_experts(
             moved = [move(index, _mean_of_others(models, index)) for index in order.permutation(k)]
             if not any(moved):
                 break
-    for index, permutations in enumerate(total if check_fn is not None else []):
-        if any((permutation != np.arange(len(permutation))).any() for permutation in permutations.values()):
-            before = jax.tree.map(lambda leaf, index=index: leaf[index], experts)
-            _check_function(index, check_fn, before, models[index], tolerance)
+    if check_fn is not None:
+        for index, permutations in enumerate(total):
+            if any((permutation != np.arange(len(permutation))).any() for permutation in permutations.values()):
+                before = jax.tree.map(lambda leaf, index=index: leaf[index], experts)
+                _check_function(index, check_fn, before, models[index], tolerance)
     aligned = [
         leaf if path not in spec else (jnp.asarray if isinstance(leaf, jax.Array) else np.asarray)(np.stack(leaves))
         for (path, leaf), *leaves in zip(by_path(experts).items(), *map(jax.tree.leaves, models), strict=True)

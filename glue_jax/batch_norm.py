@@ -98,8 +98,8 @@ def _statistics(tree: PyTree, collection: str) -> dict[str, Any]:
     """One batch's statistics by their paths without the collection."""
     found = {_without(collection, path): leaf for path, leaf in by_name(tree).items()}
     for path, leaf in found.items():
-        if not jnp.issubdtype(getattr(leaf, "dtype", None), jnp.floating):
-            kind = getattr(leaf, "dtype", type(leaf).__name__)
+        kind = getattr(leaf, "dtype", type(leaf).__name__)
+        if not hasattr(leaf, "dtype") or not jnp.issubdtype(kind, jnp.floating):
             raise TypeError(f"statistics_fn returned {kind} at {path}; expected an array of a floating-point dtype")
     return found
 
