@@ -138,7 +138,7 @@ def _weights(context: Context, experts: Variables) -> dict[str, Any]:
     found = glue_jax.weight_similarity(
         params, glue_jax.group_by_path(params, _MODULES), origin=None if origin is None else {"params": origin}
     )
-    compared = [glue_jax.partition(tree["params"], _NORMS)[0] for tree in (experts, aligned)]
+    compared = [glue_jax.partition(tree["params"], _NORMS)[1] for tree in (experts, aligned)]
     whole, after = (_mean_of_pairs(glue_jax.weight_similarity(tree).cosine)[0] for tree in compared)
     learned = [None] * len(found.names)
     if found.cosine_from_origin is not None:

@@ -5,7 +5,7 @@ The method is of Park, Chaudhari, Pranav, Joe-Wong and Moura, "GLUE: Gradient-fr
 """
 
 from glue_jax import theory
-from glue_jax.alignment import Alignment, Permutations, PermutationSpec, align, align_experts, chain_spec, permute
+from glue_jax.alignment import Alignment, Permutations, align, align_experts, permute
 from glue_jax.ask_tell import Probes, ask, tell
 from glue_jax.batch_norm import refresh_statistics
 from glue_jax.batches import batched_mean, minibatch_indices
@@ -20,11 +20,12 @@ from glue_jax.coefficients import (
 from glue_jax.directions import Directions, sample_directions
 from glue_jax.estimators import Estimate, forward_gradient, full_gradient, spsa_gradient
 from glue_jax.experts import num_experts, stack_experts
-from glue_jax.groups import Groups, group_by_path
+from glue_jax.groups import Groups, by_layer, group_by_path
 from glue_jax.learning import NonFiniteLossError, learn
 from glue_jax.links import Link, Tempered, box, task_vector_weights, tempered_link, tempered_merge, unconstrained
 from glue_jax.objectives import entropy, error_rate
 from glue_jax.paths import combine, leaf_paths, partition
+from glue_jax.permutation_specs import PermutationSpec, chain_spec
 from glue_jax.similarity import Similarity, loss_barriers, weight_similarity
 from glue_jax.soups import best_expert, diagonal_fisher, fisher_merge, greedy_soup, loss_weights
 from glue_jax.starts import learn_from_starts
@@ -75,6 +76,7 @@ __all__ = [
     "best_expert",
     "blend",
     "box",
+    "by_layer",
     "calibrate",
     "chain_spec",
     "combine",

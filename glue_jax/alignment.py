@@ -5,22 +5,15 @@ initialisations have theirs in places of their own, and an average mixes units t
 Weight matching (Ainsworth et al., 2023, Algorithms 1 and 3, https://arxiv.org/abs/2209.04836) finds, without data, the
 permutations that bring experts' weights closest together.
 
-What may be permuted is data, a `PermutationSpec`: for each leaf, by its path (`glue_jax.paths`), what runs along each
-of its axes. Of a network with two dense layers:
-
-    spec = {"dense1/kernel": (None, "hidden"), "dense1/bias": ("hidden",), "dense2/kernel": ("hidden", None)}
-
-`chain_spec` writes it for a plain chain of layers.
-
-An axis whose units belong to several permutations, as behind a concatenation or a shortcut that pads with zeros, is a
-tuple of segments `(name, start, stop)` of them, in their order on the axis.
+What may be permuted is data, a `PermutationSpec` (`glue_jax.permutation_specs`); `chain_spec` writes the one of a plain
+chain of layers.
 
 Where experts' heads differ, `partition` them off, align the rest by a spec without their paths, and `combine` the blend
 with the head of the expert that the others were aligned to: its units kept their places, so that its head fits.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -28,14 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from glue_jax.batches import check_counts
 from glue_jax.experts import num_experts
-from glue_jax.paths import leaf_paths
-from glue_jax.types import Params
-
-Segment: TypeAlias = tuple[str, int, int]
-Axis: TypeAlias = str | tuple[Segment, ...] | None
-PermutationSpec: TypeAlias = Mapping[str, tuple[Axis, ...]]
-"""For each leaf's path, what is permuted along each of its axes; None, or a path left out, is nothing."""
+from glue_jax.paths import by_path, check_finite
+from glue_jax.permutation_specs import Layout, PermutationSpec
+from glue_jax.types import Params, PyTree
 
 Permutations: TypeAlias = dict[str, np.ndarray]
 """By name, an int `[n]`: unit j comes from place `permutation[j]`."""
@@ -45,50 +35,12 @@ class Alignment(NamedTuple):
     """What `align_experts` found.
 
     Attributes:
-        experts: each computes the function that it did before, leaves `[K, ...]`.
+        experts: each computes the function that it did before if the spec describes the network, leaves `[K, ...]`.
         permutations: of each expert.
     """
 
     experts: Params
     permutations: list[Permutations]
-
-
-def chain_spec(params: Params, layers: Sequence[str]) -> PermutationSpec:
-    """Returns what may be permuted in an MLP, or in a CNN without shortcuts: the units of each layer but the last.
-
-    Args:
-        params: one model, with kernels whose last two axes are inputs and outputs, as Flax has them.
-        layers: for each layer, from input to output, a regular expression for the paths of its leaves: its kernel,
-            and what runs along its outputs, such as its bias, and the scales and the statistics of a norm behind it.
-
-    Returns:
-        The spec of all leaves of these layers, with the units of the layer at index i as `"units{i}"`.
-
-    Raises:
-        ValueError: a pattern that is in no path, a path that two have, or a leaf without axes.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> import glue_jax
-        >>> dense1, dense2 = {"kernel": jnp.zeros((5, 3)), "bias": jnp.zeros(3)}, {"kernel": jnp.zeros((3, 2))}
-        >>> glue_jax.chain_spec({"dense1": dense1, "dense2": dense2}, ["dense1", "dense2"])
-        {'dense1/bias': ('units0',), 'dense1/kernel': (None, 'units0'), 'dense2/kernel': ('units0', None)}
-    """
-    shapes = {path: np.shape(leaf) for path, leaf in _by_path(params).items()}
-    spec: dict[str, tuple[Axis, ...]] = {}
-    for index, layer in enumerate(layers):
-        inputs = f"units{index - 1}" if index else None
-        outputs = f"units{index}" if index < len(layers) - 1 else None
-        paths = [path for path in shapes if re.search(layer, path)]
-        if not paths:
-            raise ValueError(f"the pattern {layer!r} is in no path; the paths are {list(shapes)}")
-        for path in paths:
-            axes = len(shapes[path])
-            if path in spec or not axes:
-                reason = "of an earlier layer, too" if path in spec else "without axes"
-                raise ValueError(f"the pattern {layer!r} finds {path!r}, which is {reason}")
-            spec[path] = (outputs,) if axes == 1 else (*[None] * (axes - 2), inputs, outputs)
-    return spec
 
 
 def permute(params: Params, spec: PermutationSpec, permutations: Mapping[str, np.ndarray]) -> Params:
@@ -103,10 +55,10 @@ def permute(params: Params, spec: PermutationSpec, permutations: Mapping[str, np
         ValueError: a spec that does not fit the model, by path; a permutation that the spec does not name, or that is
             none.
     """
-    layout = _Layout(spec, params)
+    layout = Layout(spec, params)
     layout.check(permutations)
-    by_path = {path: layout.permuted(path, leaf, permutations) for path, leaf in _by_path(params).items()}
-    return jax.tree.map(by_path.__getitem__, leaf_paths(params))
+    moved = [layout.permuted(path, leaf, permutations) for path, leaf in by_path(params).items()]
+    return jax.tree.unflatten(jax.tree.structure(params), moved)
 
 
 def align(
@@ -130,21 +82,27 @@ def align(
         spec: what may be permuted.
         ignore: a regular expression for paths of leaves that are permuted and not compared: BatchNorm statistics.
         seed: of the order.
-        max_sweeps: over all permutations.
+        max_sweeps: over all permutations, at least 1.
 
     Returns:
         `permute(params, spec, permutations)` is close to `reference`.
 
     Raises:
-        ValueError: a spec that does not fit the model, by path, or a reference of other leaves or shapes.
+        ValueError: a spec that does not fit the model, by path; a reference of other leaves or shapes; weights that are
+            infinite or NaN, by argument and path; a permutation none of whose leaves is compared; `max_sweeps` below 1.
     """
-    layout = _Layout(spec, reference)
-    ours, theirs = _by_path(params), _by_path(reference)
+    check_counts(max_sweeps=max_sweeps)
+    layout = Layout(spec, reference)
+    ours, theirs = by_path(params), by_path(reference)
     for path in ours.keys() | theirs.keys():
         shapes = [np.shape(leaves[path]) if path in leaves else "no leaf" for leaves in (ours, theirs)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"params has {shapes[0]} at {path!r}, and reference {shapes[1]}: expected the same")
+    check_finite("params", params)
+    check_finite("reference", reference)
     compared = [path for path in ours if not (ignore and re.search(ignore, path))]
+    if unseen := sorted(layout.sizes.keys() - {name for path in compared for name in layout.names(path)}):
+        raise ValueError(f"ignore is {ignore!r}, which leaves no weights to match the permutations {unseen} by")
 
     def match(name: str, permutations: Permutations, paths: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """The inner products of each two units, all others being where the permutations put them; the assignment."""
@@ -194,7 +152,9 @@ def align(
 
     def closeness(permutations: Permutations) -> float:
         moved = {path: layout.permuted(path, ours[path], permutations) for path in compared}
-        return sum(float(np.vdot(theirs[path], leaf)) for path, leaf in moved.items())
+        return sum(
+            float(np.vdot(*(np.asarray(a, np.float64) for a in (theirs[path], leaf)))) for path, leaf in moved.items()
+        )
 
     as_they_are = {name: np.arange(size) for name, size in layout.sizes.items()}
     return max((ascend(start) for start in (as_they_are, first_pass())), key=closeness)
@@ -208,8 +168,13 @@ def align_experts(
     ignore: str | None = "^batch_stats/",
     seed: int = 0,
     max_rounds: int = 20,
+    check_fn: Callable[[Params], PyTree] | None = None,
+    tolerance: float = 1e-2,
 ) -> Alignment:
     """Aligns K experts, to one of them or to one another.
+
+    A spec that does not describe the network changes what it computes, and its shapes may not tell. Pass a `check_fn`
+    wherever a forward pass is at hand.
 
     Args:
         experts: stacked, each leaf `[K, ...]`.
@@ -218,16 +183,23 @@ def align_experts(
             to the mean of the others, round after round until none moves (Algorithm 3, MergeMany).
         ignore: as for `align`.
         seed: of the orders.
-        max_rounds: of aligning each to the mean of the others.
+        max_rounds: of aligning each to the mean of the others, at least 1.
+        check_fn: `check_fn(params) -> outputs`, a pytree of arrays, such as the logits of some inputs in evaluation
+            mode. It is called for each expert whose units changed places, before and after that. None checks nothing.
+        tolerance: how far an output may move, relative to the largest.
 
     Raises:
-        ValueError: a spec that does not fit, by path, or a reference that is no expert's number.
+        ValueError: a spec that does not fit, by path; a reference that is no expert's number; weights that are infinite
+            or NaN, by expert and path; what else `align` refuses; an expert that computes something else than before,
+            by `check_fn`; `max_rounds` below 1.
     """
+    check_counts(max_rounds=max_rounds)
     k = num_experts(experts)
+    check_finite("experts", experts, stacked=True)
     models = [jax.tree.map(lambda leaf, index=index: np.asarray(leaf[index]), experts) for index in range(k)]
     if reference is not None and reference not in range(k):
         raise ValueError(f"reference is {reference}; expected the number of one of {k} experts, or None")
-    layout = _Layout(spec, models[0])
+    layout = Layout(spec, models[0])
     total = [{name: np.arange(size) for name, size in layout.sizes.items()} for _ in models]
 
     def move(index: int, target: Params) -> bool:
@@ -246,88 +218,16 @@ def align_experts(
             moved = [move(index, _mean_of_others(models, index)) for index in order.permutation(k)]
             if not any(moved):
                 break
-    return Alignment(jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *models), total)
-
-
-class _Layout:
-    """Where the units of each permutation are on the axes of each leaf, checked against a model."""
-
-    def __init__(self, spec: PermutationSpec, params: Params):
-        """Refuses a spec that does not fit."""
-        shapes = {path: np.shape(leaf) for path, leaf in _by_path(params).items()}
-        self.sizes: dict[str, int] = {}
-        self._places: dict[str, list[dict[str, np.ndarray]]] = {}
-        for path, axes in spec.items():
-            if path not in shapes:
-                raise ValueError(f"the spec names {path!r}, where the model has no leaf; its paths are {list(shapes)}")
-            if len(axes) != len(shapes[path]):
-                raise ValueError(f"the spec has {len(axes)} axes for {path}, whose shape is {shapes[path]}")
-            self._places[path] = [_places_on(path, axis, size) for axis, size in zip(axes, shapes[path], strict=True)]
-            for places in self._places[path]:
-                for name, found in places.items():
-                    if self.sizes.setdefault(name, len(found)) != len(found):
-                        raise ValueError(
-                            f"permutation {name!r} has {len(found)} units at {path} and {self.sizes[name]} elsewhere"
-                        )
-
-    def check(self, permutations: Mapping[str, np.ndarray]) -> None:
-        """Refuses what is no permutation of the spec's."""
-        for name, permutation in permutations.items():
-            if name not in self.sizes:
-                raise ValueError(f"permutations has {name!r}; expected names of the spec, {sorted(self.sizes)}")
-            if not np.array_equal(np.sort(permutation), np.arange(self.sizes[name])):
-                raise ValueError(
-                    f"permutation {name!r} is {np.asarray(permutation).tolist()}; expected each of 0 to "
-                    f"{self.sizes[name] - 1} once"
-                )
-
-    def places(self, path: str, name: str) -> list[tuple[int, np.ndarray]]:
-        """Axis and places of a permutation's units, for each axis of a leaf that they are on."""
-        axes = self._places.get(path, [])
-        return [(axis, places[name]) for axis, places in enumerate(axes) if name in places]
-
-    def names(self, path: str) -> set[str]:
-        """The permutations of a leaf."""
-        return {name for places in self._places.get(path, []) for name in places}
-
-    def permuted(
-        self,
-        path: str,
-        leaf: Any,
-        permutations: Mapping[str, np.ndarray],
-        *,
-        elsewhere: Mapping[str, np.ndarray] | None = None,
-        axis: int | None = None,
-    ) -> np.ndarray:
-        """A leaf with its units moved; on all axes but `axis`, by those of `elsewhere` where it has them."""
-        leaf = np.asarray(leaf)
-        for number, places in enumerate(self._places.get(path, [])):
-            chosen = permutations if elsewhere is None or number == axis else {**permutations, **elsewhere}
-            index = np.arange(leaf.shape[number])
-            for name, found in places.items():
-                if name in chosen:
-                    index[found] = found[chosen[name]]
-            leaf = np.take(leaf, index, axis=number)
-        return leaf
-
-
-def _places_on(path: str, axis: Axis, size: int) -> dict[str, np.ndarray]:
-    """The places of the units of each permutation along one axis."""
-    if axis is None:
-        return {}
-    if isinstance(axis, str):
-        return {axis: np.arange(size)}
-    if sum(stop - start for _, start, stop in axis) != size:
-        raise ValueError(f"the segments {axis} of the spec do not fill an axis of {path}, whose length is {size}")
-    units: dict[str, dict[int, int]] = {}
-    place = 0
-    for name, start, stop in axis:
-        units.setdefault(name, {}).update({unit: place + unit - start for unit in range(start, stop)})
-        place += stop - start
-    for name, found in units.items():
-        if sorted(found) != list(range(len(found))):
-            raise ValueError(f"the segments {axis} of the spec for {path} leave out units of {name!r}, or repeat them")
-    return {name: np.array([found[unit] for unit in range(len(found))]) for name, found in units.items()}
+    if check_fn is not None:
+        for index, permutations in enumerate(total):
+            if any((permutation != np.arange(len(permutation))).any() for permutation in permutations.values()):
+                before = jax.tree.map(lambda leaf, index=index: leaf[index], experts)
+                _check_function(index, check_fn, before, models[index], tolerance)
+    aligned = [
+        leaf if path not in spec else (jnp.asarray if isinstance(leaf, jax.Array) else np.asarray)(np.stack(leaves))
+        for (path, leaf), *leaves in zip(by_path(experts).items(), *map(jax.tree.leaves, models), strict=True)
+    ]
+    return Alignment(jax.tree.unflatten(jax.tree.structure(experts), aligned), total)
 
 
 def _units(leaf: Any, axis: int, places: np.ndarray) -> np.ndarray:
@@ -335,12 +235,22 @@ def _units(leaf: Any, axis: int, places: np.ndarray) -> np.ndarray:
     return np.moveaxis(np.asarray(leaf, np.float64), axis, 0)[places].reshape(len(places), -1)
 
 
-def _by_path(params: Params) -> dict[str, Any]:
-    """The leaves by their paths."""
-    return dict(zip(jax.tree.leaves(leaf_paths(params)), jax.tree.leaves(params), strict=True))
+def _check_function(
+    index: int, check_fn: Callable[[Params], PyTree], before: Params, after: Params, tolerance: float
+) -> None:
+    """Refuses an expert whose outputs changed with the places of its units."""
+    outputs = [jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), check_fn(params)) for params in (before, after)]
+    for first, second in zip(*map(jax.tree.leaves, outputs), strict=True):
+        change, size = np.abs(second - first).max(initial=0), np.abs(first).max(initial=0)
+        if not change <= tolerance * size:
+            raise ValueError(
+                f"expert {index} computes something else after its units changed places: its outputs moved by "
+                f"{change:.3g}, and the largest is {size:.3g}; expected at most {tolerance} of that, so the spec does "
+                "not describe the network (has chain_spec the right kernel_layout?)"
+            )
 
 
 def _mean_of_others(models: list[Params], index: int) -> Params:
     """The mean of all models but one."""
     others = [model for number, model in enumerate(models) if number != index]
-    return jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *others)
+    return jax.tree.map(lambda *leaves: np.mean(leaves, axis=0, dtype=np.float64), *others)

@@ -96,8 +96,9 @@ def _normalized(name: str, values: Any) -> jax.Array:
     array = np.asarray(values, np.float64)
     if array.ndim != 1 or array.size == 0:
         raise ValueError(f"{name} have shape {array.shape}; expected [K], one number for each expert")
-    if not np.isfinite(array).all() or (array < 0).any() or array.sum() == 0:
+    if not np.isfinite(array).all() or (array < 0).any() or not array.any():
         raise ValueError(
             f"{name} are {array.tolist()}; expected finite numbers, none negative and one at least positive"
         )
+    array = array / array.max()  # So that the sum is finite.
     return jnp.asarray(array / array.sum(), jnp.float32)

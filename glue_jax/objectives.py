@@ -8,17 +8,51 @@ finds it), or learn on a surrogate and validate on the metric (`validation_fn`).
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 
-def error_rate(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Returns 1 - accuracy, `[]`, of logits `[B, C]` and labels, integers `[B]`."""
-    return jnp.mean(jnp.argmax(logits, axis=-1) != labels)
+def error_rate(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
+    """Returns 1 - accuracy, float32 `[]`; NaN where a logit is NaN, as of a network with a NaN among its weights.
 
+    Args:
+        logits: `[..., C]` of C classes, at least two.
+        labels: the right classes, integers `[...]`.
 
-def entropy(logits: jax.Array) -> jax.Array:
-    """Returns the mean entropy of predictions in nats, `[]`, of logits `[B, C]`: an objective without labels.
-
-    AdaMerging's (Yang et al., 2024, https://arxiv.org/abs/2310.02575).
+    Raises:
+        ValueError: labels of another shape, such as one-hot labels `[..., C]` or `[..., 1]`, fewer than two classes, or
+            no examples.
+        TypeError: labels that are not integers.
     """
-    log_probabilities = jax.nn.log_softmax(logits)
-    return -jnp.mean(jnp.sum(jnp.exp(log_probabilities) * log_probabilities, axis=-1))
+    if labels is None:
+        raise TypeError("labels is None; expected integers")
+    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
+    if labels.shape != logits.shape[:-1] or not labels.size or logits.shape[-1:] < (2,):
+        raise ValueError(
+            f"labels have shape {labels.shape} and logits {logits.shape}; expected [...] and [..., C] with one integer "
+            "label an example and C of at least 2"
+        )
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"labels have dtype {labels.dtype}; expected integers")
+    wrong = (jnp.argmax(logits, axis=-1) != labels).astype(jnp.float32)
+    return jnp.mean(jnp.where(jnp.isnan(logits).any(axis=-1), jnp.nan, wrong))
+
+
+def entropy(logits: ArrayLike) -> jax.Array:
+    """Returns the mean entropy of predictions in nats, `[]` in at least float32: an objective without labels.
+
+    AdaMerging's (Yang et al., 2024, https://arxiv.org/abs/2310.02575). Where a logit is -inf, as of a masked class, the
+    class adds 0.
+
+    Args:
+        logits: `[..., C]` of C classes.
+
+    Raises:
+        ValueError: logits without an axis of classes, or no examples.
+    """
+    logits = jnp.asarray(logits)
+    if not (logits.ndim and logits.size):
+        raise ValueError(f"logits have shape {logits.shape}; expected [..., C]")
+    log_probabilities = jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+    # In place of 0 times -inf.
+    finite = jnp.where(jnp.isneginf(log_probabilities), 0, log_probabilities)
+    return -jnp.mean(jnp.sum(jnp.exp(log_probabilities) * finite, axis=-1))

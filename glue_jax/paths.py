@@ -4,10 +4,14 @@ A leaf's path is its keys joined by slashes, `params/blocks/0/conv1/kernel`, and
 is searched for in it (`re.search`): `^batch_stats/` is a collection, `head` whatever has it in its path.
 """
 
+import collections
 import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from glue_jax.types import PyTree
 
@@ -28,11 +32,12 @@ def partition(tree: PyTree, pattern: str) -> tuple[PyTree, PyTree]:
 
     Args:
         tree: any pytree of arrays.
-        pattern: a regular expression for the paths of the second part.
+        pattern: a regular expression for the paths of the first part.
 
     Returns:
-        The rest and the part, both of the structure of `tree` with None in place of the other's leaves. JAX takes None
-        for a tree without leaves, so each can be stacked and blended by itself; `combine` puts them together.
+        The part whose paths the pattern is in, and the rest, in the order of Equinox's `partition`. Both have the
+        structure of `tree`, with None in place of the other's leaves. JAX takes None for a tree without leaves, so each
+        can be stacked and blended by itself; `combine` puts them together.
 
     Raises:
         ValueError: a pattern that is in no path.
@@ -40,7 +45,7 @@ def partition(tree: PyTree, pattern: str) -> tuple[PyTree, PyTree]:
     Example:
         >>> import glue_jax
         >>> glue_jax.partition({"body": 1.0, "head": 2.0}, "^head")
-        ({'body': 1.0, 'head': None}, {'body': None, 'head': 2.0})
+        ({'body': None, 'head': 2.0}, {'body': 1.0, 'head': None})
     """
     chosen = jax.tree.leaves(matching(tree, pattern))
     leaves, treedef = jax.tree.flatten(tree)
@@ -49,15 +54,15 @@ def partition(tree: PyTree, pattern: str) -> tuple[PyTree, PyTree]:
         kept = [leaf if is_chosen is keep else None for leaf, is_chosen in zip(leaves, chosen, strict=True)]
         return jax.tree.unflatten(treedef, kept)
 
-    return part(False), part(True)
+    return part(True), part(False)
 
 
-def combine(rest: PyTree, part: PyTree) -> PyTree:
+def combine(part: PyTree, rest: PyTree) -> PyTree:
     """Puts together what `partition` split.
 
     Args:
-        rest: a tree with None in place of some leaves.
-        part: a tree of that structure whose leaves are there.
+        part: a tree with None in place of some leaves.
+        rest: a tree of that structure whose leaves are there. The two may change places.
 
     Returns:
         The tree with both trees' leaves.
@@ -67,7 +72,7 @@ def combine(rest: PyTree, part: PyTree) -> PyTree:
 
     Example:
         >>> import glue_jax
-        >>> glue_jax.combine({"body": 1.0, "head": None}, {"body": None, "head": 2.0})
+        >>> glue_jax.combine({"body": None, "head": 2.0}, {"body": 1.0, "head": None})
         {'body': 1.0, 'head': 2.0}
     """
 
@@ -77,7 +82,7 @@ def combine(rest: PyTree, part: PyTree) -> PyTree:
             raise ValueError(f"each of the two trees has a leaf at {slashed(path)}")
         return second if first is None else first
 
-    return jax.tree_util.tree_map_with_path(either, rest, part, is_leaf=lambda leaf: leaf is None)
+    return jax.tree_util.tree_map_with_path(either, part, rest, is_leaf=lambda leaf: leaf is None)
 
 
 def matching(tree: PyTree, pattern: str) -> PyTree:
@@ -92,3 +97,61 @@ def matching(tree: PyTree, pattern: str) -> PyTree:
 def slashed(path: tuple[Any, ...]) -> str:
     """Returns a path of `jax.tree_util` as its keys joined by slashes."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def by_path(tree: PyTree, *, keep_none: bool = False) -> dict[str, Any]:
+    """Returns the leaves by their paths, in the order in which they come.
+
+    Args:
+        tree: any pytree.
+        keep_none: whether None is a leaf.
+
+    Raises:
+        ValueError: two leaves of one path, as of `{"a/b": ..., "a": {"b": ...}}`.
+    """
+    is_leaf = (lambda leaf: leaf is None) if keep_none else None
+    leaves = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf):
+        if slashed(path) in leaves:
+            raise ValueError(f"two leaves have the path {slashed(path)!r}; expected one, so rename a key of the tree")
+        leaves[slashed(path)] = leaf
+    return leaves
+
+
+def by_name(tree: PyTree, *, keep_none: bool = False) -> dict[str, Any]:
+    """Returns the leaves as `by_path` does, without the `/value` that Flax NNX has below each variable of a `State`.
+
+    A leaf `attention/value` that has siblings keeps its name.
+    """
+    leaves = by_path(tree, keep_none=keep_none)
+    above = [path[: found.start()] for path in leaves for found in re.finditer("/", path)]
+    count = collections.Counter(above)
+
+    def name(path: str) -> str:
+        shorter = path.removesuffix("/value")
+        return shorter if count[shorter] == 1 and shorter not in leaves else path
+
+    return {name(path): leaf for path, leaf in leaves.items()}
+
+
+def check_finite(name: str, tree: PyTree, *, stacked: bool = False) -> None:
+    """Refuses floating-point leaves with infinite or NaN entries; a traced leaf is not looked at.
+
+    Args:
+        name: of the argument.
+        tree: any pytree of arrays.
+        stacked: whether leaves are `[K, ...]`, so that the error names the expert.
+
+    Raises:
+        ValueError: such a leaf, by its path.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if isinstance(leaf, Tracer) or not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+            continue
+        # NumPy's are not brought to JAX, which would make float64 float32.
+        finite = np.asarray((jnp if isinstance(leaf, jax.Array) else np).isfinite(leaf))
+        if not finite.all():
+            where = f"expert {np.argwhere(~finite)[0][0]} of {name}" if stacked else name
+            raise ValueError(
+                f"{where} holds {np.asarray(leaf)[~finite][0]} at {slashed(path)}; expected finite numbers"
+            )

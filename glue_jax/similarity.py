@@ -12,6 +12,7 @@ import numpy as np
 from glue_jax.blending import blend
 from glue_jax.experts import num_experts
 from glue_jax.groups import Groups
+from glue_jax.paths import by_path, leaf_paths
 from glue_jax.types import Params
 
 
@@ -39,32 +40,33 @@ def weight_similarity(experts: Params, groups: Groups | None = None, *, origin: 
 
     Args:
         experts: stacked, each leaf `[K, ...]`. Leave out BatchNorm statistics (`partition`), which are no weights.
-        groups: of `group_by_path`; None is one group of all.
+        groups: of `group_by_path` or `by_layer`; None is one group of all.
         origin: the common initialisation, if there is one: of the structure of one expert.
 
     Returns:
-        NumPy arrays, float64.
+        NumPy arrays, float64. One leaf at a time is copied to the host, in float64.
 
     Raises:
-        ValueError: an origin that is not of the structure and the shapes of one expert.
+        ValueError: an origin that is not of the structure and the shapes of one expert, or groups of another tree or
+            with rows that have no name.
+        TypeError: groups that are no `Groups`.
     """
     k = num_experts(experts)
-    leaves = [np.asarray(leaf, np.float64).reshape(k, -1) for leaf in jax.tree.leaves(experts)]
-    rows = [0] * len(leaves) if groups is None else jax.tree.leaves(groups.rows)
+    leaves = jax.tree.leaves(experts)
+    rows = [0] * len(leaves) if groups is None else _rows(groups, experts)
     names = ("all",) if groups is None else groups.names
     if origin is not None and jax.tree.map(np.shape, origin) != jax.tree.map(lambda leaf: np.shape(leaf)[1:], experts):
         raise ValueError("origin is not of the structure and the shapes of one expert")
-    centre = (
-        [leaf.mean(axis=0) for leaf in leaves]
-        if origin is None
-        else [np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(origin)]
-    )
+    starts = [None] * len(leaves) if origin is None else jax.tree.leaves(origin)
     inner, moved = np.zeros((2, len(names), k, k))
     length = np.zeros(len(names))
-    for row, leaf, start in zip(rows, leaves, centre, strict=True):
-        inner[row] += leaf @ leaf.T
-        moved[row] += (leaf - start) @ (leaf - start).T
-        length[row] += start @ start
+    for row, leaf, start in zip(rows, leaves, starts, strict=True):
+        weights = np.array(leaf, np.float64).reshape(k, -1)
+        inner[row] += weights @ weights.T
+        centre = weights.mean(axis=0) if start is None else np.asarray(start, np.float64).ravel()
+        length[row] += centre @ centre
+        weights -= centre
+        moved[row] += weights @ weights.T
     with np.errstate(invalid="ignore", divide="ignore"):
         distances = np.sqrt(np.diagonal(moved, axis1=1, axis2=2) / length[:, None])
     return Similarity(names, _cosine(inner), distances, None if origin is None else _cosine(moved))
@@ -88,11 +90,11 @@ def loss_barriers(
         `[K, K]`, symmetric, 0 on the diagonal and at least 0.
 
     Raises:
-        ValueError: `num_points` below 1.
+        ValueError: `num_points` that is no whole number of at least 1.
         FloatingPointError: a loss that is infinite or not a number, with the experts that it lies between.
     """
-    if num_points < 1:
-        raise ValueError(f"num_points is {num_points}; expected at least 1")
+    if not isinstance(num_points, int | np.integer) or num_points < 1:
+        raise ValueError(f"num_points is {num_points!r}; expected a whole number of at least 1")
     k = num_experts(experts)
 
     def loss(first: int, second: int, t: float) -> float:
@@ -108,6 +110,19 @@ def loss_barriers(
             rise = loss(first, second, t) - (1 - t) * ends[first] - t * ends[second]
             barriers[first, second] = barriers[second, first] = max(barriers[first, second], rise)
     return barriers
+
+
+def _rows(groups: Groups, experts: Params) -> list[int]:
+    """The row of each leaf, checked."""
+    if not isinstance(groups, Groups):
+        raise TypeError(f"groups is a {type(groups).__name__}; expected a Groups, of group_by_path or by_layer")
+    if jax.tree.structure(groups.rows) != jax.tree.structure(experts):
+        ours, theirs = (jax.tree.leaves(leaf_paths(tree)) for tree in (groups.rows, experts))
+        raise ValueError(f"groups are of another tree than experts: they have rows for {ours}; expected {theirs}")
+    for path, row in by_path(groups.rows).items():
+        if row not in range(len(groups.names)):
+            raise ValueError(f"groups has row {row} at {path}; expected one of the {len(groups.names)} that have names")
+    return jax.tree.leaves(groups.rows)
 
 
 def _cosine(inner: np.ndarray) -> np.ndarray:

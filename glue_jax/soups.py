@@ -9,11 +9,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from numpy.typing import ArrayLike
 
 from glue_jax.batches import batched_mean
 from glue_jax.blending import blend
 from glue_jax.experts import num_experts
+from glue_jax.paths import by_path, check_finite
 from glue_jax.types import Params, PyTree
 
 
@@ -33,7 +35,9 @@ def loss_weights(losses: ArrayLike, *, temperature: float = 1.0) -> jax.Array:
     array = _checked("losses", losses)
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature is {temperature}; expected a finite number above 0")
-    return jax.nn.softmax(jnp.asarray(-array / temperature, jnp.float32))
+    with np.errstate(over="ignore"):
+        weights = np.exp((array.min() - array) / temperature)
+    return jnp.asarray(weights / weights.sum(), jnp.float32)
 
 
 def best_expert(losses: ArrayLike) -> jax.Array:
@@ -52,7 +56,8 @@ def best_expert(losses: ArrayLike) -> jax.Array:
 def greedy_soup(experts: Params, losses: ArrayLike, loss_fn: Callable[[Params], float | jax.Array]) -> jax.Array:
     """Averages experts one after another, best first, each kept only if it does not make the average worse.
 
-    The greedy soup of Wortsman et al., 2022 (https://arxiv.org/abs/2203.05482, Recipe 1): K evaluations at most.
+    The greedy soup of Wortsman et al., 2022 (https://arxiv.org/abs/2203.05482, Recipe 1): K evaluations at most. An
+    average whose loss is infinite or not a number is worse than any other, so its last expert is not kept.
 
     Args:
         experts: stacked experts, each leaf `[K, ...]`.
@@ -63,7 +68,10 @@ def greedy_soup(experts: Params, losses: ArrayLike, loss_fn: Callable[[Params], 
         Coefficients on the simplex, float32 `[K]`: equal for those that were kept, 0 for the others.
 
     Raises:
-        ValueError: losses that are not a `[K]` of finite numbers, or another number of them than experts.
+        ValueError: losses that are not a `[K]` of finite numbers, or another number of them than experts; experts with
+            infinite or NaN weights, by expert and path.
+        FloatingPointError: a loss of the best expert alone that is infinite or not a number: nothing can be compared
+            with it.
 
     Example:
         >>> import jax.numpy as jnp
@@ -75,12 +83,16 @@ def greedy_soup(experts: Params, losses: ArrayLike, loss_fn: Callable[[Params], 
     array = _checked("losses", losses)
     if len(array) != num_experts(experts):
         raise ValueError(f"losses have shape {array.shape}; expected [K] with K = {num_experts(experts)}")
+    # Even with the coefficient 0, a NaN expert would make every average NaN.
+    check_finite("experts", experts, stacked=True)
     order = np.argsort(array, kind="stable")
     kept = [order[0]]
     best = float(loss_fn(blend(experts, _equal(kept, len(array)))))
+    if not math.isfinite(best):
+        raise FloatingPointError(f"loss_fn returned {best} for expert {kept[0]} alone; expected a finite number")
     for candidate in order[1:]:
         loss = float(loss_fn(blend(experts, _equal([*kept, candidate], len(array)))))
-        if loss <= best:
+        if math.isfinite(loss) and loss <= best:
             kept, best = [*kept, candidate], loss
     return _equal(kept, len(array))
 
@@ -100,25 +112,35 @@ def fisher_merge(experts: Params, fishers: PyTree, alpha: jax.typing.ArrayLike, 
         epsilon: what is added to the Fisher information, above 0.
 
     Returns:
-        The merged model, each leaf `[...]` in the expert's dtype; what is not floating point as `blend` has it.
+        The merged model, computed in at least float32, each leaf `[...]` in the expert's dtype; what is not floating
+        point as `blend` has it.
 
     Raises:
-        ValueError: Fisher information of other structure or shapes than the experts, `epsilon` out of its range.
+        ValueError: Fisher information of other structure or shapes than the experts, or that is negative or not finite,
+            by expert and path; coefficients that are not on the simplex; `epsilon` out of its range. Traced values are
+            not looked at.
     """
+    k = num_experts(experts)
     if jax.tree.map(jnp.shape, fishers) != jax.tree.map(jnp.shape, experts):
         raise ValueError("fishers are not of the structure and the shapes of experts")
     if not 0 < epsilon < math.inf:
         raise ValueError(f"epsilon is {epsilon}; expected a finite number above 0")
-    weights = jax.tree.map(lambda fisher: fisher + epsilon, fishers)
-    weighted = jax.tree.map(lambda leaf, weight: (leaf * weight).astype(weight.dtype), experts, weights)
-    return jax.tree.map(
-        lambda numerator, denominator, plain: (
-            (numerator / denominator).astype(plain.dtype) if _is_inexact(plain) else plain
-        ),
-        blend(weighted, alpha),
-        blend(weights, alpha),
-        blend(experts, alpha),
-    )
+    alpha = jnp.asarray(alpha)
+    if alpha.shape != (k,) or not (isinstance(alpha, Tracer) or _is_on_simplex(alpha)):
+        raise ValueError(f"alpha is {alpha}; expected [K] with K = {k}, none negative and with sum 1")
+    check_finite("fishers", fishers, stacked=True)
+    for path, fisher in by_path(fishers).items():
+        if not isinstance(fisher, Tracer) and (lowest := float(jnp.min(fisher, initial=0))) < 0:
+            raise ValueError(f"fishers hold {lowest} at {path}; expected Fisher information, which is never negative")
+
+    def merge(leaf: jax.Array, fisher: jax.Array) -> jax.Array:
+        leaf = jnp.asarray(leaf)
+        if not _is_inexact(leaf):
+            return leaf[0]
+        weight = jnp.asarray(fisher, jnp.promote_types(leaf.dtype, jnp.float32)) + epsilon
+        return (blend(leaf.astype(weight.dtype) * weight, alpha) / blend(weight, alpha)).astype(leaf.dtype)
+
+    return jax.tree.map(merge, experts, fishers)
 
 
 def diagonal_fisher(
@@ -138,7 +160,11 @@ def diagonal_fisher(
         batch_size: inputs whose gradients are held at once, so many copies of the parameters.
 
     Returns:
-        A pytree of the structure and shapes of `params`; zeros for leaves that are not floating point.
+        A pytree of the structure and shapes of `params`, at least float32; zeros for leaves that are not floating
+        point.
+
+    Raises:
+        ValueError: logits that are not `[B, C]`, and inputs of different lengths.
     """
     leaves, treedef = jax.tree.flatten(params)
     learned = [jnp.asarray(leaf) for leaf in leaves if _is_inexact(leaf)]
@@ -149,17 +175,25 @@ def diagonal_fisher(
 
     def of_one(example: PyTree) -> PyTree:
         def log_probabilities(learned: list[jax.Array]) -> jax.Array:
-            return jax.nn.log_softmax(logits_fn(model(learned), jax.tree.map(lambda leaf: leaf[None], example))[0])
+            logits = logits_fn(model(learned), jax.tree.map(lambda leaf: leaf[None], example))
+            if jnp.ndim(logits) != 2:
+                raise ValueError(f"logits_fn returned shape {jnp.shape(logits)} for one input; expected [1, C]")
+            return jax.nn.log_softmax(logits[0])
 
         values, pull_back = jax.vjp(log_probabilities, learned)
 
         def add(total: PyTree, of_class: tuple[jax.Array, jax.Array]) -> tuple[PyTree, None]:
             value, one_hot = of_class
             (gradient,) = pull_back(one_hot)
-            return jax.tree.map(lambda before, leaf: before + jnp.exp(value) * jnp.square(leaf), total, gradient), None
+            # In half precision a small gradient's square is 0.
+            return [
+                before + jnp.exp(value).astype(before.dtype) * jnp.square(leaf.astype(before.dtype))
+                for before, leaf in zip(total, gradient, strict=True)
+            ], None
 
         classes = values, jnp.eye(values.size, dtype=values.dtype)
-        return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, learned), classes)[0]
+        zeros = [jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in learned]
+        return jax.lax.scan(add, zeros, classes)[0]
 
     def of_batch(_: Params, batch: PyTree) -> PyTree:
         return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), jax.vmap(of_one)(batch))
@@ -173,6 +207,11 @@ def diagonal_fisher(
 def _is_inexact(leaf: jax.typing.ArrayLike) -> bool:
     """Whether a leaf is floating point."""
     return bool(jnp.issubdtype(jnp.result_type(leaf), jnp.inexact))
+
+
+def _is_on_simplex(alpha: jax.Array) -> bool:
+    """Whether no coefficient is negative, and their sum is 1."""
+    return bool((alpha >= 0).all() and abs(jnp.sum(alpha, dtype=jnp.float32) - 1) < 1e-3)
 
 
 def _equal(members: list[int], k: int) -> jax.Array:

@@ -21,11 +21,13 @@ not 0.90, 0.45, 0.09. Eq. (13) rests on (19) and (20): for m > 1 it is not prove
 cover the true error.
 """
 
+from typing import get_args
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from glue_jax.directions import DirectionName, dimension
-from glue_jax.estimators import Scale
+from glue_jax.estimators import Scale, scale_factor
 
 
 def full_gradient_cost(forward: float, backward_ratio: float, blend: float, inner_products: float) -> float:
@@ -34,7 +36,12 @@ def full_gradient_cost(forward: float, backward_ratio: float, blend: float, inne
 
 
 def spsa_cost(forward: float, blend: float, *, num_directions: int = 1) -> float:
-    """Returns T_SPSA = 2 m (F + C_mix), Eq. (9) for m directions."""
+    """Returns T_SPSA = 2 m (F + C_mix), Eq. (9) for m directions.
+
+    Raises:
+        ValueError: `num_directions` that is no whole number of at least 1.
+    """
+    _check_counts(num_directions=num_directions)
     return 2 * num_directions * (forward + blend)
 
 
@@ -55,7 +62,12 @@ def relative_variance(d: int, num_directions: int, directions: DirectionName = "
         d: the dimension probed, `glue_jax.directions.dimension(beta, directions)`.
         num_directions: m.
         directions: the distribution's name.
+
+    Raises:
+        ValueError: a count that is no whole number of at least 1, or an unknown name.
     """
+    _check_counts(d=d, num_directions=num_directions)
+    _check_name(directions)
     m = num_directions
     if directions in ("orthogonal", "simplex_orthogonal"):
         partial = (m % d) / d
@@ -72,9 +84,13 @@ def estimator_mean(
         gradient: the true gradient g, `[K]` or `[G, K]`.
         directions: the distribution's name.
         scale: `unbiased` or `paper`.
+
+    Raises:
+        ValueError: an unknown name, or a gradient without entries.
     """
-    projected = _projected(gradient, directions)
-    return projected / dimension(projected, directions) if scale == "paper" else projected
+    _check_name(directions)
+    d = dimension(np.asarray(gradient), directions)
+    return _projected(gradient, directions) * (scale_factor(scale, d) / d)
 
 
 def estimator_mean_squared_error(
@@ -91,6 +107,10 @@ def estimator_mean_squared_error(
         num_directions: m.
         directions: the distribution's name.
         scale: `unbiased` or `paper`.
+
+    Raises:
+        ValueError: `num_directions` that is no whole number of at least 1, an unknown name, or a gradient without
+            entries.
     """
     g = np.asarray(gradient, np.float64)
     d = dimension(g, directions)
@@ -100,8 +120,13 @@ def estimator_mean_squared_error(
 
 
 def paper_mean_squared_error(gradient: ArrayLike, num_directions: int = 1) -> float:
-    """Returns (K - 1)/(m K) ||g||²: Eq. (18) for m = 1, where it is exact, and Eq. (19) for more, where it is not."""
+    """Returns (K - 1)/(m K) ||g||²: Eq. (18) for m = 1, where it is exact, and Eq. (19) for more, where it is not.
+
+    Raises:
+        ValueError: `num_directions` that is no whole number of at least 1, or a gradient without entries.
+    """
     g = np.asarray(gradient, np.float64)
+    _check_counts(num_directions=num_directions, **{"the gradient's size": g.size})
     return float((g.size - 1) / (num_directions * g.size) * np.sum(g**2))
 
 
@@ -118,7 +143,11 @@ def proposition_1_bound(
         num_directions: m.
         experts_spectral_norm: sigma_max of Theta = [theta_1, ..., theta_K].
         parameter_gradient_norm: the norm of the loss's gradient for the blended parameters.
+
+    Raises:
+        ValueError: a count that is no whole number of at least 1.
     """
+    _check_counts(num_experts=num_experts, num_directions=num_directions)
     k = num_experts
     return (k - 1) / (num_directions * k) * experts_spectral_norm**2 * parameter_gradient_norm**2
 
@@ -127,3 +156,16 @@ def _projected(gradient: ArrayLike, directions: DirectionName) -> NDArray[np.flo
     """Pg."""
     g = np.asarray(gradient, np.float64)
     return g - g.mean(axis=-1, keepdims=True) if directions == "simplex_orthogonal" else g
+
+
+def _check_counts(**counts: int) -> None:
+    """Refuses what is no whole number of at least 1."""
+    for name, count in counts.items():
+        if not isinstance(count, int | np.integer) or count < 1:
+            raise ValueError(f"{name} is {count!r}; expected a whole number of at least 1")
+
+
+def _check_name(directions: DirectionName) -> None:
+    """Refuses what is no distribution's name."""
+    if directions not in get_args(DirectionName):
+        raise ValueError(f"directions is {directions!r}; expected one of {get_args(DirectionName)}")

@@ -180,8 +180,9 @@ def test_a_reference_that_is_no_experts_number_is_refused():
 @pytest.mark.parametrize(
     ("permutations", "message"),
     [
-        ({"hidden1": [0, 0, 1, 2, 3, 4, 5]}, "expected each of 0 to 6 once"),
-        ({"hidden1": [1, 0]}, "expected each of 0 to 6 once"),
+        ({"hidden1": [0, 0, 1, 2, 3, 4, 5]}, "expected each of the integers 0 to 6 once"),
+        ({"hidden1": [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]}, "expected each of the integers 0 to 6 once"),
+        ({"hidden1": [1, 0]}, "expected each of the integers 0 to 6 once"),
         ({"hidden3": [0]}, r"permutations has 'hidden3'; expected names of the spec, \['hidden1', 'hidden2'\]"),
     ],
 )
@@ -215,6 +216,8 @@ def test_the_spec_of_a_chain_is_the_one_written_by_hand():
     [
         (["dense1", "dense4"], "the pattern 'dense4' is in no path"),
         (["dense1", "dense"], "finds 'dense1/bias', which is of an earlier layer, too"),
+        (["dense"], r"layers is \['dense'\]; expected at least two"),
+        (["dense1", "dense3"], "the layers are no chain .*'in_out', permutation 'units0' has 6 units at dense3/kernel"),
     ],
 )
 def test_layers_that_are_no_chain_are_refused(layers, message):
@@ -222,11 +225,130 @@ def test_layers_that_are_no_chain_are_refused(layers, message):
         glue_jax.chain_spec(mlp(jax.random.key(0)), layers)
 
 
+def test_experts_that_are_stacked_and_a_single_pattern_are_no_layers():
+    model = mlp(jax.random.key(0))
+    stacked = glue_jax.stack_experts([model, model])
+    with pytest.raises(ValueError, match=r"no chain of one model \(experts that are stacked are several\)"):
+        glue_jax.chain_spec(stacked, ["dense1", "dense2", "dense3"])
+    with pytest.raises(TypeError, match="layers is the string 'dense1'; expected a sequence of patterns"):
+        glue_jax.chain_spec(model, "dense1")
+    with pytest.raises(ValueError, match="kernel_layout is 'oi'; expected one of"):
+        glue_jax.chain_spec(model, ["dense1", "dense2"], kernel_layout="oi")  # pyright: ignore[reportArgumentType]
+
+
+def torch_mlp(key, sizes):
+    """As a state dict of PyTorch: kernels `[out, in]`, keys with dots."""
+    pairs = list(zip(sizes[1:], sizes, strict=False))
+    kernels = {f"{index}.weight": shape for index, shape in enumerate(pairs)}
+    shapes = {**kernels, **{f"{index}.bias": shape[:1] for index, shape in enumerate(pairs)}}
+    keys = jax.random.split(key, len(shapes))
+    return {path: jax.random.normal(k, shape) for k, (path, shape) in zip(keys, shapes.items(), strict=True)}
+
+
+def torch_logits(params, x):
+    for index in range(3):
+        x = x @ params[f"{index}.weight"].T + params[f"{index}.bias"][None]
+        x = jnp.tanh(x) if index < 2 else x
+    return x
+
+
+LAYERS = [r"^0\.", r"^1\.", r"^2\."]
+
+
+@pytest.mark.parametrize(("sizes", "layout"), [((5, 7, 6, 3), None), ((6, 6, 6, 6), "out_in")])
+def test_kernels_with_outputs_first_compute_the_same_when_they_are_aligned(sizes, layout):
+    models = [torch_mlp(jax.random.key(seed), sizes) for seed in range(2)]
+    x = jax.random.normal(jax.random.key(2), (4, sizes[0]))
+    spec = glue_jax.chain_spec(models[0], LAYERS, kernel_layout=layout)
+    found = glue_jax.align_experts(
+        glue_jax.stack_experts(models), spec, check_fn=lambda params: torch_logits(params, x)
+    )
+    assert (found.permutations[1]["units0"] != np.arange(sizes[1])).any()
+    moved = jax.tree.map(lambda leaf: leaf[1], found.experts)
+    np.testing.assert_allclose(torch_logits(moved, x), torch_logits(models[1], x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_layout_that_the_shapes_do_not_tell_or_that_they_contradict_is_refused():
+    square = torch_mlp(jax.random.key(0), (6, 6, 6, 6))
+    with pytest.raises(ValueError, match="the shapes fit both layouts of kernels: pass kernel_layout='in_out'"):
+        glue_jax.chain_spec(square, LAYERS)
+    with pytest.raises(ValueError, match=r"with kernel_layout 'in_out', permutation 'units0' has 5 units at 0.weight"):
+        glue_jax.chain_spec(torch_mlp(jax.random.key(0), (5, 7, 6, 3)), LAYERS, kernel_layout="in_out")
+
+
+def test_convolutions_with_outputs_first_have_biases_and_counters_of_their_own_shapes():
+    # Biases of Equinox are [out, 1, 1]; PyTorch counts batches in a scalar.
+    params = {
+        "conv1": {"weight": jnp.zeros((4, 3, 3, 3)), "bias": jnp.zeros((4, 1, 1)), "count": jnp.array(7)},
+        "conv2": {"weight": jnp.zeros((2, 4, 3, 3)), "bias": jnp.zeros((2, 1, 1))},
+    }
+    assert glue_jax.chain_spec(params, ["conv1", "conv2"]) == {
+        "conv1/bias": ("units0", None, None),
+        "conv1/count": (),
+        "conv1/weight": ("units0", None, None, None),
+        "conv2/bias": (None, None, None),
+        "conv2/weight": (None, "units0", None, None),
+    }
+
+
+def test_a_spec_that_changes_what_an_expert_computes_is_found_by_its_function():
+    models = [torch_mlp(jax.random.key(seed), (6, 6, 6, 6)) for seed in range(2)]
+    x = jax.random.normal(jax.random.key(2), (4, 6))
+    wrong = glue_jax.chain_spec(models[0], LAYERS, kernel_layout="in_out")
+    with pytest.raises(ValueError, match="expert 1 computes something else after its units changed places"):
+        glue_jax.align_experts(
+            glue_jax.stack_experts(models), wrong, check_fn=lambda params: {"logits": torch_logits(params, x)}
+        )
+
+
+def test_weights_that_are_no_numbers_are_named_by_expert_and_path():
+    good = mlp(jax.random.key(0))
+    for value in (jnp.nan, -jnp.inf):
+        bad = {**good, "dense2": {**good["dense2"], "bias": good["dense2"]["bias"].at[3].set(value)}}
+        with pytest.raises(ValueError, match=f"expert 1 of experts holds {value} at dense2/bias; expected finite"):
+            glue_jax.align_experts(glue_jax.stack_experts([good, bad]), MLP)
+        for name, pair in (("params", (bad, good)), ("reference", (good, bad))):
+            with pytest.raises(ValueError, match=f"{name} holds {value} at dense2/bias"):
+                glue_jax.align(*pair, MLP)
+
+
+def test_two_leaves_of_one_path_are_refused():
+    tree = {"a/b": jnp.arange(4.0), "a": {"b": jnp.arange(4.0)}, "c": jnp.ones((4, 2))}
+    for function in (
+        lambda: glue_jax.permute(tree, {}, {}),
+        lambda: glue_jax.align(tree, tree, {"c": ("unit", None)}),
+        lambda: glue_jax.chain_spec(tree, ["a", "c"]),
+    ):
+        with pytest.raises(ValueError, match="two leaves have the path 'a/b'"):
+            function()
+
+
+def test_nothing_to_compare_and_no_rounds_are_refused():
+    model = mlp(jax.random.key(0))
+    with pytest.raises(ValueError, match=r"ignore is '.', which leaves no weights to match .*'hidden1', 'hidden2'"):
+        glue_jax.align(model, model, MLP, ignore=".")
+    with pytest.raises(ValueError, match="max_sweeps is 0; expected at least 1"):
+        glue_jax.align(model, model, MLP, max_sweeps=0)
+    with pytest.raises(ValueError, match="max_rounds is -1; expected at least 1"):
+        glue_jax.align_experts(glue_jax.stack_experts([model, model]), MLP, reference=None, max_rounds=-1)
+
+
+def test_experts_of_half_precision_keep_it_and_their_counters():
+    base = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), mlp(jax.random.key(5)))
+    moved = glue_jax.permute(base, MLP, shuffled(MLP, base, 1))
+    experts = {**jax.tree.map(lambda *leaves: jnp.stack(leaves), base, moved), "seen": np.array([2**40, 2**40 + 7])}
+    for reference in (0, None):
+        found = glue_jax.align_experts(experts, MLP, reference=reference).experts
+        assert found["dense1"]["kernel"].dtype == jnp.bfloat16
+        np.testing.assert_array_equal(found["seen"], experts["seen"])
+        np.testing.assert_array_equal(found["dense2"]["kernel"][1], found["dense2"]["kernel"][0])
+
+
 def test_experts_whose_heads_differ_share_a_backbone_and_one_of_the_heads():
     base = mlp(jax.random.key(10))
     heads = [{"kernel": jnp.ones((6, classes)), "bias": jnp.zeros(classes)} for classes in (3, 5)]
     moved = {**glue_jax.permute(base, MLP, shuffled(MLP, base)), "dense3": heads[1]}
-    rests, parts = zip(*(glue_jax.partition(expert, "^dense3/") for expert in (base, moved)), strict=True)
+    parts, rests = zip(*(glue_jax.partition(expert, "^dense3/") for expert in (base, moved)), strict=True)
     backbone = {path: axes for path, axes in MLP.items() if not path.startswith("dense3/")}
     aligned = glue_jax.align_experts(glue_jax.stack_experts(rests), backbone).experts
     model = glue_jax.combine(glue_jax.blend(aligned, glue_jax.uniform(2)), parts[0])

@@ -1,5 +1,7 @@
 """BatchNorm statistics of a blend, estimated anew."""
 
+import itertools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ from flax import nnx
 
 import glue_jax
 from experiments import models
+from experiments.data import Examples
 
 
 def statistics(params, batch):
@@ -31,7 +34,7 @@ def test_statistics_of_batches_are_those_of_all_examples(cuts):
 
 
 def test_what_statistics_held_before_makes_no_difference():
-    without, _ = glue_jax.partition(PARAMS, "^batch_stats/")
+    _, without = glue_jax.partition(PARAMS, "^batch_stats/")
     first, second = (glue_jax.refresh_statistics(params, [DATA], statistics) for params in (PARAMS, without))
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
@@ -113,7 +116,7 @@ def test_batches_of_other_statistics_are_refused():
 
 def test_evaluation_without_statistics_is_refused_with_the_reason():
     network = models.build("convnet", image_shape=(8, 8, 1), num_classes=4)
-    without, _ = glue_jax.partition(network.init(jax.random.key(3)), "^batch_stats/")
+    _, without = glue_jax.partition(network.init(jax.random.key(3)), "^batch_stats/")
     with pytest.raises(ValueError, match="no BatchNorm statistics, as outside the experts' convex hull"):
         network.apply(without, jnp.zeros((2, 8, 8, 1)))
 
@@ -161,3 +164,101 @@ def test_a_flax_linen_networks_statistics_are_found_by_their_collection():
 def test_statistics_that_do_not_fit_are_refused(batches, function, message):
     with pytest.raises(ValueError, match=message):
         glue_jax.refresh_statistics(PARAMS, batches, function)
+
+
+@pytest.mark.parametrize("batches", [np.asarray(DATA), DATA, {"x": DATA}, Examples(np.zeros(2), np.zeros(2, int))])
+def test_one_batch_in_place_of_several_is_refused(batches):
+    with pytest.raises(TypeError, match=f"batches is a {type(batches).__name__}; expected an iterable of batches"):
+        glue_jax.refresh_statistics(PARAMS, batches, statistics)
+
+
+def test_a_loader_without_an_end_is_asked_for_so_many_batches():
+    refreshed = glue_jax.refresh_statistics(PARAMS, itertools.repeat(DATA), statistics, num_batches=2)
+    np.testing.assert_allclose(refreshed["batch_stats"]["norm"]["var"], 4 * DATA.var(axis=0), rtol=1e-4)
+    with pytest.raises(ValueError, match="num_batches is 0; expected at least 1"):
+        glue_jax.refresh_statistics(PARAMS, itertools.repeat(DATA), statistics, num_batches=0)
+
+
+@pytest.mark.parametrize(
+    ("mean", "var", "error", "message"),
+    [
+        (jnp.zeros(3), -jnp.ones(3), ValueError, "returned the variance -1.0 at norm/var; expected at least 0"),
+        (jnp.zeros(3), jnp.full(3, jnp.nan), ValueError, "returned the variance nan at norm/var"),
+        (
+            jnp.zeros(3, int),
+            jnp.ones(3),
+            TypeError,
+            "returned int32 at norm/mean; expected an array of a floating-point",
+        ),
+        (0.0, 1.0, TypeError, "returned float at norm/mean; expected an array"),
+    ],
+)
+def test_statistics_that_are_none_are_refused_by_path(mean, var, error, message):
+    with pytest.raises(error, match=message):
+        glue_jax.refresh_statistics(PARAMS, [DATA], lambda params, batch: {"norm": {"mean": mean, "var": var}})
+
+
+def test_a_negative_variance_of_a_later_batch_is_refused():
+    found = iter([jnp.ones(3), -jnp.ones(3)])
+    with pytest.raises(ValueError, match=r"returned the variance -1.0"):
+        glue_jax.refresh_statistics(
+            PARAMS, [DATA, DATA], lambda params, batch: {"norm": {"mean": jnp.zeros(3), "var": next(found)}}
+        )
+
+
+def test_statistics_of_a_flat_state_dict_of_pytorch_are_found_by_their_names():
+    params = {
+        "mean_pool.weight": jnp.array(2.0),
+        "bn1.running_mean": jnp.zeros(3),
+        "bn1.running_var": jnp.ones(3),
+        "bn1.num_batches_tracked": jnp.array(5),
+        "layer1.0.bn2.running_mean": jnp.zeros(3),
+        "layer1.0.bn2.running_var": jnp.ones(3),
+    }
+
+    def flat(params, batch):
+        x = {"bn1": batch * params["mean_pool.weight"], "layer1.0.bn2": batch}
+        means = {f"{norm}.running_mean": jnp.mean(of_norm, axis=0) for norm, of_norm in x.items()}
+        return means | {f"{norm}.running_var": jnp.var(of_norm, axis=0) for norm, of_norm in x.items()}
+
+    refreshed = glue_jax.refresh_statistics(params, [DATA[:20], DATA[20:]], flat, collection="")
+    for norm, factor in (("bn1", 2), ("layer1.0.bn2", 1)):
+        np.testing.assert_allclose(refreshed[f"{norm}.running_mean"], factor * DATA.mean(axis=0), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(refreshed[f"{norm}.running_var"], factor**2 * DATA.var(axis=0), rtol=1e-4)
+    assert refreshed["bn1.num_batches_tracked"] == 5
+
+    def first_alone(params, batch):
+        return {path: leaf for path, leaf in flat(params, batch).items() if path.startswith("bn1")}
+
+    with pytest.raises(ValueError, match=r"statistics_fn returned nothing for layer1.0.bn2.running_mean"):
+        glue_jax.refresh_statistics(params, [DATA], first_alone, collection="")
+
+
+def test_names_of_several_keys_and_collections_inside_a_path_are_patterns():
+    # As Haiku has them, in a network of two parts.
+    def stats(params, batch):
+        found = {"mean": batch.mean(axis=0), "var": batch.var(axis=0)}
+        return {"body": {"norm": {f"{name}_ema": {"average": leaf} for name, leaf in found.items()}}}
+
+    empty = {"norm": {f"{name}_ema": {"average": jnp.zeros(3)} for name in ("mean", "var")}}
+    params = {"body": {"state": empty, "params": jnp.ones(2)}}
+    refreshed = glue_jax.refresh_statistics(
+        params, [DATA], stats, collection="state/", mean="mean_ema/average", var="var_ema/average"
+    )
+    norm = refreshed["body"]["state"]["norm"]
+    np.testing.assert_allclose(norm["mean_ema"]["average"], DATA.mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(norm["var_ema"]["average"], DATA.var(axis=0), rtol=1e-5)
+
+
+def test_what_statistics_fn_returns_may_hold_the_collection():
+    whole = glue_jax.refresh_statistics(PARAMS, [DATA], lambda params, x: {"batch_stats": statistics(params, x)})
+    jax.tree.map(np.testing.assert_array_equal, whole, glue_jax.refresh_statistics(PARAMS, [DATA], statistics))
+
+
+def test_statistics_of_a_bfloat16_model_are_pooled_in_float32_and_cast():
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
+    batches = [DATA.astype(jnp.bfloat16)] * 300
+    norm = glue_jax.refresh_statistics(params, batches, statistics)["batch_stats"]["norm"]
+    expected = statistics(params, batches[0])["norm"]
+    assert norm["mean"].dtype == norm["var"].dtype == jnp.bfloat16
+    jax.tree.map(np.testing.assert_array_equal, norm, expected)

@@ -39,6 +39,10 @@ def test_weights_are_proportional_to_sizes_and_accuracies(weights, values, expec
     np.testing.assert_allclose(alpha, expected, rtol=1e-7)
 
 
+def test_weights_whose_sum_is_too_large_for_a_float_are_weights():
+    np.testing.assert_array_equal(glue_jax.data_size_weights([1e308, 1e308, 0]), [0.5, 0.5, 0])
+
+
 def test_accuracies_in_percent_and_as_fractions_weigh_the_same():
     np.testing.assert_allclose(
         glue_jax.proxy_accuracy_weights([42.0, 21.0]), glue_jax.proxy_accuracy_weights([0.42, 0.21]), rtol=1e-6

@@ -7,8 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import glue_jax
+from experiments import models
+from experiments.ablation.recipes import Grouping, Recipe
+from glue_jax.paths import by_path
 
 MODEL = {
     "params": {"blocks": [{"w": 0.0, "b": 0.0}, {"w": 0.0}], "head": {"w": 0.0}, "stem": 0.0},
@@ -26,7 +30,7 @@ def test_a_block_has_its_parameters_and_its_statistics():
 
 
 def test_a_group_is_the_first_capture_group_where_there_is_one():
-    assert glue_jax.group_by_path(MODEL, "(blocks)/|(head)").names == ("blocks", "rest")
+    assert glue_jax.group_by_path(MODEL, "(blocks|head)/").names == ("blocks", "head", "rest")
     assert glue_jax.group_by_path(MODEL, "^params/([a-z]+)").names == ("rest", "blocks", "head", "stem")
 
 
@@ -38,6 +42,79 @@ def test_a_function_may_name_the_groups():
 def test_a_pattern_in_no_path_is_refused_with_the_paths():
     with pytest.raises(ValueError, match="the pattern 'tail' is in no path; the paths are"):
         glue_jax.group_by_path(MODEL, "tail")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "error", "message"),
+    [
+        ("(blocks)/|(head)", ValueError, "is in params/head/w, but its first capture group matches nothing there"),
+        ("x*", ValueError, "is in batch_stats/blocks/0/mean, but it matches nothing there"),
+        (lambda path: path.partition(".")[2], ValueError, "the group of batch_stats/blocks/0/mean is an empty string"),
+        (lambda path: None, TypeError, "the group of batch_stats/blocks/0/mean is None; expected a string"),
+        (lambda path: ("a", path), TypeError, "expected a string"),
+    ],
+)
+def test_a_group_without_a_name_is_refused_by_its_leaf(pattern, error, message):
+    with pytest.raises(error, match=message):
+        glue_jax.group_by_path(MODEL, pattern)
+
+
+@pytest.mark.parametrize("tree", [{}, None, {"a": []}])
+def test_experts_without_leaves_have_no_groups(tree):
+    for function in (lambda: glue_jax.group_by_path(tree, "w"), lambda: glue_jax.group_by_path(tree, str)):
+        with pytest.raises(ValueError, match=r"the experts hold no arrays"):
+            function()
+
+
+def named(tree, groups):
+    """The group of each leaf by the leaf's path."""
+    rows = jax.tree.leaves(groups.rows)
+    return {path: groups.names[row] for path, row in zip(by_path(tree), rows, strict=True)}
+
+
+def test_layers_of_flat_names_are_what_comes_before_the_last_dot():
+    names = ["conv1.weight", "bn1.weight", "bn1.running_mean", "layer1.0.bn.bias", "layer1.0.bn.running_var", "fc.bias"]
+    found = named(tree := dict.fromkeys(names, 0.0), glue_jax.by_layer(tree))
+    assert found == {name: name.rpartition(".")[0] for name in names}
+    together = named(tree, glue_jax.by_layer(tree, norms="bn"))
+    assert together == {name: "norms" if "bn" in name else layer for name, layer in found.items()}
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.dense = nnx.Linear(3, 2, rngs=rngs)
+        self.norm = nnx.BatchNorm(2, rngs=rngs)
+
+
+def test_layers_of_an_nnx_state_are_its_modules():
+    state = nnx.state(Net(nnx.Rngs(0)))
+    assert glue_jax.by_layer(state).names == ("dense", "norm")
+    # Parameters and statistics apart, and as dicts.
+    parts = nnx.split(Net(nnx.Rngs(0)), nnx.Param, nnx.BatchStat)[1:]
+    assert glue_jax.by_layer(parts, collections=r"^\d+/").names == ("dense", "norm")
+    assert glue_jax.by_layer(tuple(map(nnx.to_pure_dict, parts)), collections=r"^\d+/").names == ("dense", "norm")
+    stacked = glue_jax.stack_experts([state, state])
+    rows = glue_jax.by_layer(stacked, norms="norm").rows
+    blended = glue_jax.blend(stacked, jnp.eye(2), groups=rows)
+    assert jax.tree.structure(blended) == jax.tree.structure(state)
+
+
+@pytest.mark.parametrize("name", ["convnet", "resnet20", "mobilenetv2", "vit"])
+def test_layers_are_those_of_the_ablation(name):
+    network = models.build(name, image_shape=(8, 8, 3), num_classes=4, **({"patch_size": 4} if name == "vit" else {}))
+    variables = jax.eval_shape(network.init, jax.random.key(0))
+    groupings: list[tuple[Grouping, str | None]] = [("layer", None), ("layer, norms together", "norm")]
+    for grouping, norms in groupings:
+        expected = Recipe(name="of groups", part="remedies", grouping=grouping).groups(variables, name)
+        assert expected is not None
+        assert named(variables, glue_jax.by_layer(variables, norms=norms)) == named(variables, expected)
+
+
+def test_paths_without_layers_and_norms_in_no_layer_are_refused():
+    with pytest.raises(ValueError, match=r"no path names a layer; .* the paths are \['b1', 'w1'\]"):
+        glue_jax.by_layer({"w1": 0.0, "b1": 0.0})
+    with pytest.raises(ValueError, match=r"the pattern 'bn' of norms is in the name of no layer; .*'blocks/0'"):
+        glue_jax.by_layer(MODEL, norms="bn")
 
 
 @pytest.mark.parametrize("step_fn", [glue_jax.spsa_step, glue_jax.full_gradient_step, glue_jax.forward_gradient_step])

@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import glue_jax
+from glue_jax.paths import by_name, by_path, check_finite
 
 MODEL = {"params": {"body": [{"w": 1.0}, {"w": 2.0}], "head": {"w": 3.0, "b": 4.0}}, "batch_stats": {"body": 5.0}}
 
@@ -22,13 +24,13 @@ def test_a_path_is_its_keys_joined_by_slashes():
 
 @pytest.mark.parametrize("pattern", ["head", "^batch_stats/", "/w$", ""])
 def test_combining_what_was_partitioned_gives_the_tree_again(pattern):
-    rest, part = glue_jax.partition(MODEL, pattern)
+    part, rest = glue_jax.partition(MODEL, pattern)
     assert len(jax.tree.leaves(rest)) + len(jax.tree.leaves(part)) == 5
     assert glue_jax.combine(rest, part) == glue_jax.combine(part, rest) == MODEL
 
 
-def test_a_part_is_what_the_pattern_is_in():
-    rest, part = glue_jax.partition(MODEL, "^params/head")
+def test_the_part_that_the_pattern_is_in_comes_first():
+    part, rest = glue_jax.partition(MODEL, "^params/head")
     assert jax.tree.leaves(part) == [4, 3]
     assert jax.tree.leaves(rest) == [5, 1, 2]
 
@@ -40,7 +42,7 @@ def test_backbones_are_blended_and_one_head_is_put_back():
     first, second = expert(0.0, 2), expert(1.0, 5)
     with pytest.raises(ValueError, match=r"expert 1 differs from expert 0 at \['head'\]: \(3, 5\) against \(3, 2\)"):
         glue_jax.stack_experts([first, second])
-    (body, head), (other_body, _) = (glue_jax.partition(model, "^head") for model in (first, second))
+    (head, body), (_, other_body) = (glue_jax.partition(model, "^head") for model in (first, second))
     blend = glue_jax.blend(glue_jax.stack_experts([body, other_body]), jnp.array([0.25, 0.75]))
     model = glue_jax.combine(blend, head)
     np.testing.assert_allclose(model["body"], [0.75] * 3)
@@ -61,3 +63,23 @@ def test_a_tree_that_holds_none_keeps_it():
 def test_parts_that_overlap_are_refused():
     with pytest.raises(ValueError, match="each of the two trees has a leaf at a"):
         glue_jax.combine({"a": 1.0, "b": None}, {"a": 2.0, "b": 1.0})
+
+
+def test_the_value_below_an_nnx_variable_is_no_part_of_a_name():
+    state = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+    assert list(by_path(state)) == ["bias/value", "kernel/value"]
+    assert list(by_name(state)) == ["bias", "kernel"]
+    # Where it has siblings it is a name of its own.
+    attention = {"query": 1.0, "key": {"value": 2.0}, "value": 3.0}
+    assert by_name({"attention": attention}) == {"attention/key": 2.0, "attention/query": 1.0, "attention/value": 3.0}
+
+
+def test_two_leaves_of_one_path_are_refused():
+    with pytest.raises(ValueError, match="two leaves have the path 'a/b'; expected one"):
+        by_path({"a/b": 1.0, "a": {"b": 2.0}})
+
+
+def test_a_number_that_is_not_finite_is_named_by_expert_and_path():
+    check_finite("params", {"a": jnp.ones(2, jnp.bfloat16), "n": jnp.array(3), "b": np.float64(1e300)})
+    with pytest.raises(ValueError, match="expert 2 of experts holds inf at a/b; expected finite numbers"):
+        check_finite("experts", {"a": {"b": jnp.array([[1.0], [2.0], [jnp.inf]])}}, stacked=True)

@@ -1,5 +1,7 @@
 """Experts compared by their weights, and by the loss between them."""
 
+import tracemalloc
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -69,9 +71,37 @@ def test_an_origin_of_zeros_is_infinitely_far_and_one_of_other_shapes_refused():
             glue_jax.weight_similarity(experts, origin=origin)
 
 
-def test_points_below_one_are_refused():
-    with pytest.raises(ValueError, match="num_points is 0"):
-        glue_jax.loss_barriers(EXPERTS, lambda params: 0.0, num_points=0)
+@pytest.mark.parametrize("num_points", [0, 2.5])
+def test_points_that_are_no_count_are_refused(num_points):
+    with pytest.raises(ValueError, match=f"num_points is {num_points}; expected a whole number of at least 1"):
+        glue_jax.loss_barriers(EXPERTS, lambda params: 0.0, num_points=num_points)
+
+
+def test_weights_are_compared_leaf_by_leaf():
+    leaf = np.ones((3, 100_000), np.float32)
+    experts = {str(index): leaf for index in range(10)}
+    tracemalloc.start()
+    glue_jax.weight_similarity(experts)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 3 * 2 * leaf.nbytes  # of ten leaves in float64, which are 20 times leaf.nbytes
+
+
+def test_the_experts_are_as_they_were():
+    experts = {"w": np.array([[1.0, 2.0], [3.0, 4.0]])}
+    glue_jax.weight_similarity(experts)
+    np.testing.assert_array_equal(experts["w"], [[1, 2], [3, 4]])
+
+
+def test_groups_of_another_tree_or_of_rows_without_names_are_refused():
+    other = glue_jax.group_by_path({"a": 0.0, "c": 0.0}, "a")
+    with pytest.raises(ValueError, match=r"groups are of another tree .* rows for \['a', 'c'\]; expected \['a', 'b'\]"):
+        glue_jax.weight_similarity(EXPERTS, other)
+    for row in (-1, 2):
+        with pytest.raises(ValueError, match=f"groups has row {row} at b; expected one of the 2 that have names"):
+            glue_jax.weight_similarity(EXPERTS, glue_jax.Groups({"a": 0, "b": row}, ("a", "b")))
+    with pytest.raises(TypeError, match="groups is a dict; expected a Groups"):
+        glue_jax.weight_similarity(EXPERTS, {"a": 0, "b": 0})  # pyright: ignore[reportArgumentType]
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Baselines: weights from losses, soups, Fisher-weighted averages; objectives without a gradient."""
+"""Baselines: weights from losses, soups, Fisher-weighted averages."""
 
 import functools
 
@@ -115,13 +115,75 @@ def test_other_bad_arguments_are_refused():
         glue_jax.greedy_soup({"w": jnp.zeros((2, 3))}, [1.0], lambda params: 0.0)
 
 
-def test_an_error_rate_is_one_less_the_accuracy():
-    logits = jnp.array([[2.0, 1.0], [0.0, 1.0], [3.0, 0.0], [1.0, 0.0]])
-    assert glue_jax.error_rate(logits, jnp.array([0, 1, 1, 0])) == 0.25
+@pytest.mark.parametrize(
+    ("losses", "temperature"), [([1.0, 2.0], 1e-39), ([1e39, 1.1e39], 1.0), ([-1e308, 1e308], 1.0)]
+)
+def test_loss_weights_of_any_size_select_the_best_and_are_numbers(losses, temperature):
+    np.testing.assert_array_equal(glue_jax.loss_weights(losses, temperature=temperature), [1, 0])
 
 
-def test_entropy_is_that_of_the_predictions():
-    np.testing.assert_allclose(glue_jax.entropy(jnp.zeros((3, 4))), np.log(4), rtol=1e-6)
-    np.testing.assert_allclose(glue_jax.entropy(jnp.array([[1e4, 0.0], [0.0, 1e4]])), 0, atol=1e-6)
-    p = np.array([0.2, 0.3, 0.5])
-    np.testing.assert_allclose(glue_jax.entropy(jnp.log(p)[None]), -(p * np.log(p)).sum(), rtol=1e-5)
+def test_a_soup_never_holds_a_nan_expert():
+    values = [1.0, jnp.nan, 1.2]
+    experts = glue_jax.stack_experts([{"a": {"w": jnp.array(value)}} for value in values])
+    for losses in ([2.0, 1.0, 3.0], [1.0, 2.0, 3.0]):
+        with pytest.raises(ValueError, match="expert 1 of experts holds nan at a/w; expected finite numbers"):
+            glue_jax.greedy_soup(experts, losses, lambda params: jnp.abs(params["a"]["w"]))
+
+
+def test_a_soup_whose_first_loss_is_no_number_is_refused_and_later_ones_are_worse():
+    experts = glue_jax.stack_experts([{"w": jnp.array(value)} for value in (1.0, 2.0, 3.0)])
+    with pytest.raises(FloatingPointError, match="loss_fn returned nan for expert 2 alone; expected a finite number"):
+        glue_jax.greedy_soup(experts, [3.0, 2.0, 1.0], lambda params: jnp.nan)
+    for value in (jnp.nan, jnp.inf, -jnp.inf):
+        alpha = glue_jax.greedy_soup(
+            experts, [1.0, 2.0, 3.0], lambda params, value=value: jnp.where(params["w"] == 1.5, value, 1.0)
+        )
+        np.testing.assert_array_equal(alpha, [0.5, 0, 0.5])
+
+
+def test_fisher_information_in_half_precision_is_merged_in_float32():
+    experts = {"w": jnp.array([[1.0], [2.0], [6.0]], jnp.float16)}
+    # Zeros and 1e-8 are 0 in float16, and 300² is infinite.
+    merged = glue_jax.fisher_merge(experts, jax.tree.map(jnp.zeros_like, experts), glue_jax.uniform(3))
+    assert merged["w"].dtype == jnp.float16
+    np.testing.assert_array_equal(merged["w"], [3])
+    large = {"w": jnp.full((2, 1), 6e4, jnp.float16)}
+    np.testing.assert_array_equal(glue_jax.fisher_merge(large, large, glue_jax.uniform(2))["w"], large["w"][0])
+
+
+def test_the_fisher_information_of_a_network_in_float16_is_in_float32():
+    # The gradient is 1e-4 at most, its square 1e-8.
+    params = {"kernel": jnp.zeros((3, 2), jnp.float16)}
+    fisher = glue_jax.diagonal_fisher(
+        lambda params, x: x @ params["kernel"], params, jnp.full((4, 3), 2e-4, jnp.float16)
+    )
+    np.testing.assert_allclose(fisher["kernel"], jnp.full((3, 2), 1e-8), rtol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("fisher", "alpha", "message"),
+    [
+        ([[-1.0], [1.0]], [0.5, 0.5], "fishers hold -1.0 at a/w; expected Fisher information, which is never negative"),
+        ([[1.0], [np.nan]], [0.5, 0.5], "expert 1 of fishers holds nan at a/w"),
+        ([[1.0], [np.inf]], [0.5, 0.5], "expert 1 of fishers holds inf at a/w"),
+        ([[1.0], [1.0]], [0.0, 0.0], r"alpha is \[0. 0.\]; expected \[K\] with K = 2, none negative and with sum 1"),
+        ([[1.0], [1.0]], [2.0, -1.0], r"alpha is \[ 2. -1.\]"),
+        ([[1.0], [1.0]], [0.5, 0.3, 0.2], r"expected \[K\] with K = 2"),
+    ],
+)
+def test_fisher_information_and_coefficients_that_cannot_be_are_refused(fisher, alpha, message):
+    experts = {"a": {"w": jnp.ones((2, 1))}}
+    with pytest.raises(ValueError, match=message):
+        glue_jax.fisher_merge(experts, {"a": {"w": jnp.array(fisher)}}, jnp.array(alpha))
+
+
+def test_a_fisher_merge_can_be_jitted():
+    experts = {"w": jnp.array([[1.0], [3.0]])}
+    merged = jax.jit(glue_jax.fisher_merge)(experts, jax.tree.map(jnp.ones_like, experts), glue_jax.uniform(2))
+    np.testing.assert_allclose(merged["w"], [2.0])
+
+
+def test_logits_that_are_not_of_a_batch_are_refused():
+    for logits in (lambda params, x: x @ params, lambda params, x: (x @ params)[:, None, None]):
+        with pytest.raises(ValueError, match=r"logits_fn returned shape .* for one input; expected"):
+            glue_jax.diagonal_fisher(logits, jnp.ones(3), jnp.ones((4, 3)))

@@ -120,3 +120,33 @@ def test_the_bound_holds_the_papers_error_where_equation_20_holds():
     bound = theory.proposition_1_bound(5, 1, float(np.linalg.norm(experts, 2)), float(np.linalg.norm(h)))
     error = theory.estimator_mean_squared_error(experts @ h, 1, "sphere", scale="paper")
     assert 0 < error <= bound
+
+
+G = [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda: theory.relative_variance(3, 1, "nope"), "directions is 'nope'; expected one of"),  # pyright: ignore
+        (lambda: theory.relative_variance(3, 1, None), "directions is None; expected one of"),  # pyright: ignore
+        (lambda: theory.estimator_mean(G, "nope"), "directions is 'nope'; expected one of"),  # pyright: ignore
+        (lambda: theory.estimator_mean(G, scale="nope"), "scale is 'nope'; expected one of"),  # pyright: ignore
+        (lambda: theory.estimator_mean_squared_error(G, 1, scale="nope"), "scale is 'nope'"),  # pyright: ignore
+        (lambda: theory.relative_variance(0, 1), "d is 0; expected a whole number of at least 1"),
+        (lambda: theory.relative_variance(0, 1, "orthogonal"), "d is 0"),
+        (lambda: theory.relative_variance(3, 0), "num_directions is 0"),
+        (lambda: theory.relative_variance(3, 2.5), "num_directions is 2.5"),  # pyright: ignore
+        (lambda: theory.estimator_mean_squared_error(G, -1), "num_directions is -1"),
+        (lambda: theory.estimator_mean_squared_error(G, 0), "num_directions is 0"),
+        (lambda: theory.estimator_mean_squared_error([], 1), "nothing to probe"),
+        (lambda: theory.paper_mean_squared_error(G, 0), "num_directions is 0"),
+        (lambda: theory.paper_mean_squared_error([]), "the gradient's size is 0"),
+        (lambda: theory.proposition_1_bound(0, 1, 1.0, 1.0), "num_experts is 0"),
+        (lambda: theory.proposition_1_bound(2, 0, 1.0, 1.0), "num_directions is 0"),
+        (lambda: theory.spsa_cost(1.0, 1.0, num_directions=-1), "num_directions is -1"),
+    ],
+)
+def test_names_and_counts_that_cannot_be_are_refused(function, message):
+    with pytest.raises(ValueError, match=message):
+        function()

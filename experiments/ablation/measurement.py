@@ -285,7 +285,7 @@ def _learner(context: Context, recipe: Recipe, measured: Measured) -> Learner:
         experts = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), origin, experts)
         link = glue_jax.task_vector_weights
     if recipe.statistics == "minibatch" and jax.tree.leaves(experts["batch_stats"]):
-        experts, _ = glue_jax.partition(experts, "^batch_stats/")
+        _, experts = glue_jax.partition(experts, "^batch_stats/")
     num_groups = None
     if groups := recipe.groups(experts, context.config.network):
         merge = functools.partial(merge, groups=groups.rows)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from experiments.models.mobilenet import STAGES
-from glue_jax.alignment import Axis, PermutationSpec
+from glue_jax.permutation_specs import Axis, PermutationSpec
 
 _Spec = dict[str, tuple[Axis, ...]]
 
