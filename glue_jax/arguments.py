@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from glue_jax.batches import check_counts, num_examples
 from glue_jax.sources import as_arrays, check_same_kind, check_validation_stream, is_stream
@@ -28,7 +29,7 @@ def check_functions(functions: dict[str, Any], **optional: Any) -> None:
     for name, function in {**functions, **optional}.items():
         if not (callable(function) or name == "optimizer" or (name in optional and function is None)):
             raise TypeError(f"{name} is {function!r}; expected a function")
-    step_fn = functions["step_fn"]
+    step_fn: Any = functions["step_fn"]
     while isinstance(step_fn, functools.partial) or hasattr(step_fn, "__wrapped__"):
         hidden = [name for name in getattr(step_fn, "keywords", {}) if name in _OWN]
         if hidden:
@@ -52,9 +53,10 @@ def check_numbers(
     check_counts(**{name: count for name, count in optional.items() if count is not None})
 
 
-def check_key_and_trees(key: Any, trees: PyTree) -> None:
+def check_key_and_trees(key: Any, *trees: PyTree) -> None:
     """Refuses a key that is none, and a call under a transformation of JAX."""
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((key, trees))):
+    trees = tuple(tree for tree in trees if not is_stream(tree))
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((key, trees))):
         raise TypeError(
             "learn was called under jit, vmap or another transformation of JAX: it reads losses back and stops by "
             "them, so call it outside (it jits its own steps)"

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from glue_jax.types import Batch, Params, PyTree
 
@@ -42,7 +43,7 @@ def minibatch_indices(
     steps_per_epoch = num_examples // batch_size
     # A first step that is traced may be an epoch's last one.
     offset = steps_per_epoch - 1
-    if not isinstance(first_step, jax.core.Tracer):
+    if not isinstance(first_step, Tracer):
         check_counts(at_least=0, first_step=first_step)
         offset = int(first_step) % steps_per_epoch
     num_epochs = -(-(offset + num_steps) // steps_per_epoch)

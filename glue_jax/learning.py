@@ -136,7 +136,7 @@ def learn(
     functions: dict[str, Any] = {"step_fn": step_fn, "loss_fn": loss_fn, "optimizer": optimizer}
     functions |= {"link_fn": link_fn, "merge_fn": merge_fn}
     arguments.check_functions(functions, callback=callback, validation_fn=validation_fn)
-    arguments.check_key_and_trees(key, (experts, data, validation_data, state))
+    arguments.check_key_and_trees(key, experts, data, validation_data, state)
     arguments.check_numbers(max_steps, validate_every, batch_size, validation_batch_size, patience, steps_per_call)
     data = arguments.checked_data(data, batch_size, steps_per_call)
     validation_data = arguments.checked_validation(validation_data, data, validation_fn, patience)
@@ -199,11 +199,11 @@ def _begin(
             raise ValueError(
                 f"{error}. With leaves that are meant so, pass state=glue_jax.init(K, optimizer)"
             ) from error
-    current = before.state if before is not None else state
+    current = state.state if isinstance(state, LearnResult) else state
     arguments.check_state(current, optimizer)
     inputs = {"experts": experts, "data": data, "validation_data": validation_data}
     inputs = {name: tree for name, tree in inputs.items() if tree is not None and not is_stream(tree)}
-    run = Run(functions["link_fn"], functions["step_fn"], inputs, _beside(current, (experts, data)))
+    run = Run(functions["link_fn"], functions["step_fn"], inputs, _beside(current, (experts, inputs.get("data"))))
     if before is not None:
         run.go_on_from(before, validate_every)
     return run
@@ -211,8 +211,7 @@ def _begin(
 
 def _beside(state: GlueState, trees: PyTree) -> GlueState:
     """The state where a step with these arrays returns it, if they have a place, so that no step compiles anew."""
-    arrays = [leaf for leaf in jax.tree.leaves(trees) if isinstance(leaf, jax.Array)]
-    shardings = [leaf.sharding for leaf in arrays if leaf.committed]
+    shardings = [leaf.sharding for leaf in jax.tree.leaves(trees) if leaf.committed]
     if not shardings:
         return state
     mesh = getattr(shardings[0], "mesh", None)
@@ -231,16 +230,15 @@ def _steps(
 ) -> Callable[[Run, int], Iterator[tuple[GlueState, GlueMetrics, int]]]:
     """A function that takes so many steps from where a run is, and yields what each call of a program returned."""
     key, minibatches = jax.random.fold_in(key, _STEPS), jax.random.fold_in(key, _MINIBATCHES)
-    if is_stream(data):
-        batches, per_call = stream_batches(data), 1
-    else:
-        source = ArrayBatches(minibatches, data, batch_size)
-        batches = source.batches(first_step)
-        per_call = min(steps_per_call or (1 if on_cpu(data) else MOST_UNREAD), chunk)
 
-    def one_by_one(run: Run, count: int) -> Iterator[tuple[GlueState, GlueMetrics, int]]:
+    def one_by_one(batches: Iterator[Batch], run: Run, count: int) -> Iterator[tuple[GlueState, GlueMetrics, int]]:
         for batch in itertools.islice(batches, count):
             yield *_run_step(key, run.latest, experts, batch, **functions), 1
+
+    if is_stream(data):
+        return functools.partial(one_by_one, stream_batches(data))
+    source = ArrayBatches(minibatches, data, batch_size)
+    per_call = min(steps_per_call or (1 if on_cpu(data) else MOST_UNREAD), chunk)
 
     def many_at_once(run: Run, count: int) -> Iterator[tuple[GlueState, GlueMetrics, int]]:
         for left in range(count, 0, -per_call):
@@ -250,7 +248,7 @@ def _steps(
             called = _run_steps(key, run.latest, experts, data, padded, np.int32(len(rows)), **functions)
             yield *called, len(rows)
 
-    return one_by_one if per_call == 1 else many_at_once
+    return functools.partial(one_by_one, source.batches(first_step)) if per_call == 1 else many_at_once
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)

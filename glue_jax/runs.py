@@ -47,6 +47,8 @@ class Run:
     unread: list[tuple[GlueState, GlueMetrics, int]] = dataclasses.field(default_factory=list)
     _step: int = dataclasses.field(init=False)
     _seen_gradients: bool = False
+    # The index of the best validation, if no long run has it.
+    _between: int | None = None
 
     def __post_init__(self) -> None:
         """Reads the state's step once."""
@@ -55,14 +57,17 @@ class Run:
     def go_on_from(self, result: LearnResult, validate_every: int) -> None:
         """Takes over what was seen before.
 
-        A call's last validation may lie off the schedule of one long run. It is left out where it is not the best.
+        The last validation of a call may lie between two of one long run: it is kept for as long as it is the best.
         """
         history = result.history
         self.metrics = [history.metrics] if len(history.metrics.loss) else []
         steps, values = history.validation_steps.tolist(), history.validation_values.tolist()
-        if steps and self.steps_of_run % validate_every and steps[-1] == self._step and _since_best(values):
+        first_step = self._step - self.steps_of_run
+        if steps and (steps[-1] - first_step) % validate_every and _since_best(values):
             del steps[-1], values[-1]
         self.validation_steps, self.validation_values, self.best_beta = steps, values, result.beta
+        if values and (steps[values.index(min(values))] - first_step) % validate_every:
+            self._between = values.index(min(values))
 
     @property
     def steps_of_run(self) -> int:
@@ -116,11 +121,15 @@ class Run:
 
     def validated(self, value: float) -> None:
         """Keeps the validation value of the state."""
-        step, values = self._step, [*self.validation_values, value]
         if not math.isfinite(value):
-            self._refuse("validation value", [value], step, 0)
-        best = self.best_beta if _since_best(values) else self.state.beta
-        self.validation_steps, self.validation_values, self.best_beta = [*self.validation_steps, step], values, best
+            self._refuse("validation value", [value], self._step, 0)
+        steps, values, best = [*self.validation_steps, self._step], [*self.validation_values, value], self.best_beta
+        if not _since_best(values):
+            best = self.state.beta
+            if self._between is not None:
+                del steps[self._between], values[self._between]
+                self._between = None
+        self.validation_steps, self.validation_values, self.best_beta = steps, values, best
 
     def validation_is_due(self, validate_every: int) -> bool:
         """Whether the state is one that a run validates, and was not yet."""

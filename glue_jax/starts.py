@@ -105,8 +105,8 @@ def learn_from_starts(
             failures.append(error)
             result = error.result
         except BaseException as error:
-            if results and hasattr(error, "result"):
-                error.result = _best([*results, error.result._replace(start=start)])
+            if so_far := getattr(error, "result", None):
+                error.result = _best([*results, so_far._replace(start=start)])  # pyright: ignore[reportAttributeAccessIssue]
             raise
         results.append(result._replace(start=start))
     best = _best(results)

@@ -106,7 +106,7 @@ def test_an_endless_loader_is_data():
 
     assert int(learn(data=Endless()).state.step) == 20
     with pytest.raises(ValueError, match="validation_data is a Endless without end"):
-        learn(data=DATA, validation_data=Endless())
+        learn(data=DATA, batch_size=8, validation_data=Endless())
 
 
 def test_batches_of_one_shape_are_one_program(caplog):
@@ -126,12 +126,12 @@ def test_batches_need_no_common_leading_axis():
 
 def test_validation_by_an_iterator_is_refused():
     with pytest.raises(TypeError, match=r"validation_data is an iterator \(list_iterator\), which can be read once"):
-        learn(data=DATA, validation_data=iter([DATA]))
+        learn(data=DATA, batch_size=8, validation_data=iter([DATA]))
 
 
 def test_validation_by_a_loader_without_batches_is_refused():
     with pytest.raises(ValueError, match="validation_data, a Loader, gave no batch"):
-        learn(data=DATA, validation_data=Loader([]))
+        learn(data=DATA, batch_size=8, validation_data=Loader([]))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The validation value."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,19 +19,9 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("starts", [False, True])
 def test_a_validation_that_is_no_scalar_is_refused(value, data, starts):
     words = {"validation_data": data, "validation_fn": lambda params, batch: value}
+    both = functools.partial(glue_jax.learn_from_starts, starts=jnp.zeros((2, 2))) if starts else glue_jax.learn
     with pytest.raises(ValueError, match=r"validation returned shape .*; expected a scalar"):
-        if starts:
-            glue_jax.learn_from_starts(
-                jax.random.key(0),
-                EXPERTS,
-                DATA,
-                starts=jnp.zeros((2, 2)),
-                loss_fn=squared,
-                optimizer=OPTIMIZER,
-                **words,
-            )
-        else:
-            learn(**words)
+        both(jax.random.key(0), EXPERTS, DATA, loss_fn=squared, optimizer=OPTIMIZER, batch_size=8, **words)
 
 
 def test_validation_has_batches_of_its_own_size():
