@@ -46,15 +46,15 @@ def explain(what: str, step: int, *, first_step: int, step_fn: StepFn, inputs: d
         step_fn: the step, perhaps a `functools.partial` with a radius.
         inputs: the arrays that the loss was computed from, by name.
     """
+    if _radius_is_zero(step_fn, step) and what == "gradient_norm":
+        return "the radius is 0 there, and the probes' difference is divided by it"
     reasons = []
     if bad := [path for name, tree in inputs.items() for path in _non_finite(name, tree)]:
         more = f" and {len(bad) - _MOST_PATHS} more" if len(bad) > _MOST_PATHS else ""
         reasons.append(f"not finite: {', '.join(bad[:_MOST_PATHS])}{more}")
-    elif _radius_is_zero(step_fn, step):
-        reasons.append("the radius is 0 there, and the probes' difference is divided by it")
     elif what == "gradient_norm":
         reasons.append("the loss is finite there: look for a slope that is not, such as a square root's at 0")
-    elif step == first_step:
+    elif step == first_step and what != "new beta":
         reasons.append(
             f"{', '.join(inputs)} are finite: look in the functions for a division by 0, a logarithm of 0, an overflow"
         )

@@ -64,9 +64,11 @@ def learn(
 ) -> LearnResult:
     """Learns the coefficients by minibatches until validation stops improving (section 3.3 of the paper).
 
-    The functions and the optimizer are static: build them once, and a second call compiles nothing. An exception that
-    ends a run, Ctrl-C's too, has a `LearnResult` of what was learned before it as its attribute `result` (in a notebook
-    `sys.last_value.result`).
+    The functions and the optimizer are static: build them once, and a second call compiles nothing. (A variable that a
+    function reads from outside is read when it compiles: where the variable changes, give a new function.)
+
+    An exception that ends a run, Ctrl-C's too, has a `LearnResult` of what was learned before it as its attribute
+    `result` (in a notebook `sys.last_value.result`).
 
     Args:
         key: a `jax.random.key`. It decides the minibatches of arrays, whatever the `step_fn`, and the directions.
@@ -164,14 +166,7 @@ def learn(
         if not run.taken and not run.out_of_patience(patience):
             raise ValueError(f"data, a {type(data).__name__}, gave no batch: an iterator can be read once")
     except BaseException as error:
-        # What ends the run is raised, whatever keeps it from being read.
-        with contextlib.suppress(Exception):
-            run.read()
-        with contextlib.suppress(Exception):
-            error.result = run.result()  # pyright: ignore[reportAttributeAccessIssue]
-            error.add_note(
-                "The attribute `result` is what was learned before: learn(..., state=result) goes on from it."
-            )
+        _keep_result(error, run, experts)
         raise
     return run.result()
 
@@ -256,8 +251,12 @@ def _run_step(
     key: jax.Array, state: GlueState, experts: Params, batch: Batch, *, step_fn: StepFn, **functions: Any
 ) -> tuple[GlueState, GlueMetrics]:
     """A step; metrics `[1, ...]`."""
-    state, metrics = step_fn(key, state, experts, batch, **functions)
-    return state, jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], metrics)
+    stepped = step_fn(key, state, experts, batch, **functions)
+    if not isinstance(stepped, tuple) or len(stepped) != 2 or not hasattr(stepped[1], "gradient_norm"):
+        raise TypeError(
+            f"step_fn returned {jax.tree.map(jnp.shape, stepped)}; expected a GlueState and its GlueMetrics"
+        )
+    return stepped[0], jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], stepped[1])
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
@@ -283,6 +282,20 @@ def _run_steps(
     _, shapes = jax.eval_shape(step, state, rows[0])
     empty = jax.tree.map(lambda leaf: jnp.zeros((len(rows), *leaf.shape[1:]), leaf.dtype), shapes)
     return jax.lax.fori_loop(0, count, body, (state, empty))
+
+
+def _keep_result(error: BaseException, run: Run, experts: Params) -> None:
+    """Gives what ends a run the result before it."""
+    # The error itself is raised, whatever keeps the last steps from being read.
+    with contextlib.suppress(Exception):
+        run.read()
+    with contextlib.suppress(Exception):
+        error.result = run.result()  # pyright: ignore[reportAttributeAccessIssue]
+        error.add_note("The attribute `result` is what was learned before: learn(..., state=result) goes on from it.")
+    if type(experts) in (list, tuple) and not run.taken and isinstance(error, Exception):
+        error.add_note(
+            f"experts is a {type(experts).__name__}: if it holds one model an entry, use stack_experts(experts)."
+        )
 
 
 def _says_stop(answer: Any) -> bool:

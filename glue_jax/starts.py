@@ -74,6 +74,8 @@ def learn_from_starts(
             f"data is an iterator ({type(data).__name__}), which only the first start could read; expected arrays, or "
             "a loader that each start can iterate anew"
         )
+    if isinstance(starts, list):
+        raise TypeError("starts is a list; expected one array or pytree with leaves [S, ...] (jnp.stack makes it)")
     count = num_examples("starts", starts)
     starts = jax.tree.map(jnp.asarray, as_arrays("starts", starts))
     if isinstance(starts, jax.Array) and starts.ndim < 2:

@@ -100,6 +100,12 @@ def test_many_leaves_of_different_lengths_are_refused_with_the_difference_in_a_s
     assert len(str(caught.value)) < 500
 
 
+def test_experts_in_a_list_that_cannot_be_told_from_layers_are_named_where_the_loss_fails():
+    with pytest.raises(TypeError, match="list indices") as caught:
+        learn(experts=[{"w": jnp.ones(2)}, {"w": jnp.ones(2)}])
+    assert "use stack_experts(experts)" in caught.value.__notes__[-1]
+
+
 @pytest.mark.parametrize("hidden", ["link_fn", "merge_fn", "loss_fn", "optimizer"])
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, functools.partial], ids=["partial", "jit", "partial of one"])
 def test_a_function_that_a_partial_hides_is_refused(hidden, wrap):

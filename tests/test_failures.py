@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import glue_jax
-from tests.test_learning import ADAM, DATA, EXPERTS, learn, squared
+from tests.test_learning import ADAM, DATA, learn, squared
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -42,7 +42,7 @@ def test_the_earliest_of_losses_and_gradients_is_named(validate_every, steps_per
 def test_a_radius_that_falls_to_0_is_named_at_its_step(radius):
     error = failure(**(SPSA | {"step_fn": functools.partial(glue_jax.spsa_step, radius=radius), "max_steps": 8}))
     assert (error.what, error.step) == ("gradient_norm", 4)
-    assert "the radius is 0" in str(error)
+    assert "(the radius is 0 there, and the probes' difference is divided by it)" in str(error)
 
 
 def test_experts_data_and_coefficients_that_are_not_finite_are_named_by_path():
@@ -85,7 +85,7 @@ def test_a_loss_that_becomes_infinite_may_be_the_learning_rates_fault():
 def test_last_coefficients_that_are_not_finite_are_an_error(steps_per_call):
     error = failure(optimizer=optax.sgd(jnp.inf), max_steps=1, steps_per_call=steps_per_call)
     assert (error.what, error.step) == ("new beta", 0)
-    assert "learning rate" in str(error)
+    assert str(error).endswith("(a smaller learning rate may help)")
     np.testing.assert_array_equal(error.result.alpha, [0.5, 0.5])
 
 
@@ -97,4 +97,3 @@ def test_the_error_can_be_copied_and_pickled(again):
     assert (str(other), other.what, other.step) == (str(error), error.what, error.step)
     assert np.isnan(other.value)
     chex.assert_trees_all_equal(other.result, error.result)
-    assert EXPERTS["w"].shape == (2,)

@@ -12,7 +12,7 @@ import pytest
 
 import glue_jax
 from glue_jax.sources import ArrayBatches, is_stream
-from tests.test_learning import ADAM, DATA, EXPERTS, compilations, learn, squared
+from tests.test_learning import ADAM, DATA, compilations, learn, squared
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -159,4 +159,3 @@ def test_the_minibatches_of_arrays_are_those_of_minibatch_indices_from_any_step(
     expected = np.asarray(glue_jax.minibatch_indices(KEY, 0, 40, 50, 8))
     for first, count in ((0, 40), (5, 1), (5, 2), (11, 13), (0, 3)):
         np.testing.assert_array_equal(source.rows(first, count), expected[first : first + count])
-    assert EXPERTS["w"].shape == (2,)

@@ -133,6 +133,7 @@ def test_a_loader_is_data_and_an_iterator_is_refused():
         ({"optimizer": None}, TypeError, "optimizer is None"),
         ({"state": glue_jax.init(3, WORDS["optimizer"])}, TypeError, "state was given: expected none"),
         ({"validation_data": None}, ValueError, "validation_data is None"),
+        ({"starts": [jnp.zeros(3), jnp.zeros(3)]}, TypeError, "starts is a list; expected one array"),
         ({"starts": "abc"}, TypeError, "starts is a Python str; expected an array"),
         ({"starts": jnp.zeros((2, 3), jnp.int32)}, TypeError, "expected a floating-point dtype"),
         ({"starts": jnp.zeros((0, 3))}, ValueError, "starts has shapes"),
