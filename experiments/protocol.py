@@ -150,7 +150,7 @@ def learn_coefficients(
             batch_size=config.alpha_batch_size,
             max_steps=max_steps,
             validate_every=config.validate_every,
-            patience=config.patience,
+            patience=None if context.validation is None else config.patience,
             callback=callback,
         )
 

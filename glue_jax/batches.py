@@ -1,14 +1,18 @@
 """Minibatches of data that lies on the device, a pytree of arrays `[N, ...]`."""
 
-import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from glue_jax.types import Batch, Params, PyTree
+
+# The most shapes that a message prints.
+_MOST_SHAPES = 8
 
 
 def minibatch_indices(
@@ -21,7 +25,7 @@ def minibatch_indices(
 
     Args:
         key: a `jax.random.key`.
-        first_step: the first step's number; may be traced.
+        first_step: the first step's number, an integer of at least 0; may be traced.
         num_steps: the number of steps, S.
         num_examples: N.
         batch_size: B, at most N.
@@ -30,21 +34,28 @@ def minibatch_indices(
         Indices into the examples, int32 `[S, B]`.
 
     Raises:
-        ValueError: a count below 1, or a batch size above the number of examples.
+        ValueError: a count below 1, a first step below 0, or a batch size above the number of examples.
+        TypeError: a count or a first step that is not an integer.
     """
     check_counts(num_steps=num_steps, num_examples=num_examples, batch_size=batch_size)
     if batch_size > num_examples:
         raise ValueError(f"batch_size is {batch_size}, but there are {num_examples} examples")
     steps_per_epoch = num_examples // batch_size
-    num_epochs = (num_steps + 2 * steps_per_epoch - 2) // steps_per_epoch
+    # A first step that is traced may be an epoch's last one.
+    offset = steps_per_epoch - 1
+    if not isinstance(first_step, Tracer):
+        check_counts(at_least=0, first_step=first_step)
+        offset = int(first_step) % steps_per_epoch
+    num_epochs = -(-(offset + num_steps) // steps_per_epoch)
     epochs = first_step // steps_per_epoch + jnp.arange(num_epochs)
+    orders = jax.vmap(lambda epoch: epoch_batches(key, epoch, num_examples, batch_size))(epochs)
+    return jax.lax.dynamic_slice_in_dim(orders.reshape(-1, batch_size), first_step % steps_per_epoch, num_steps)
 
-    def one_epoch(epoch: jax.Array) -> jax.Array:
-        order = jax.random.permutation(jax.random.fold_in(key, epoch), num_examples)
-        return order[: steps_per_epoch * batch_size].reshape(steps_per_epoch, batch_size)
 
-    batches = jax.vmap(one_epoch)(epochs).reshape(-1, batch_size)
-    return jax.lax.dynamic_slice_in_dim(batches, first_step % steps_per_epoch, num_steps)
+def epoch_batches(key: jax.Array, epoch: int | jax.Array, num_examples: int, batch_size: int) -> jax.Array:
+    """The examples of all minibatches of one epoch, int32 `[N // B, B]`."""
+    order = jax.random.permutation(jax.random.fold_in(key, epoch), num_examples)
+    return order[: num_examples // batch_size * batch_size].reshape(-1, batch_size)
 
 
 def batched_mean(fn: Callable[[Params, Batch], PyTree], params: Params, data: Batch, batch_size: int) -> PyTree:
@@ -60,22 +71,24 @@ def batched_mean(fn: Callable[[Params, Batch], PyTree], params: Params, data: Ba
         What `fn` returns, averaged, in at least float32.
 
     Raises:
-        ValueError: data of different lengths, or a batch size below 1.
+        ValueError: data of different lengths, a batch size below 1, or a `fn` that returns nothing, or no scalars.
+        TypeError: a batch size that is not an integer, or data that holds no arrays.
     """
     check_counts(batch_size=batch_size)
     n = num_examples("data", data)
     whole = n // batch_size
     covered = whole * batch_size
 
-    def average(means: PyTree) -> PyTree:
-        return jax.tree.map(lambda mean: jnp.mean(mean, axis=0, dtype=_accumulator(mean)), means)
+    def means_of(batch: Batch) -> PyTree:
+        return _wide_scalars(fn(params, batch))
 
     parts = []
     if whole:
         batches = jax.tree.map(lambda a: a[:covered].reshape(whole, batch_size, *a.shape[1:]), data)
-        parts.append((covered, average(jax.lax.map(functools.partial(fn, params), batches))))
+        means = jax.tree.map(lambda mean: jnp.mean(mean, axis=0), jax.lax.map(means_of, batches))
+        parts.append((covered, means))
     if covered < n:
-        parts.append((n - covered, fn(params, jax.tree.map(lambda a: a[covered:], data))))
+        parts.append((n - covered, means_of(jax.tree.map(lambda a: a[covered:], data))))
     return jax.tree.map(
         lambda *means: sum(count * mean for (count, _), mean in zip(parts, means, strict=True)) / n,
         *(means for _, means in parts),
@@ -87,10 +100,22 @@ def num_examples(name: str, data: Any) -> int:
     leaves = jax.tree_util.tree_leaves_with_path(data)
     if not leaves:
         raise ValueError(f"{name} holds no arrays: expected a pytree of arrays [N, ...]")
-    shapes = {f"{name}{jax.tree_util.keystr(path)}": np.shape(leaf) for path, leaf in leaves}
-    if len({shape[:1] for shape in shapes.values()}) > 1 or not all(shape and shape[0] for shape in shapes.values()):
-        raise ValueError(f"{name} has shapes {shapes}; expected one common leading axis N of at least 1")
-    return next(iter(shapes.values()))[0]
+    for path, leaf in leaves:
+        if not hasattr(leaf, "shape") and not hasattr(leaf, "__array__"):
+            raise TypeError(
+                f"{name}{jax.tree_util.keystr(path)} is a Python {type(leaf).__name__}; expected an array [N, ...] "
+                "(np.asarray makes one of a list)"
+            )
+    shapes = [(f"{name}{jax.tree_util.keystr(path)}", np.shape(leaf)) for path, leaf in leaves]
+    if len({shape[:1] for _, shape in shapes}) > 1 or not all(shape and shape[0] for _, shape in shapes):
+        # One path of each length comes first, so that the difference is among those printed.
+        first: dict[Any, Any] = {}
+        for path, shape in shapes:
+            first.setdefault(shape[:1], (path, shape))
+        printed = dict(list(dict.fromkeys([*first.values(), *shapes]))[:_MOST_SHAPES])
+        rest = f" and {len(shapes) - len(printed)} more" if len(shapes) > len(printed) else ""
+        raise ValueError(f"{name} has shapes {printed}{rest}; expected one common leading axis N of at least 1")
+    return shapes[0][1][0]
 
 
 def on_cpu(tree: PyTree) -> bool:
@@ -98,13 +123,21 @@ def on_cpu(tree: PyTree) -> bool:
     return all(device.platform == "cpu" for leaf in jax.tree.leaves(tree) for device in leaf.devices())
 
 
-def check_counts(**counts: int | None) -> None:
-    """Refuses counts below 1."""
+def check_counts(*, at_least: int = 1, **counts: Any) -> None:
+    """Refuses what is no integer, and integers below `at_least`."""
     for name, count in counts.items():
-        if count is not None and count < 1:
-            raise ValueError(f"{name} is {count}; expected at least 1")
+        try:
+            number = operator.index(count)
+        except TypeError as error:
+            raise TypeError(f"{name} is {count!r}; expected an integer of at least {at_least}") from error
+        if number < at_least:
+            raise ValueError(f"{name} is {count}; expected at least {at_least}")
 
 
-def _accumulator(array: jax.Array) -> Any:
-    """The dtype that means of `array` are taken in."""
-    return jnp.promote_types(array.dtype, jnp.float32)
+def _wide_scalars(means: PyTree) -> PyTree:
+    """The scalars of a tree in at least float32, so that nothing is averaged in half precision."""
+    leaves = jax.tree.leaves(means)
+    if not leaves or any(jnp.shape(leaf) != () for leaf in leaves):
+        shapes = jax.tree.map(jnp.shape, means)
+        raise ValueError(f"fn returned {shapes}; expected a scalar, or a pytree of scalars: each a mean over its batch")
+    return jax.tree.map(lambda mean: jnp.asarray(mean, jnp.promote_types(jnp.result_type(mean), jnp.float32)), means)

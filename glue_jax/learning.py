@@ -1,9 +1,10 @@
 """Learning the coefficients to the validation plateau."""
 
+import contextlib
 import functools
-import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +12,18 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from glue_jax.batches import batched_mean, check_counts, minibatch_indices, num_examples, on_cpu
+from glue_jax import arguments
+from glue_jax.batches import on_cpu
 from glue_jax.blending import blend
 from glue_jax.experts import num_experts
+from glue_jax.failures import NonFiniteLossError
+from glue_jax.runs import MOST_UNREAD, Run
+from glue_jax.sources import ArrayBatches, is_stream, stream_batches
 from glue_jax.steps import init, spsa_step
 from glue_jax.types import (
     Batch,
     GlueMetrics,
     GlueState,
-    History,
     LearnResult,
     LinkFn,
     LossFn,
@@ -29,82 +33,90 @@ from glue_jax.types import (
     PyTree,
     StepFn,
 )
+from glue_jax.validation import make_judge
+
+__all__ = ["NonFiniteLossError", "learn"]
 
 # What a call's key is folded with, so that minibatches and directions share none.
 _MINIBATCHES, _STEPS = range(2)
-
-
-class NonFiniteLossError(FloatingPointError):
-    """A loss, or the norm of its gradient, became infinite or not a number.
-
-    Attributes:
-        step: the step whose loss it was.
-        value: what it was.
-        result: the `LearnResult` up to the last chunk of steps before it.
-    """
-
-    def __init__(self, what: str, step: int, value: float, result: LearnResult):
-        """Builds the message from its parts."""
-        super().__init__(
-            f"the {what} is {value} at step {step}: expected a finite number (a smaller learning rate may help)"
-        )
-        self.step, self.value, self.result = step, value, result
+_STATIC = ("step_fn", "loss_fn", "optimizer", "link_fn", "merge_fn")
 
 
 def learn(
     key: jax.Array,
     experts: Params,
-    data: Batch,
+    data: Batch | Iterable[Batch],
     *,
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
-    state: GlueState | None = None,
+    state: GlueState | LearnResult | None = None,
     step_fn: StepFn = spsa_step,
     link_fn: LinkFn = jax.nn.softmax,
     merge_fn: MergeFn = blend,
-    validation_data: Batch | None = None,
+    validation_data: Batch | Iterable[Batch] | None = None,
     validation_fn: LossFn | None = None,
-    batch_size: int = 64,
+    batch_size: int = arguments.BATCH_SIZE,
+    validation_batch_size: int | None = None,
     max_steps: int = 1000,
     validate_every: int = 50,
-    patience: int | None = 10,
-    callback: Callable[[Progress], None] | None = None,
+    patience: int | None = arguments.PATIENCE,
+    steps_per_call: int | None = None,
+    callback: Callable[[Progress], bool | None] | None = None,
 ) -> LearnResult:
     """Learns the coefficients by minibatches until validation stops improving (section 3.3 of the paper).
 
-    The steps between two validations are one jitted `lax.scan` over minibatches of shuffled epochs (on a CPU a jitted
-    step each: within a loop, XLA:CPU runs the backward pass of a convolution many times slower). An epoch leaves
-    out the examples that fill no whole minibatch. The functions and the optimizer are static: build them once, and
-    a second call compiles nothing.
+    The functions and the optimizer are static: build them once, and a second call compiles nothing. (A variable that a
+    function reads from outside is read when it compiles: where the variable changes, give a new function.)
+
+    An exception that ends a run, Ctrl-C's too, has a `LearnResult` of what was learned before it as its attribute
+    `result` (in a notebook `sys.last_value.result`).
 
     Args:
-        key: a `jax.random.key`. It decides the minibatches, whatever the `step_fn`, and the directions.
-        experts: stacked experts, each leaf `[K, ...]`.
-        data: a pytree of arrays `[N, ...]`.
+        key: a `jax.random.key`. It decides the minibatches of arrays, whatever the `step_fn`, and the directions.
+        experts: stacked experts, each leaf `[K, ...]`. With a `state` and a `merge_fn` that knows them, other leaves
+            may be among them, such as the base that adapters share.
+        data: a pytree of arrays `[N, ...]`, whose minibatches are those of
+            `minibatch_indices(jax.random.fold_in(key, 0), ...)` (an epoch leaves out the examples that fill no whole
+            minibatch); or an iterator of batches, read once, which may end before `max_steps` and then ends the run;
+            or a loader, each epoch a new iteration of it, which may be endless. A batch of a new shape compiles anew.
         loss_fn: `loss_fn(params, batch) -> scalar`, the mean over a batch of `data`.
         optimizer: of beta.
-        state: where to go on from. The default is `init(K, optimizer)`: beta 0, under a softmax the uniform average.
-            For `unconstrained`, start from `init(K, optimizer, beta=uniform(K))`.
+        state: where to go on from. The default is `init(K, optimizer, link_fn=link_fn)`: the link's own start. From a
+            `LearnResult`, learning goes on with its best coefficients, its patience and its history: stopped runs
+            return what one long run returns. (If `max_steps` stopped a run between two validations, the run was
+            validated there once more, and these coefficients are kept if they are the best.) An iterator goes on
+            where it is, a loader begins an epoch.
         step_fn: the step, hence the estimator: `spsa_step`, `full_gradient_step`, `forward_gradient_step`, or a
             `functools.partial` of one, for instance with its `radius`.
         link_fn: `link_fn(beta) -> alpha`.
         merge_fn: `merge_fn(experts, alpha) -> params`.
-        validation_data: a pytree of arrays `[M, ...]` that judges the unperturbed blend.
+        validation_data: what judges the unperturbed blend: arrays `[M, ...]`, or a loader that ends, each of whose
+            batches counts by its size.
         validation_fn: `validation_fn(params, batch) -> scalar`, the mean over a batch, lower is better; the default
             is `loss_fn`.
-        batch_size: examples in a minibatch, of `data` and of `validation_data`; a last smaller batch of the latter
-            counts by its size.
+        batch_size: examples in a minibatch of arrays.
+        validation_batch_size: the same for validation; the default is `batch_size`. A last smaller batch counts by its
+            size.
         max_steps: the most steps of this call.
         validate_every: steps between two validations, and between two callbacks.
         patience: validations without a new best after which to stop; None never stops before `max_steps`.
-        callback: called with a `Progress` after each chunk of `validate_every` steps.
+        steps_per_call: the most steps in one call of a compiled program. The default is 1 where the data lies on a
+            CPU (in a loop, XLA:CPU runs the backward pass of a convolution many times slower) or is read batch after
+            batch, elsewhere all between two validations, at most 1000.
+        callback: called with a `Progress` after each chunk of `validate_every` steps. If it returns True, the run ends.
+            (The `update` of a tqdm bar returns True at times: do not return it.)
 
     Returns:
         The best coefficients by validation, the last ones, and the history.
 
     Raises:
-        ValueError: an argument out of its range, or data of different lengths, before any work.
-        NonFiniteLossError: a loss or a gradient that is infinite or not a number.
+        ValueError: an argument out of its range, data of different lengths, validation data of another kind than
+            data, before any work; a validation or a loss that is no scalar.
+        TypeError: an argument of another type.
+        NonFiniteLossError: a loss, a gradient, a validation value or beta that is infinite or not a number.
+
+    Warns:
+        UserWarning: the first gradients are all exactly 0.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -124,71 +136,73 @@ def learn(
         >>> bool(jnp.abs(result.alpha[1] - 0.25) < 0.05)
         True
     """
-    check_counts(batch_size=batch_size, max_steps=max_steps, validate_every=validate_every, patience=patience)
-    if batch_size > num_examples("data", data):
-        raise ValueError(f"batch_size is {batch_size}, but data holds {num_examples('data', data)} examples")
-    if validation_data is not None:
-        num_examples("validation_data", validation_data)
-    elif validation_fn is not None:
-        raise ValueError("validation_fn was given without validation_data")
-    k = num_experts(experts)
-    experts, data, validation_data = jax.tree.map(jnp.asarray, (experts, data, validation_data))
-    current = init(k, optimizer) if state is None else state
-    current = _beside(current, (experts, data))
-    first_step = int(current.step)
-    blending: dict[str, Any] = {"link_fn": link_fn, "merge_fn": merge_fn}
-    run = functools.partial(_run_steps, step_fn=step_fn, loss_fn=loss_fn, optimizer=optimizer, **blending)
-    judge = functools.partial(_validate, function=validation_fn or loss_fn, batch_size=batch_size, **blending)
-    chunks: list[GlueMetrics] = []
-    validations: list[_Validation] = []
+    functions: dict[str, Any] = {"step_fn": step_fn, "loss_fn": loss_fn, "optimizer": optimizer}
+    functions |= {"link_fn": link_fn, "merge_fn": merge_fn}
+    arguments.check_functions(functions, callback=callback, validation_fn=validation_fn)
+    arguments.check_key_and_trees(key, experts, data, validation_data, state)
+    arguments.check_numbers(max_steps, validate_every, batch_size, validation_batch_size, patience, steps_per_call)
+    data = arguments.checked_data(data, batch_size, steps_per_call)
+    validation_data = arguments.checked_validation(validation_data, data, validation_fn, patience)
+    experts = jax.tree.map(jnp.asarray, experts)
+    run = _begin(state, experts, data, validation_data, functions, validate_every)
+    steps = _steps(key, experts, data, functions, run.step, batch_size, steps_per_call, min(validate_every, max_steps))
+    judge = make_judge(
+        experts, validation_data, validation_fn or loss_fn, functions, validation_batch_size or batch_size
+    )
+    try:
+        if judge and run.validation_is_due(validate_every):
+            run.validated(judge(run.state.beta))
+        while (left := max_steps - run.taken) and not run.out_of_patience(patience):
+            wanted, before = min(left, validate_every - run.steps_of_run % validate_every), run.taken
+            for call in steps(run, wanted):
+                run.add(*call)
+            run.read()
+            if run.taken == before:
+                break
+            run.warn_if_flat(max_steps)
+            if judge:
+                run.validated(judge(run.state.beta))
+            if (callback and _says_stop(callback(run.progress(max_steps)))) or run.taken < before + wanted:
+                break
+        if not run.taken and not run.out_of_patience(patience):
+            raise ValueError(f"data, a {type(data).__name__}, gave no batch: an iterator can be read once")
+    except BaseException as error:
+        _keep_result(error, run, experts)
+        raise
+    return run.result()
 
-    def result() -> LearnResult:
-        beta = min(validations, key=lambda validation: validation.value).beta if validations else current.beta
-        return LearnResult(
-            alpha=link_fn(beta),
-            beta=beta,
-            last_alpha=link_fn(current.beta),
-            state=current,
-            history=_history(chunks, validations),
+
+def _begin(
+    state: GlueState | LearnResult | None,
+    experts: Params,
+    data: Any,
+    validation_data: Any,
+    functions: dict[str, Any],
+    validate_every: int,
+) -> Run:
+    """The run before this call's first step."""
+    optimizer = functions["optimizer"]
+    before = state if isinstance(state, LearnResult) else None
+    if before is not None and len(before.history.validation_steps) and validation_data is None:
+        raise ValueError(
+            "state is a LearnResult with validations, but there is no validation_data: pass the same again, or "
+            "state=result.state"
         )
-
-    def validate(step: int) -> None:
-        if validation_data is None:
-            return
-        value = float(judge(current.beta, experts, validation_data))
-        if not math.isfinite(value):
-            raise NonFiniteLossError("validation value", step, value, result())
-        validations.append(_Validation(step, value, current.beta))
-
-    validate(first_step)
-    done = 0
-    while done < max_steps and (patience is None or _validations_since_best(validations) < patience):
-        count = min(validate_every, max_steps - done)
-        rows = _chunk_rows(
-            jax.random.fold_in(key, _MINIBATCHES), current.step, validate_every, num_examples("data", data), batch_size
-        )
-        next_state, metrics = _run_chunk(run, jax.random.fold_in(key, _STEPS), current, experts, data, rows, count)
-        for name in ("loss", "gradient_norm"):
-            values = getattr(metrics, name)
-            if (bad := np.argwhere(~np.isfinite(values))).size:
-                raise NonFiniteLossError(name, first_step + done + int(bad[0][0]), float(values[*bad[0]]), result())
-        current, done = next_state, done + count
-        chunks.append(metrics)
-        validate(first_step + done)
-        if callback is not None:
-            callback(
-                Progress(
-                    step=done,
-                    max_steps=max_steps,
-                    metrics=jax.tree.map(lambda leaf: leaf[-1], metrics),
-                    validation_value=validations[-1].value if validations else None,
-                    best_value=min(validation.value for validation in validations) if validations else None,
-                )
-            )
-    return result()
-
-
-_chunk_rows = jax.jit(minibatch_indices, static_argnums=(2, 3, 4))
+    if state is None:
+        try:
+            state = init(num_experts(experts), optimizer, link_fn=functions["link_fn"])
+        except ValueError as error:
+            raise ValueError(
+                f"{error}. With leaves or a link that are meant so, pass state=glue_jax.init(K, optimizer, ...)"
+            ) from error
+    current = state.state if isinstance(state, LearnResult) else state
+    arguments.check_state(current, optimizer)
+    inputs = {"experts": experts, "data": data, "validation_data": validation_data}
+    inputs = {name: tree for name, tree in inputs.items() if tree is not None and not is_stream(tree)}
+    run = Run(functions["link_fn"], functions["step_fn"], inputs, _beside(current, (experts, inputs.get("data"))))
+    if before is not None:
+        run.go_on_from(before, validate_every)
+    return run
 
 
 def _beside(state: GlueState, trees: PyTree) -> GlueState:
@@ -200,7 +214,53 @@ def _beside(state: GlueState, trees: PyTree) -> GlueState:
     return jax.device_put(state, NamedSharding(mesh, PartitionSpec()) if mesh else shardings[0])
 
 
-@functools.partial(jax.jit, static_argnames=("step_fn", "loss_fn", "optimizer", "link_fn", "merge_fn"))
+def _steps(
+    key: jax.Array,
+    experts: Params,
+    data: Any,
+    functions: dict[str, Any],
+    first_step: int,
+    batch_size: int,
+    steps_per_call: int | None,
+    chunk: int,
+) -> Callable[[Run, int], Iterator[tuple[GlueState, GlueMetrics, int]]]:
+    """A function that takes so many steps from where a run is, and yields what each call of a program returned."""
+    key, minibatches = jax.random.fold_in(key, _STEPS), jax.random.fold_in(key, _MINIBATCHES)
+
+    def one_by_one(batches: Iterator[Batch], run: Run, count: int) -> Iterator[tuple[GlueState, GlueMetrics, int]]:
+        for batch in itertools.islice(batches, count):
+            yield *_run_step(key, run.latest, experts, batch, **functions), 1
+
+    if is_stream(data):
+        return functools.partial(one_by_one, stream_batches(data))
+    source = ArrayBatches(minibatches, data, batch_size)
+    per_call = min(steps_per_call or (1 if on_cpu(data) else MOST_UNREAD), chunk)
+
+    def many_at_once(run: Run, count: int) -> Iterator[tuple[GlueState, GlueMetrics, int]]:
+        for left in range(count, 0, -per_call):
+            rows = source.rows(run.step, min(left, per_call))
+            # Of one shape for all numbers of steps, so that they are one program.
+            padded = np.pad(rows, ((0, per_call - len(rows)), (0, 0)))
+            called = _run_steps(key, run.latest, experts, data, padded, np.int32(len(rows)), **functions)
+            yield *called, len(rows)
+
+    return functools.partial(one_by_one, source.batches(first_step)) if per_call == 1 else many_at_once
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def _run_step(
+    key: jax.Array, state: GlueState, experts: Params, batch: Batch, *, step_fn: StepFn, **functions: Any
+) -> tuple[GlueState, GlueMetrics]:
+    """A step; metrics `[1, ...]`."""
+    stepped = step_fn(key, state, experts, batch, **functions)
+    if not isinstance(stepped, tuple) or len(stepped) != 2 or not hasattr(stepped[1], "gradient_norm"):
+        raise TypeError(
+            f"step_fn returned {jax.tree.map(jnp.shape, stepped)}; expected a GlueState and its GlueMetrics"
+        )
+    return stepped[0], jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], stepped[1])
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
 def _run_steps(
     key: jax.Array,
     state: GlueState,
@@ -208,103 +268,37 @@ def _run_steps(
     data: Batch,
     rows: jax.Array,
     count: jax.Array,
-    *,
-    step_fn: StepFn,
-    loss_fn: LossFn,
-    optimizer: optax.GradientTransformation,
-    link_fn: LinkFn,
-    merge_fn: MergeFn,
+    **functions: Any,
 ) -> tuple[GlueState, GlueMetrics]:
-    """A step on each of the minibatches `rows` `[S, B]`, the first `count` of which count; metrics `[S]`.
+    """A step on each of the first `count` of the minibatches `rows` `[S, B]`; metrics `[S, ...]`, after these zeros."""
 
-    So a last shorter chunk compiles nothing.
-    """
+    def step(state: GlueState, indices: jax.Array) -> tuple[GlueState, GlueMetrics]:
+        return _run_step(key, state, experts, jax.tree.map(lambda leaf: leaf[indices], data), **functions)
 
-    def step(state: GlueState, at: tuple[jax.Array, jax.Array]) -> tuple[GlueState, GlueMetrics]:
-        position, indices = at
-        batch = jax.tree.map(lambda leaf: leaf[indices], data)
-        next_state, metrics = step_fn(
-            key,
-            state,
-            experts,
-            batch,
-            loss_fn=loss_fn,
-            optimizer=optimizer,
-            link_fn=link_fn,
-            merge_fn=merge_fn,
+    def body(index: jax.Array, carry: tuple[GlueState, GlueMetrics]) -> tuple[GlueState, GlueMetrics]:
+        state, metrics = step(carry[0], rows[index])
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=index, axis=0)
+        return state, jax.tree.map(put, carry[1], metrics)
+
+    _, shapes = jax.eval_shape(step, state, rows[0])
+    empty = jax.tree.map(lambda leaf: jnp.zeros((len(rows), *leaf.shape[1:]), leaf.dtype), shapes)
+    return jax.lax.fori_loop(0, count, body, (state, empty))
+
+
+def _keep_result(error: BaseException, run: Run, experts: Params) -> None:
+    """Gives what ends a run the result before it."""
+    # The error itself is raised, whatever keeps the last steps from being read.
+    with contextlib.suppress(Exception):
+        run.read()
+    with contextlib.suppress(Exception):
+        error.result = run.result()  # pyright: ignore[reportAttributeAccessIssue]
+        error.add_note("The attribute `result` is what was learned before: learn(..., state=result) goes on from it.")
+    if type(experts) in (list, tuple) and not run.taken and isinstance(error, Exception):
+        error.add_note(
+            f"experts is a {type(experts).__name__}: if it holds one model an entry, use stack_experts(experts)."
         )
-        return jax.tree.map(functools.partial(jnp.where, position < count), next_state, state), metrics
-
-    positions = jnp.arange(len(rows))
-    if len(rows) == 1:
-        state, metrics = step(state, (positions[0], rows[0]))
-        return state, jax.tree.map(lambda leaf: leaf[None], metrics)
-    return jax.lax.scan(step, state, (positions, rows))
 
 
-@functools.partial(jax.jit, static_argnames=("function", "link_fn", "merge_fn", "batch_size"))
-def _validate(
-    beta: PyTree,
-    experts: Params,
-    data: Batch,
-    *,
-    function: LossFn,
-    link_fn: LinkFn,
-    merge_fn: MergeFn,
-    batch_size: int,
-) -> jax.Array:
-    """The validation value of the unperturbed blend."""
-    value = batched_mean(function, merge_fn(experts, link_fn(beta)), data, batch_size)
-    if jnp.shape(value) != ():
-        raise ValueError(f"validation returned shape {jnp.shape(value)}; expected a scalar, the mean over a batch")
-    return value
-
-
-class _Validation(NamedTuple):
-    """One judgement of the unperturbed blend."""
-
-    step: int
-    value: float
-    beta: PyTree
-
-
-def _validations_since_best(validations: list[_Validation]) -> int:
-    """How many validations came after the best one."""
-    values = [validation.value for validation in validations]
-    return len(values) - 1 - values.index(min(values)) if values else 0
-
-
-def _run_chunk(
-    run: Callable[..., tuple[GlueState, GlueMetrics]],
-    key: jax.Array,
-    state: GlueState,
-    experts: Params,
-    data: Batch,
-    rows: jax.Array,
-    count: int,
-) -> tuple[GlueState, GlueMetrics]:
-    """A step on each of the first `count` minibatches, in one call or, on a CPU, in one each; metrics in NumPy."""
-    parts = []
-    if on_cpu(data):
-        for indices in np.asarray(rows)[:count]:
-            state, metrics = run(key, state, experts, data, indices[None], np.int32(1))
-            parts.append(metrics)
-    else:
-        state, metrics = run(key, state, experts, data, rows, np.int32(count))
-        parts.append(jax.tree.map(lambda leaf: leaf[:count], jax.device_get(metrics)))
-    return state, _concatenated(jax.device_get(parts))
-
-
-def _concatenated(parts: list[GlueMetrics]) -> GlueMetrics:
-    """Metrics end to end."""
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
-
-
-def _history(chunks: list[GlueMetrics], validations: list[_Validation]) -> History:
-    """The chunks end to end."""
-    empty: Any = np.zeros((0,), np.float32)
-    return History(
-        metrics=_concatenated(chunks) if chunks else GlueMetrics(empty, empty, empty, None),
-        validation_steps=np.array([validation.step for validation in validations], np.int64),
-        validation_values=np.array([validation.value for validation in validations], np.float64),
-    )
+def _says_stop(answer: Any) -> bool:
+    """Whether a callback's answer is True; what else it returns is not for `learn`."""
+    return isinstance(answer, bool | np.bool_ | jax.Array) and bool(answer)

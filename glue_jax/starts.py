@@ -1,55 +1,48 @@
-"""Learning from several starts at once; the best by validation is kept."""
+"""Learning from several starts; the best by validation is kept."""
 
-import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import warnings
+from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from glue_jax.batches import batched_mean, num_examples
+from glue_jax import arguments
+from glue_jax.batches import num_examples
 from glue_jax.blending import blend
+from glue_jax.coefficients import check_floating
+from glue_jax.failures import NonFiniteLossError
 from glue_jax.learning import learn
+from glue_jax.sources import as_arrays, is_stream
 from glue_jax.steps import spsa_step
-from glue_jax.types import (
-    Batch,
-    GlueMetrics,
-    GlueState,
-    LearnResult,
-    LinkFn,
-    LossFn,
-    MergeFn,
-    Params,
-    PyTree,
-    StepFn,
-)
+from glue_jax.types import Batch, GlueState, LearnResult, LinkFn, LossFn, MergeFn, Params, PyTree, StepFn
 
 
 def learn_from_starts(
     key: jax.Array,
     experts: Params,
-    data: Batch,
+    data: Batch | Iterable[Batch],
     *,
     starts: PyTree,
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
-    validation_data: Batch,
+    validation_data: Batch | Iterable[Batch],
     validation_fn: LossFn | None = None,
     step_fn: StepFn = spsa_step,
     link_fn: LinkFn = jax.nn.softmax,
     merge_fn: MergeFn = blend,
     **options: Any,
 ) -> LearnResult:
-    """Learns from S starts on the same minibatches, and returns the one that comes to the best validation.
+    """Learns from S starts, one after another, and returns the one that comes to the best validation.
 
-    All at once under `vmap` where the program is lowered for an accelerator, one after another within a step on a CPU.
-    It goes on while any of them improves on the best of all.
+    Each is a run of `learn` with its own patience. A start whose loss is not finite ends there with a warning; what it
+    found before counts. An exception that ends the whole has the best result before it as its attribute `result`.
 
     Args:
         key: as for `learn`; all starts share it, their minibatches and their directions.
         experts: as for `learn`.
-        data: as for `learn`.
+        data: as for `learn`, but for an iterator, which only one start could read.
         starts: beta of each, leaves `[S, ...]`; `jnp.stack([weights_to_logits(w) for w in ...])`, for instance.
         loss_fn: as for `learn`.
         optimizer: as for `learn`.
@@ -58,118 +51,73 @@ def learn_from_starts(
         step_fn: as for `learn`.
         link_fn: as for `learn`.
         merge_fn: as for `learn`.
-        **options: `learn`'s others: `batch_size`, `max_steps`, `validate_every`, `patience`, `callback`.
+        **options: `learn`'s others: `batch_size`, `max_steps`, `validate_every`, `patience`, `callback`, and so on. The
+            callback is told of each start in turn, and what it ends is that start.
 
     Returns:
-        As `learn` does, of the best start; the history's metrics are of all, `[steps, S, ...]`, and its validation
-        values the lowest of them.
+        As `learn` does, of the best start; `start` is its number.
 
     Raises:
         ValueError: as for `learn`; starts without a leading axis, or of different numbers.
-        NonFiniteLossError: as for `learn`, of any start.
+        TypeError: as for `learn`; an iterator as data; a `state` among the options.
+        NonFiniteLossError: the last start's, if every start ended so.
+
+    Warns:
+        UserWarning: a start ended so; the others as for `learn`.
     """
-    starts = jax.tree.map(jnp.asarray, starts)
+    if "state" in options:
+        raise TypeError("state was given: expected none, since starts says where to begin")
+    if validation_data is None:
+        raise ValueError("validation_data is None; expected data by which the best start is chosen")
+    if is_stream(data) and hasattr(data, "__next__"):
+        raise TypeError(
+            f"data is an iterator ({type(data).__name__}), which only the first start could read; expected arrays, or "
+            "a loader that each start can iterate anew"
+        )
+    if isinstance(starts, list):
+        raise TypeError("starts is a list; expected one array or pytree with leaves [S, ...] (jnp.stack makes it)")
+    count = num_examples("starts", starts)
+    starts = jax.tree.map(jnp.asarray, as_arrays("starts", starts))
     if isinstance(starts, jax.Array) and starts.ndim < 2:
         raise ValueError(f"starts have shape {starts.shape}; expected [S, K] or [S, ...], one beta for each start")
-    if num_examples("starts", starts) < 1:
-        raise ValueError("starts hold none: expected at least one")
-    num_examples("validation_data", validation_data)
-    batch_size = options.get("batch_size", 64)
-    judge = _EachValue(validation_fn or loss_fn, batch_size)
-    each: dict[str, Any] = {"link_fn": _EachLink(link_fn), "merge_fn": _EachMerge(merge_fn)}
-    result = learn(
-        key,
-        experts,
-        data,
-        state=GlueState(step=jnp.zeros((), jnp.int32), beta=starts, opt_state=jax.vmap(optimizer.init)(starts)),
-        loss_fn=loss_fn,
-        optimizer=optimizer,
-        step_fn=_EachStep(step_fn, link_fn, merge_fn),
-        # One example, the whole of it: the lowest of means over all batches is no mean over batches.
-        validation_data=jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], validation_data),
-        validation_fn=_LowestValue(judge),
-        **each,
-        **options,
-    )
-    best = int(jnp.argmin(_values(experts, result.alpha, validation_data, judge=judge, merge_fn=each["merge_fn"])))
-    return jax.tree.map(lambda leaf: leaf[best], result._replace(state=(), history=()))._replace(
-        state=result.state._replace(
-            beta=jax.tree.map(lambda leaf: leaf[best], result.state.beta),
-            opt_state=jax.tree.map(lambda leaf: leaf[best], result.state.opt_state),
-        ),
-        history=result.history,
-    )
+    check_floating(starts)
+    functions = {"loss_fn": loss_fn, "optimizer": optimizer, "step_fn": step_fn}
+    functions |= {"link_fn": link_fn, "merge_fn": merge_fn}
+    arguments.check_functions(functions, validation_fn=validation_fn)
+    # Put on the device once, not for each start.
+    experts = jax.tree.map(jnp.asarray, experts)
+    data = data if is_stream(data) else jax.tree.map(jnp.asarray, as_arrays("data", data))
+    results: list[LearnResult] = []
+    failures: list[NonFiniteLossError] = []
+    for start in range(count):
+        beta = jax.tree.map(lambda leaf, at=start: leaf[at], starts)
+        try:
+            result = learn(
+                key,
+                experts,
+                data,
+                state=GlueState(step=jnp.zeros((), jnp.int32), beta=beta, opt_state=optimizer.init(beta)),
+                validation_data=validation_data,
+                validation_fn=validation_fn,
+                **functions,
+                **options,
+            )
+        except NonFiniteLossError as error:
+            warnings.warn(f"start {start} of {count} ended early: {error}", stacklevel=2)
+            failures.append(error)
+            result = error.result
+        except BaseException as error:
+            if so_far := getattr(error, "result", None):
+                error.result = _best([*results, so_far._replace(start=start)])  # pyright: ignore[reportAttributeAccessIssue]
+            raise
+        results.append(result._replace(start=start))
+    best = _best(results)
+    if len(failures) == count:
+        failures[-1].result = best
+        raise failures[-1]
+    return best
 
 
-class _EachStep(NamedTuple):
-    """A step of each start. As the others, equal where its functions are, so that nothing is compiled twice."""
-
-    step_fn: StepFn
-    link_fn: LinkFn
-    merge_fn: MergeFn
-
-    def __call__(
-        self, key: jax.Array, state: GlueState, experts: Params, batch: Batch, /, **words: Any
-    ) -> tuple[GlueState, GlueMetrics]:
-        words |= {"link_fn": self.link_fn, "merge_fn": self.merge_fn}
-
-        def of_one(start: tuple[PyTree, optax.OptState]) -> tuple[GlueState, GlueMetrics]:
-            beta, opt_state = start
-            return self.step_fn(key, GlueState(state.step, beta, opt_state), experts, batch, **words)
-
-        states, metrics = _each(of_one, (state.beta, state.opt_state))
-        return GlueState(state.step + 1, states.beta, states.opt_state), metrics
-
-
-class _EachLink(NamedTuple):
-    """The coefficients of each start."""
-
-    link_fn: LinkFn
-
-    def __call__(self, beta: PyTree, /) -> PyTree:
-        return jax.vmap(self.link_fn)(beta)
-
-
-class _EachMerge(NamedTuple):
-    """The model of each start, leaves `[S, ...]`."""
-
-    merge_fn: MergeFn
-
-    def __call__(self, experts: Params, alpha: PyTree, /) -> Params:
-        return jax.vmap(self.merge_fn, in_axes=(None, 0))(experts, alpha)
-
-
-class _EachValue(NamedTuple):
-    """The value of each start's model on all data, `[S]`."""
-
-    function: LossFn
-    batch_size: int
-
-    def __call__(self, models: Params, data: Batch, /) -> jax.Array:
-        return _each(lambda params: batched_mean(self.function, params, data, self.batch_size), models)
-
-
-class _LowestValue(NamedTuple):
-    """The lowest value of the starts' models, on a batch of one example that holds all data."""
-
-    values: _EachValue
-
-    def __call__(self, models: Params, batch: Batch, /) -> jax.Array:
-        return jnp.min(self.values(models, jax.tree.map(lambda leaf: leaf[0], batch)))
-
-
-@functools.partial(jax.jit, static_argnames=("judge", "merge_fn"))
-def _values(experts: Params, alpha: PyTree, data: Batch, *, judge: _EachValue, merge_fn: MergeFn) -> jax.Array:
-    """The value of each start, `[S]`."""
-    return judge(merge_fn(experts, alpha), data)
-
-
-def _each(fun: Callable[[PyTree], Any], starts: PyTree) -> Any:
-    """`fun` of each start, under `vmap`; on a CPU one after another, not in a loop, which runs convolutions slowly."""
-
-    def one_after_another(starts: PyTree) -> Any:
-        count = jax.tree.leaves(starts)[0].shape[0]
-        results = [fun(jax.tree.map(lambda leaf, at=index: leaf[at], starts)) for index in range(count)]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
-
-    return jax.lax.platform_dependent(starts, cpu=one_after_another, default=jax.vmap(fun))
+def _best(results: list[LearnResult]) -> LearnResult:
+    """The one with the lowest validation value; one that ended before its first validation has none."""
+    return min(results, key=lambda result: min(result.history.validation_values, default=float("inf")))

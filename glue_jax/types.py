@@ -133,8 +133,12 @@ class LearnResult(NamedTuple):
         alpha: the coefficients of the best validation; without validation data, the last ones.
         beta: what `alpha` comes from, a start for `init(..., beta=...)`.
         last_alpha: the coefficients after the last step.
-        state: after the last step; `learn(..., state=state)` goes on from it.
+        state: after the last step.
         history: what was seen on the way.
+        start: from `learn_from_starts`, which of the starts this is; None from `learn`.
+
+    `learn(..., state=result)` goes on as if it had never stopped: with the best coefficients, the patience and the
+    history. `learn(..., state=result.state)` begins a history of its own there.
     """
 
     alpha: PyTree
@@ -142,6 +146,7 @@ class LearnResult(NamedTuple):
     last_alpha: PyTree
     state: GlueState
     history: History
+    start: int | None = None
 
 
 class Progress(NamedTuple):
@@ -153,6 +158,7 @@ class Progress(NamedTuple):
         metrics: of the last step, as NumPy arrays.
         validation_value: of the state after the last step; None without validation data.
         best_value: the lowest so far; None without validation data.
+        result: all that was learned so far, as `learn` would return it now.
     """
 
     step: int
@@ -160,3 +166,4 @@ class Progress(NamedTuple):
     metrics: GlueMetrics
     validation_value: float | None
     best_value: float | None
+    result: LearnResult

@@ -90,7 +90,56 @@ def test_data_without_examples_is_refused(data):
         num_examples("data", data)
 
 
-def test_counts_below_one_are_refused_by_name_and_none_passes():
-    check_counts(batch_size=1, patience=None)
+def test_counts_that_are_below_one_or_no_integers_are_refused_by_name():
+    check_counts(batch_size=1, max_steps=np.int64(3))
+    check_counts(at_least=0, first_step=0)
     with pytest.raises(ValueError, match="patience is -1; expected at least 1"):
         check_counts(batch_size=1, patience=-1)
+    for count in (2.5, None, "3", float("nan"), jnp.ones(2, jnp.int32)):
+        with pytest.raises(TypeError, match=r"max_steps is .*; expected an integer of at least 1"):
+            check_counts(max_steps=count)
+
+
+@pytest.mark.parametrize(
+    ("first_step", "num_steps", "error", "message"),
+    [
+        (-3, 2, ValueError, "first_step is -3; expected at least 0"),
+        (0.5, 2, TypeError, r"first_step is 0\.5; expected an integer"),
+        (None, 2, TypeError, "first_step is None; expected an integer"),
+        (0, 2.0, TypeError, r"num_steps is 2\.0; expected an integer"),
+        (0, 0, ValueError, "num_steps is 0"),
+    ],
+)
+def test_a_window_that_is_none_is_refused(first_step, num_steps, error, message):
+    with pytest.raises(error, match=message):
+        indices(first_step, num_steps)
+
+
+@pytest.mark.parametrize(("first_step", "num_steps", "epochs"), [(0, 3, 1), (1, 2, 1), (2, 2, 2), (0, 7, 3)])
+def test_no_epoch_is_permuted_that_the_window_does_not_need(first_step, num_steps, epochs):
+    jaxpr = jax.make_jaxpr(lambda: glue_jax.minibatch_indices(jax.random.key(0), first_step, num_steps, 11, 3))()
+    assert f"i32[{epochs},11]" in str(jaxpr)
+    assert f"i32[{epochs + 1},11]" not in str(jaxpr)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("batch_size", [2, 3, 5])
+def test_a_smaller_batch_in_half_precision_is_averaged_in_float32(dtype, batch_size):
+    # Of one batch, of a last smaller one: sums of counts and means that half precision rounds, or overflows.
+    data = jnp.array([30000, 30000, 1], dtype)
+    found = glue_jax.batched_mean(lambda _, batch: jnp.max(batch), None, data, batch_size)
+    large = float(data[0])
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, (2 * large + 1) / 3 if batch_size == 2 else large, rtol=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 4])
+@pytest.mark.parametrize("value", [None, {}, jnp.ones(3), (jnp.ones(()), jnp.ones(3))])
+def test_what_returns_no_scalars_is_refused(value, batch_size):
+    with pytest.raises(ValueError, match=r"fn returned .*; expected a scalar, or a pytree of scalars"):
+        glue_jax.batched_mean(lambda _, batch: value, None, jnp.ones(5), batch_size)
+
+
+def test_python_numbers_are_no_arrays():
+    with pytest.raises(TypeError, match=r"data\['x'\]\[0\] is a Python float; expected an array"):
+        num_examples("data", {"x": [1.0, 2.0]})

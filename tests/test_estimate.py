@@ -67,7 +67,7 @@ def test_neither_estimate_nor_run_compiles_a_step_twice(digits, tmp_path, caplog
         protocol.run(context)
     assert names.count("jit(steps)") == 1
     # One for each of Configs 3 and 4.
-    assert names.count("jit(_run_steps)") == 2
+    assert names.count("jit(_run_step)") == 2
     assert names.count("jit(_validate)") == 1
     # One for each number of images: validation, target, test.
     assert names.count("jit(measures)") == 3

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import logging
 from typing import Any
 
@@ -13,6 +14,8 @@ import optax
 import pytest
 
 import glue_jax
+from glue_jax import sources
+from glue_jax.sources import ArrayBatches
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -80,6 +83,7 @@ def test_each_estimator_finds_the_blend_that_fits_the_data(step_fn):
     np.testing.assert_allclose(jnp.sum(result.alpha), 1, rtol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:the gradient was exactly 0")
 def test_the_minibatches_do_not_depend_on_the_estimator():
     # With equal experts the loss is the minibatch's mean, whatever alpha.
     def loss(params, batch):
@@ -110,6 +114,7 @@ def test_a_call_for_each_step_and_a_call_for_each_chunk_learn_the_same(monkeypat
     chex.assert_trees_all_close(by_steps, by_chunks, atol=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:the gradient was exactly 0")
 def test_each_epoch_sees_its_examples_once():
     result = learn(
         experts={"w": jnp.ones(2)},
@@ -143,6 +148,55 @@ def test_going_on_from_a_state_is_bit_for_bit_one_long_run(step_fn, first):
     chex.assert_trees_all_equal(joined, whole.history.metrics)
     assert rest.history.validation_steps[0] == first
     assert rest.history.validation_values[-1] == whole.history.validation_values[-1]
+
+
+@pytest.mark.usefixtures("both_ways")
+@pytest.mark.parametrize("cuts", [(5, 10), (10,), (7,), (1, 1, 1)])
+def test_stopped_runs_that_go_on_return_what_one_long_run_returns(cuts):
+    # Cuts at a validation and between two; the best is in the middle, and patience ends the run.
+    run = functools.partial(
+        learn, loss_fn=upward, step_fn=glue_jax.spsa_step, validation_data=DATA, validation_fn=valley, patience=4
+    )
+    whole = run(max_steps=60)
+    result, done = None, 0
+    for cut in cuts:
+        result, done = run(max_steps=cut, state=result), done + cut
+    result = run(max_steps=60 - done, state=result)
+    assert 0 < np.argmin(whole.history.validation_values) < len(whole.history.validation_values) - 1
+    assert int(whole.state.step) < 60
+    chex.assert_trees_all_equal(result, whole)
+
+
+def test_what_was_best_before_a_stop_is_still_the_best_after_it():
+    run = functools.partial(learn, validation_data=DATA, validation_fn=blend_value)
+    rest = run(state=run(max_steps=10), max_steps=10)
+    np.testing.assert_array_equal(rest.alpha, [0.5, 0.5])
+    # From the state alone, what came before is not known.
+    assert run(state=run(max_steps=10).state, max_steps=10).alpha[1] > 0.6
+
+
+def test_the_best_coefficients_are_kept_where_a_stop_between_two_validations_found_them():
+    run = functools.partial(learn, validation_data=DATA, validation_fn=valley, validate_every=4)
+    steps = int(np.argmin([valley({"w": a[1]}, DATA) for a in learn(max_steps=60).history.metrics.alpha]))
+    assert steps % 4
+    first = run(max_steps=steps)
+    rest = run(max_steps=60, state=first)
+    chex.assert_trees_all_equal(rest.beta, first.state.beta)
+    assert steps in rest.history.validation_steps
+
+
+def test_going_on_where_patience_has_ended_takes_no_step():
+    result = learn(validation_data=DATA, validation_fn=blend_value, patience=2)
+    chex.assert_trees_all_equal(
+        learn(validation_data=DATA, validation_fn=blend_value, patience=2, state=result), result
+    )
+
+
+def test_a_result_of_other_metrics_is_refused_and_nothing_is_lost():
+    result = learn(max_steps=5)
+    with pytest.raises(ValueError, match=r"pass state=result\.state") as caught:
+        learn(state=result, step_fn=glue_jax.spsa_step)
+    chex.assert_trees_all_equal(caught.value.result, result)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @pytest.mark.usefixtures("both_ways")
@@ -195,7 +249,7 @@ def test_steady_improvement_goes_on_to_the_last_step():
 
 
 def test_without_validation_data_all_steps_are_taken_and_the_last_coefficients_returned():
-    result = learn(max_steps=13, patience=1)
+    result = learn(max_steps=13)
     assert int(result.state.step) == 13
     chex.assert_trees_all_equal(result.alpha, result.last_alpha)
     chex.assert_trees_all_equal(result.beta, result.state.beta)
@@ -275,6 +329,82 @@ def test_the_callback_counts_the_steps_of_this_call_and_does_without_validation(
     ]
 
 
+@pytest.mark.usefixtures("both_ways")
+@pytest.mark.parametrize("true", [True, np.True_, jnp.array(True)])
+def test_a_callback_that_returns_true_ends_the_run_and_what_it_returned_goes_on(true):
+    words = {"validation_data": DATA, "validation_fn": valley, "max_steps": 40, "patience": None}
+    stopped = learn(callback=lambda progress: true if progress.step >= 10 else None, **words)
+    chex.assert_trees_all_equal(stopped, learn(**(words | {"max_steps": 10})))
+    chex.assert_trees_all_equal(learn(state=stopped, **(words | {"max_steps": 30})), learn(**words))
+
+
+def test_what_else_a_callback_returns_ends_nothing():
+    answers = iter([1, "text", np.ones(3), np.False_])
+    assert int(learn(callback=lambda progress: next(answers)).state.step) == 20
+
+
+def test_the_callback_is_told_the_result_so_far():
+    told = []
+    result = learn(validation_data=DATA, callback=told.append)
+    chex.assert_trees_all_equal(told[-1].result, result)
+    chex.assert_trees_all_equal(told[1].result, learn(validation_data=DATA, max_steps=10))
+
+
+@pytest.mark.usefixtures("both_ways")
+def test_a_callback_that_writes_into_what_it_is_told_changes_nothing():
+    def write(progress):
+        progress.metrics.alpha[:] = 7
+        progress.result.history.metrics.loss[:] = 7
+        progress.result.history.metrics.alpha[:] = 7
+        progress.result.history.validation_values[:] = 7
+
+    chex.assert_trees_all_equal(learn(callback=write, validation_data=DATA), learn(validation_data=DATA))
+
+
+@pytest.mark.usefixtures("both_ways")
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError("a user's")])
+def test_an_exception_of_the_callback_has_the_result_before_it(error):
+    def callback(progress):
+        if progress.step == 10:
+            raise error
+
+    words = {"validation_data": DATA, "validation_fn": valley}
+    with pytest.raises(BaseException) as caught:
+        learn(callback=callback, **words)
+    assert isinstance(caught.value, type(error) if isinstance(error, Exception) else error)
+    chex.assert_trees_all_equal(caught.value.result, learn(max_steps=10, **words))  # pyright: ignore
+    assert "learn(..., state=result)" in caught.value.__notes__[0]
+    rest = learn(state=caught.value.result, max_steps=10, **words)  # pyright: ignore
+    chex.assert_trees_all_equal(rest, learn(**words))
+
+
+@pytest.mark.parametrize("at", [0, 3, 5, 8])
+def test_an_exception_between_two_steps_or_in_a_validation_loses_nothing(at, monkeypatch):
+    words = {"validation_data": DATA, "validation_fn": valley, "validation_batch_size": 8}
+    whole = learn(**words)
+    batches = iter(ArrayBatches(jax.random.fold_in(jax.random.key(0), 0), DATA, 8).batches(0))
+
+    def interrupted():
+        yield from itertools.islice(batches, at)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        learn(data=interrupted(), batch_size=64, **words)
+    result = caught.value.result  # pyright: ignore[reportAttributeAccessIssue]
+    assert int(result.state.step) == len(result.history.metrics.loss) == at
+    chex.assert_trees_all_equal(learn(state=result, max_steps=20 - at, **words), whole)
+
+    def no_validation(self, value):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("glue_jax.runs.Run.validated", no_validation)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            learn(state=result, max_steps=20 - at, **words)
+    result = caught.value.result  # pyright: ignore[reportAttributeAccessIssue]
+    chex.assert_trees_all_equal(learn(state=result, max_steps=20 - int(result.state.step), **words), whole)
+
+
 def losing(at, value):
     """A step whose loss is `value` at one step."""
 
@@ -297,6 +427,114 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_its_value_and_the_chunks_
     assert len(told) == 2
     expected = learn(step_fn=losing(99, jnp.nan), validation_data=DATA, max_steps=10)
     chex.assert_trees_all_equal(error.result, expected)
+
+
+@pytest.mark.usefixtures("both_ways")
+@pytest.mark.parametrize(("max_steps", "validate_every"), [(5, 50), (13, 5), (4, 10**12)])
+def test_no_step_is_run_that_is_thrown_away(max_steps, validate_every):
+    taken = []
+
+    def step_fn(key, state, experts, batch, **words):
+        jax.debug.callback(lambda step: taken.append(int(step)), state.step)
+        return glue_jax.full_gradient_step(key, state, experts, batch, **words)
+
+    result = learn(step_fn=step_fn, max_steps=max_steps, validate_every=validate_every)
+    jax.effects_barrier()
+    assert sorted(taken) == list(range(max_steps))
+    assert result.history.metrics.loss.shape == (max_steps,)
+
+
+def test_metrics_are_read_and_judged_now_and_then_where_validations_are_rare(monkeypatch):
+    monkeypatch.setattr("glue_jax.runs.MOST_UNREAD", 4)
+    taken = []
+
+    def batches():
+        for step in range(100):
+            taken.append(step)
+            yield DATA[:8]
+
+    with pytest.raises(glue_jax.NonFiniteLossError, match="at step 2"):
+        learn(step_fn=losing(2, jnp.nan), data=batches(), batch_size=64, max_steps=100, validate_every=100)
+    assert len(taken) == 4
+
+
+@pytest.mark.parametrize(
+    ("platform", "steps_per_call", "calls"),
+    [
+        ("cpu", None, [1] * 20),
+        ("cpu", 3, [3, 2] * 4),
+        ("other", None, [5] * 4),
+        ("other", 1, [1] * 20),
+        ("other", 2, [2, 2, 1] * 4),
+        ("other", 50, [5] * 4),
+    ],
+)
+def test_the_steps_in_a_call_may_be_chosen(platform, steps_per_call, calls, monkeypatch):
+    monkeypatch.setattr("glue_jax.learning.on_cpu", lambda tree: platform == "cpu")
+    # The minibatches of each call are asked for at once.
+    rows, asked = ArrayBatches.rows, []
+    monkeypatch.setattr(ArrayBatches, "rows", lambda self, first, n: (asked.append(n), rows(self, first, n))[1])
+    result = learn(steps_per_call=steps_per_call)
+    assert asked == calls
+    np.testing.assert_allclose(result.history.metrics.alpha, learn().history.metrics.alpha, rtol=1e-6)
+
+
+@pytest.mark.parametrize("returned", [None, (1, None), 5])
+def test_a_step_that_returns_something_else_is_refused(returned):
+    with pytest.raises(TypeError, match=r"step_fn returned .*; expected a GlueState and its GlueMetrics"):
+        learn(step_fn=lambda *args, **words: returned)
+
+
+@pytest.mark.usefixtures("both_ways")
+def test_an_epoch_is_permuted_once(monkeypatch):
+    epochs = []
+    permuted = sources._epoch_batches
+
+    def spy(key, epoch, *counts):
+        epochs.append(epoch)
+        return permuted(key, epoch, *counts)
+
+    monkeypatch.setattr("glue_jax.sources._epoch_batches", spy)
+    # 6 minibatches an epoch.
+    learn(max_steps=20)
+    assert epochs == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ({"loss_fn": lambda params, batch: jnp.mean(batch)}, "loss_fn may ignore its params"),
+        ({"experts": {"w": jnp.ones((1,))}}, r"only one \(K = 1\)"),
+        ({"loss_fn": lambda params, batch: jnp.mean(params["w"] > batch), "step_fn": glue_jax.spsa_step}, "radius"),
+    ],
+)
+def test_a_loss_that_does_not_depend_on_the_coefficients_is_told(words, reason):
+    with pytest.warns(UserWarning, match=f"exactly 0 in each of the first 10 steps.*{reason}") as told:
+        learn(**({"data": jnp.full(50, 3.0), "validate_every": 10} | words))
+    assert len(told) == 1
+    assert told[0].filename == __file__
+
+
+def test_a_gradient_that_is_zero_now_and_then_is_not_told():
+    def seldom(key, state, experts, batch, **words):
+        after, metrics = glue_jax.full_gradient_step(key, state, experts, batch, **words)
+        return after, metrics._replace(gradient_norm=jnp.where(state.step == 7, metrics.gradient_norm, 0))
+
+    assert int(learn(step_fn=seldom, validate_every=1).state.step) == 20
+
+
+def test_leaves_that_are_not_stacked_go_with_a_state_and_a_merge_that_knows_them():
+    experts = {"base": jnp.array(2.0), "adapters": jnp.array([0.0, 1.0])}
+
+    def merge(experts, alpha):
+        return {"w": experts["base"] + alpha @ experts["adapters"]}
+
+    words = {"experts": experts, "merge_fn": merge, "validation_data": DATA}
+    result = learn(state=glue_jax.init(2, OPTIMIZER), **words)
+    assert result.alpha[1] > 0.6
+    np.testing.assert_allclose(result.history.validation_values[0], -2.5)
+    with pytest.raises(ValueError, match=r"not stacked: \['base'\].*pass state=glue_jax\.init\(K, optimizer\)"):
+        learn(**words)
 
 
 def test_a_loss_that_is_not_finite_at_once_leaves_the_start():
@@ -326,32 +564,6 @@ def test_a_validation_value_that_is_not_finite_stops_as_well():
     assert caught.value.value == float("inf")
 
 
-def never(*args, **words):
-    raise AssertionError("work was done before the arguments were checked")
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"batch_size": 51}, "batch_size is 51, but data holds 50 examples"),
-        ({"max_steps": 0}, "max_steps is 0"),
-        ({"validate_every": 0}, "validate_every is 0"),
-        ({"patience": 0}, "patience is 0"),
-        ({"data": {"x": jnp.ones(5), "y": jnp.ones(6)}}, r"data has shapes .*\['y'\].*\(6,\)"),
-        ({"data": []}, "data holds no arrays"),
-        ({"validation_data": (jnp.ones(5), jnp.ones(6))}, r"validation_data has shapes .*\(5,\).*\(6,\)"),
-        ({"validation_data": jnp.ones((0, 2))}, "validation_data has shapes"),
-        ({"validation_fn": never}, "validation_fn was given without validation_data"),
-        ({"experts": {"w": jnp.ones(2), "b": jnp.ones(())}}, r"the experts are not stacked: .*\['b'\]"),
-        ({"experts": {}}, "the experts hold no arrays"),
-    ],
-)
-def test_bad_arguments_are_refused_before_any_work(words, message):
-    with pytest.raises(ValueError, match=message):
-        learn(**({"loss_fn": never, "step_fn": never, "link_fn": never, "merge_fn": never, "callback": never} | words))
-
-
 @contextlib.contextmanager
 def compilations(caplog):
     """The names of the programs that XLA compiles."""
@@ -379,7 +591,7 @@ def test_learning_compiles_one_program_for_steps_and_one_for_validations(caplog,
     }
     with compilations(caplog) as first:
         learn(max_steps=13, key=jax.random.key(0), **words)
-    assert first.count("jit(_run_steps)") == 1
+    assert first.count("jit(_run_step)") + first.count("jit(_run_steps)") == 1
     assert first.count("jit(_validate)") == 1
     with compilations(caplog) as second:
         result = learn(max_steps=13, key=jax.random.key(1), **words)
@@ -412,8 +624,3 @@ def test_a_jitted_step_is_traced_once(beta, num_directions):
         counts.append(len(traces))
     assert counts[0] > 0
     assert set(counts) == {counts[0]}
-
-
-def test_a_validation_that_is_no_scalar_is_refused():
-    with pytest.raises(ValueError, match=r"validation returned shape \(\d+,\); expected a scalar"):
-        learn(validation_data=DATA[:11], validation_fn=lambda params, batch: jnp.zeros(4), key=jax.random.key(0))

@@ -1,5 +1,6 @@
 """Learning from several starts."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 import glue_jax
 from tests.test_learning import compilations
+from tests.test_sources import Loader
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -33,38 +35,28 @@ WORDS = {
 STARTS = jnp.stack([glue_jax.weights_to_logits(w) for w in ([0.9, 0.05, 0.05], [0.05, 0.05, 0.9], [0.1, 0.8, 0.1])])
 
 
-@pytest.fixture(params=[True, False], ids=["cpu", "accelerator"])
-def both_ways(request, monkeypatch):
-    monkeypatch.setattr("glue_jax.learning.on_cpu", lambda tree: request.param)
-    jax.clear_caches()
+def alone(key, start, **words):
+    state = glue_jax.init(3, WORDS["optimizer"], beta=start)
+    return glue_jax.learn(key, EXPERTS, DATA, state=state, **(WORDS | words))
 
 
-@pytest.mark.usefixtures("both_ways")
+def together(key, starts, **words):
+    return glue_jax.learn_from_starts(key, EXPERTS, DATA, starts=starts, **(WORDS | words))
+
+
 @pytest.mark.parametrize("step_fn", [glue_jax.spsa_step, glue_jax.full_gradient_step])
 def test_it_is_learning_from_each_and_keeping_the_best(step_fn):
     key = jax.random.key(1)
-    together = glue_jax.learn_from_starts(key, EXPERTS, DATA, starts=STARTS, step_fn=step_fn, **WORDS)
-    alone = [
-        glue_jax.learn(
-            key,
-            EXPERTS,
-            DATA,
-            state=glue_jax.init(3, WORDS["optimizer"], beta=start),
-            step_fn=step_fn,
-            **WORDS,
-        )
-        for start in STARTS
-    ]
-    best = min(alone, key=lambda result: result.history.validation_values.min())
-    np.testing.assert_allclose(together.alpha, best.alpha, rtol=1e-4)
-    np.testing.assert_allclose(together.last_alpha, best.last_alpha, rtol=1e-4)
-    values = np.array([result.history.validation_values for result in alone])
-    np.testing.assert_allclose(together.history.validation_values, values.min(axis=0), rtol=1e-4)
-    assert together.history.metrics.loss.shape == (40, 3)
+    found = together(key, STARTS, step_fn=step_fn, patience=3)
+    each = [alone(key, start, step_fn=step_fn, patience=3) for start in STARTS]
+    values = [result.history.validation_values.min() for result in each]
+    best = int(np.argmin(values))
+    assert found.start == best
+    chex.assert_trees_all_equal(found._replace(start=None), each[best])
     # The first start's valley is the other one.
-    assert values[0].min() > 1.5 * values.min()
+    assert values[0] > 1.5 * min(values)
     # What it returns can be gone on from.
-    glue_jax.learn(key, EXPERTS, DATA, state=together.state, step_fn=step_fn, **WORDS)
+    assert int(glue_jax.learn(key, EXPERTS, DATA, state=found, step_fn=step_fn, **WORDS).state.step) == 80
 
 
 def test_a_second_call_compiles_nothing(caplog):
@@ -75,10 +67,81 @@ def test_a_second_call_compiles_nothing(caplog):
     assert names == []
 
 
-def test_a_start_whose_loss_is_no_number_is_named_by_its_step():
+def test_a_start_that_diverges_ends_with_a_warning_and_the_others_go_on():
     starts = STARTS.at[1].set(jnp.nan)
-    with pytest.raises(glue_jax.NonFiniteLossError, match=r"is nan at step 0"):
-        glue_jax.learn_from_starts(jax.random.key(4), EXPERTS, DATA, starts=starts, **WORDS)
+    with pytest.warns(UserWarning, match=r"start 1 of 3 ended early: .* at step 0.*beta\[0\]") as told:
+        found = together(jax.random.key(4), starts)
+    assert told[0].filename == __file__
+    chex.assert_trees_all_equal(found, together(jax.random.key(4), starts[::2])._replace(start=found.start))
+    assert found.start in (0, 2)
+
+
+def overflowing(params, batch):
+    """Falls without end, to what is no number beyond 0.5."""
+    return jnp.where(params["w"] > 0.5, jnp.nan, -params["w"]) + 0 * jnp.mean(batch)
+
+
+def test_what_a_start_found_before_it_diverged_counts():
+    words = {"loss_fn": overflowing, "validate_every": 1, "step_fn": glue_jax.full_gradient_step}
+    middle = jnp.zeros(3)
+    still = glue_jax.weights_to_logits([0.98, 0.01, 0.01])
+    with pytest.warns(UserWarning, match="start 0 of 2 ended early"):
+        found = together(jax.random.key(4), jnp.stack([middle, still]), **words)
+    assert found.start == 0
+    assert 0.3 < float(found.alpha @ EXPERTS["w"]) <= 0.5
+
+
+@pytest.mark.filterwarnings("ignore:start")
+def test_if_all_diverge_it_is_an_error_with_the_best_of_them():
+    words = {"loss_fn": overflowing, "validate_every": 1, "step_fn": glue_jax.full_gradient_step}
+    starts = jnp.stack([jnp.zeros(3), jnp.full(3, jnp.nan)])
+    with pytest.raises(glue_jax.NonFiniteLossError, match="at step 0") as caught:
+        together(jax.random.key(4), starts, **words)
+    assert caught.value.result.start == 0
+    assert len(caught.value.result.history.validation_values) > 1
+
+
+def test_an_exception_has_the_best_result_of_all_starts_before_it():
+    told = []
+
+    def callback(progress):
+        told.append(progress)
+        if len(told) == 10:
+            raise KeyboardInterrupt
+
+    # In the second chunk of the third start.
+    with pytest.raises(KeyboardInterrupt) as caught:
+        together(jax.random.key(1), STARTS, callback=callback)
+    expected = together(jax.random.key(1), STARTS[:2])
+    chex.assert_trees_all_equal(caught.value.result, expected)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_loader_is_data_and_an_iterator_is_refused():
+    loader = Loader([np.asarray(DATA[:16]), np.asarray(DATA[16:32])])
+    words = {name: value for name, value in WORDS.items() if name != "batch_size"}
+    found = glue_jax.learn_from_starts(jax.random.key(0), EXPERTS, loader, starts=STARTS[:2], **words)
+    assert int(found.state.step) == 40
+    with pytest.raises(
+        TypeError, match=r"data is an iterator \(list_iterator\), which only the first start could read"
+    ):
+        glue_jax.learn_from_starts(jax.random.key(0), EXPERTS, iter(loader.batches), starts=STARTS[:2], **words)
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "message"),
+    [
+        ({"optimizer": None}, TypeError, "optimizer is None"),
+        ({"state": glue_jax.init(3, WORDS["optimizer"])}, TypeError, "state was given: expected none"),
+        ({"validation_data": None}, ValueError, "validation_data is None"),
+        ({"starts": [jnp.zeros(3), jnp.zeros(3)]}, TypeError, "starts is a list; expected one array"),
+        ({"starts": "abc"}, TypeError, "starts is a Python str; expected an array"),
+        ({"starts": jnp.zeros((2, 3), jnp.int32)}, TypeError, "expected a floating-point dtype"),
+        ({"starts": jnp.zeros((0, 3))}, ValueError, "starts has shapes"),
+    ],
+)
+def test_bad_arguments_are_refused(words, error, message):
+    with pytest.raises(error, match=message):
+        together(jax.random.key(5), **({"starts": STARTS} | words))
 
 
 def test_starts_without_a_leading_axis_are_refused():
@@ -90,12 +153,3 @@ def test_starts_of_different_numbers_are_refused():
     starts = {"a": STARTS, "b": STARTS[:2]}
     with pytest.raises(ValueError, match="starts"):
         glue_jax.learn_from_starts(jax.random.key(6), EXPERTS, DATA, starts=starts, **WORDS)
-
-
-def test_the_lowest_value_is_of_means_over_all_batches():
-    # Of batches of 16, 16 and 1 examples each start is the better one on some.
-    data = jnp.concatenate([jnp.full((16,), 1.0), jnp.full((17,), -1.0)])
-    words = {**WORDS, "validation_data": data, "loss_fn": lambda params, batch: jnp.mean(jnp.abs(batch - params["w"]))}
-    result = glue_jax.learn_from_starts(jax.random.key(7), EXPERTS, DATA, starts=STARTS[:2], **words)
-    at_start = [float(jnp.mean(jnp.abs(data - (weights @ EXPERTS["w"])))) for weights in jax.nn.softmax(STARTS[:2])]
-    np.testing.assert_allclose(result.history.validation_values[0], min(at_start), rtol=1e-5)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -250,6 +251,9 @@ def _coefficients(context: Context, learner: Learner, target: Examples, seed: in
         "validate_every": config.validate_every,
         "patience": config.patience,
     }
+    # The steps of a start after each of its chunks; each start begins anew.
+    taken: list[int] = []
+    words["callback"] = lambda progress: taken.append(progress.step)
     key = coefficients_key(seed)
     with jax.default_matmul_precision(config.matmul_precision):
         if learner.num_starts > 1:
@@ -261,9 +265,10 @@ def _coefficients(context: Context, learner: Learner, target: Examples, seed: in
     steps = len(metrics.loss)
     # One pass a step where there are no probes: the full gradient's, which its backward pass is not counted in.
     per_step = 1 if metrics.probe_losses is None else metrics.probe_losses[0].size
-    # Several starts are judged once more in the end.
-    judged = len(result.history.validation_steps) + (learner.num_starts > 1)
-    passes = steps * per_step * config.alpha_batch_size + judged * learner.num_starts * len(context.validation.labels)
+    of_all_starts = sum(last for last, following in itertools.pairwise([*taken, 0]) if following <= last)
+    # Each start is judged before its first step and after each chunk.
+    judged = learner.num_starts + len(taken)
+    passes = of_all_starts * per_step * config.alpha_batch_size + judged * len(context.validation.labels)
     return Learned(result.beta, result.alpha, before.steps + steps, before.passes + passes)
 
 

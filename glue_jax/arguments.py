@@ -1,0 +1,118 @@
+"""What `learn` refuses before any work."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.core import Tracer
+
+from glue_jax.batches import check_counts, num_examples
+from glue_jax.sources import as_arrays, check_same_kind, check_validation_stream, is_stream
+from glue_jax.types import GlueState, PyTree
+
+# The defaults of `learn`; what differs from them was given.
+BATCH_SIZE, PATIENCE = 64, 10
+# What `learn` itself passes to each step.
+_OWN = ("loss_fn", "optimizer", "link_fn", "merge_fn")
+
+
+def check_functions(functions: dict[str, Any], **optional: Any) -> None:
+    """Refuses what cannot be called, and functions of `learn` that are hidden in its `step_fn`."""
+    optimizer = functions["optimizer"]
+    if not callable(getattr(optimizer, "init", None)) or not callable(getattr(optimizer, "update", None)):
+        raise TypeError(
+            f"optimizer is {optimizer!r}; expected an optax.GradientTransformation, for instance optax.adam(1e-2)"
+        )
+    for name, function in {**functions, **optional}.items():
+        if not (callable(function) or name == "optimizer" or (name in optional and function is None)):
+            raise TypeError(f"{name} is {function!r}; expected a function")
+    step_fn: Any = functions["step_fn"]
+    while isinstance(step_fn, functools.partial) or hasattr(step_fn, "__wrapped__"):
+        hidden = [name for name in getattr(step_fn, "keywords", {}) if name in _OWN]
+        if hidden:
+            raise ValueError(
+                f"step_fn is a functools.partial that holds {', '.join(hidden)}, which learn would overwrite: "
+                f"pass {', '.join(f'{name}=' for name in hidden)} to learn itself"
+            )
+        step_fn = step_fn.func if isinstance(step_fn, functools.partial) else step_fn.__wrapped__
+
+
+def check_numbers(
+    max_steps: Any, validate_every: Any, batch_size: Any, validation_batch_size: Any, patience: Any, steps_per_call: Any
+) -> None:
+    """Refuses numbers that are no counts; the last three may be None."""
+    check_counts(max_steps=max_steps, validate_every=validate_every, batch_size=batch_size)
+    optional = {
+        "validation_batch_size": validation_batch_size,
+        "patience": patience,
+        "steps_per_call": steps_per_call,
+    }
+    check_counts(**{name: count for name, count in optional.items() if count is not None})
+
+
+def check_key_and_trees(key: Any, *trees: PyTree) -> None:
+    """Refuses a key that is none, and a call under a transformation of JAX."""
+    trees = tuple(tree for tree in trees if not is_stream(tree))
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((key, trees))):
+        raise TypeError(
+            "learn was called under jit, vmap or another transformation of JAX: it reads losses back and stops by "
+            "them, so call it outside (it jits its own steps)"
+        )
+    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()
+    if not typed and (getattr(key, "dtype", None) != np.uint32 or np.ndim(key) != 1):
+        raise TypeError(f"key is {key!r}; expected one key, for instance jax.random.key(0)")
+
+
+def checked_data(data: Any, batch_size: int, steps_per_call: int | None) -> Any:
+    """The arrays on the device, or the stream."""
+    if is_stream(data):
+        if batch_size != BATCH_SIZE:
+            raise ValueError(
+                f"batch_size is {batch_size}, but data is a {type(data).__name__}, whose batches have their own "
+                "size (for validation there is validation_batch_size)"
+            )
+        if steps_per_call not in (None, 1):
+            raise ValueError(
+                f"steps_per_call is {steps_per_call}, but data is a {type(data).__name__}, read batch after batch; "
+                "expected None or 1"
+            )
+        return data
+    if batch_size > num_examples("data", data):
+        raise ValueError(f"batch_size is {batch_size}, but data holds {num_examples('data', data)} examples")
+    return jax.tree.map(jnp.asarray, as_arrays("data", data))
+
+
+def checked_validation(validation_data: Any, data: Any, validation_fn: Any, patience: int | None) -> Any:
+    """The same for what validates, of the kind of data unless a function of its own may want another."""
+    if validation_data is None:
+        if validation_fn is not None or patience not in (None, PATIENCE):
+            name = "validation_fn" if validation_fn is not None else f"patience={patience}"
+            raise ValueError(f"{name} was given without validation_data, which it needs")
+        return None
+    if is_stream(validation_data):
+        check_validation_stream(validation_data)
+        return validation_data
+    num_examples("validation_data", validation_data)
+    validation_data = jax.tree.map(jnp.asarray, as_arrays("validation_data", validation_data))
+    if validation_fn is None and not is_stream(data):
+        check_same_kind(data, validation_data)
+    return validation_data
+
+
+def check_state(state: Any, optimizer: optax.GradientTransformation) -> None:
+    """Refuses what is no state, and a state of another optimizer."""
+    if not isinstance(state, GlueState):
+        raise TypeError(f"state is a {type(state).__name__}; expected a GlueState (see glue_jax.init) or a LearnResult")
+    expected, found = (
+        [(path, jnp.shape(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+        for tree in (jax.eval_shape(optimizer.init, state.beta), state.opt_state)
+    )
+    if expected != found:
+        raise ValueError(
+            "state.opt_state is not of this optimizer and beta: it has leaves "
+            f"{[(jax.tree_util.keystr(path), shape) for path, shape in found]}, where optimizer.init gives "
+            f"{[(jax.tree_util.keystr(path), shape) for path, shape in expected]}"
+        )

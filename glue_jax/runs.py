@@ -1,0 +1,207 @@
+"""What a run of `learn` has learned so far."""
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from glue_jax.failures import NonFiniteLossError, explain
+from glue_jax.types import GlueMetrics, GlueState, History, LearnResult, LinkFn, Progress, PyTree, StepFn
+
+# Metrics wait on the device until a validation, or until so many steps wait.
+MOST_UNREAD = 1000
+# So many gradients of exactly 0 are no chance.
+_ENOUGH_ZEROS = 8
+
+
+@dataclasses.dataclass
+class Run:
+    """What a run has learned; every part of it is finite.
+
+    Attributes:
+        link_fn: of `learn`.
+        step_fn: of `learn`.
+        inputs: the arrays that losses are computed from, by name, for an error that names the wrong ones.
+        state: after the last step whose metrics were read.
+        metrics: of the steps so far, one entry a reading, `[S, ...]` each.
+        validation_steps: the steps taken before each validation.
+        validation_values: what each returned.
+        best_beta: of the lowest of them.
+        taken: steps of this call that were read.
+        unread: the state and the metrics of each call since the last reading.
+    """
+
+    link_fn: LinkFn
+    step_fn: StepFn
+    inputs: dict[str, PyTree]
+    state: GlueState
+    metrics: Sequence[GlueMetrics] = ()
+    validation_steps: Sequence[int] = ()
+    validation_values: Sequence[float] = ()
+    best_beta: PyTree = None
+    taken: int = 0
+    unread: list[tuple[GlueState, GlueMetrics, int]] = dataclasses.field(default_factory=list)
+    _step: int = dataclasses.field(init=False)
+    _seen_gradients: bool = False
+    # The index of the best validation, if no long run has it.
+    _between: int | None = None
+
+    def __post_init__(self) -> None:
+        """Reads the state's step once."""
+        self._step = int(self.state.step)
+
+    def go_on_from(self, result: LearnResult, validate_every: int) -> None:
+        """Takes over what was seen before.
+
+        The last validation of a call may lie between two of one long run: it is kept for as long as it is the best.
+        """
+        history = result.history
+        self.metrics = [history.metrics] if len(history.metrics.loss) else []
+        steps, values = history.validation_steps.tolist(), history.validation_values.tolist()
+        first_step = self._step - self.steps_of_run
+        if steps and (steps[-1] - first_step) % validate_every and _since_best(values):
+            del steps[-1], values[-1]
+        self.validation_steps, self.validation_values, self.best_beta = steps, values, result.beta
+        if values and (steps[values.index(min(values))] - first_step) % validate_every:
+            self._between = values.index(min(values))
+
+    @property
+    def steps_of_run(self) -> int:
+        """The steps so far, those before this call too."""
+        return sum(len(metrics.loss) for metrics in self.metrics)
+
+    @property
+    def step(self) -> int:
+        """The number of the next step, read or not."""
+        return self._step + sum(count for *_, count in self.unread)
+
+    @property
+    def latest(self) -> GlueState:
+        """The state after the last step, read or not."""
+        return self.unread[-1][0] if self.unread else self.state
+
+    def add(self, state: GlueState, metrics: GlueMetrics, count: int) -> None:
+        """Keeps what a call of `count` steps returned, metrics `[S >= count, ...]`."""
+        self.unread.append((state, metrics, count))
+        if self.step - self._step >= MOST_UNREAD:
+            self.read()
+
+    def read(self) -> None:
+        """Reads the metrics of the last steps, which must be finite, and so must the coefficients after them."""
+        if not self.unread:
+            return
+        (state, *_), first, count = self.unread[-1], self._step, self.step - self._step
+        parts = jax.device_get([metrics for _, metrics, _ in self.unread])
+        counts = [count for *_, count in self.unread]
+        metrics = _joined(
+            [jax.tree.map(lambda leaf, c=c: leaf[:c], part) for part, c in zip(parts, counts, strict=True)]
+        )
+        bad = ~np.isfinite([metrics.loss, metrics.gradient_norm])
+        if bad.any():
+            at = int(bad.any(axis=0).argmax())
+            self._refuse(
+                *(("loss", metrics.loss) if bad[0, at] else ("gradient_norm", metrics.gradient_norm)), first, at
+            )
+        for leaf in map(np.ravel, jax.tree.leaves(jax.device_get(state.beta))):
+            if not (finite := np.isfinite(leaf)).all():
+                self._refuse("new beta", leaf[[finite.argmin()]], first + count - 1, 0)
+        if self.metrics and _kind(metrics) != _kind(self.metrics[-1]):
+            raise ValueError(
+                "state is a LearnResult whose metrics differ from those of step_fn: pass state=result.state, which "
+                "begins a history of its own"
+            )
+        kept = [*self.metrics, metrics]
+        taken, step = self.taken + count, first + count
+        # In one statement, which Ctrl-C does not divide.
+        self.state, self.metrics, self.taken, self._step, self.unread = state, kept, taken, step, []
+
+    def validated(self, value: float) -> None:
+        """Keeps the validation value of the state."""
+        if not math.isfinite(value):
+            self._refuse("validation value", [value], self._step, 0)
+        steps, values, best = [*self.validation_steps, self._step], [*self.validation_values, value], self.best_beta
+        if not _since_best(values):
+            best = self.state.beta
+            if self._between is not None:
+                del steps[self._between], values[self._between]
+                self._between = None
+        self.validation_steps, self.validation_values, self.best_beta = steps, values, best
+
+    def validation_is_due(self, validate_every: int) -> bool:
+        """Whether the state is one that a run validates, and was not yet."""
+        steps = self.validation_steps
+        return not steps or (steps[-1] != self._step and self.steps_of_run % validate_every == 0)
+
+    def out_of_patience(self, patience: int | None) -> bool:
+        """Whether as many validations came after the best one."""
+        return patience is not None and _since_best(self.validation_values) >= patience
+
+    def result(self) -> LearnResult:
+        """All of it, as `learn` returns it."""
+        beta = self.best_beta if self.validation_values else self.state.beta
+        empty: Any = np.zeros((0,), np.float32)
+        return LearnResult(
+            alpha=self.link_fn(beta),
+            beta=beta,
+            last_alpha=self.link_fn(self.state.beta),
+            state=self.state,
+            history=History(
+                metrics=_joined(self.metrics) if self.metrics else GlueMetrics(empty, empty, empty, None),
+                validation_steps=np.array(self.validation_steps, np.int64),
+                validation_values=np.array(self.validation_values, np.float64),
+            ),
+        )
+
+    def progress(self, max_steps: int) -> Progress:
+        """What the callback is told."""
+        values = self.validation_values
+        return Progress(
+            step=self.taken,
+            max_steps=max_steps,
+            # A copy: what a callback writes does not change the history.
+            metrics=jax.tree.map(lambda leaf: leaf[-1].copy(), self.metrics[-1]),
+            validation_value=values[-1] if values else None,
+            best_value=min(values) if values else None,
+            result=self.result(),
+        )
+
+    def warn_if_flat(self, max_steps: int) -> None:
+        """Warns where the first gradients are all exactly 0."""
+        if self._seen_gradients or self.taken < min(_ENOUGH_ZEROS, max_steps):
+            return
+        self._seen_gradients = True
+        if not any(metrics.gradient_norm.any() for metrics in self.metrics):
+            warnings.warn(
+                f"the gradient was exactly 0 in each of the first {self.steps_of_run} steps, so nothing is learned: "
+                "loss_fn may ignore its params, the experts may be equal, there may be only one (K = 1), or the "
+                "loss may count (errors, say), which needs a larger radius",
+                stacklevel=3,
+            )
+
+    def _refuse(self, what: str, values: Any, first: int, at: int) -> None:
+        """Raises what ends a run, without the steps that were not read."""
+        self.unread = []
+        step, first_step = first + at, self._step - self.steps_of_run
+        inputs = {**self.inputs, "beta": self.state.beta}
+        advice = explain(what, step, first_step=first_step, step_fn=self.step_fn, inputs=inputs)
+        raise NonFiniteLossError(what, step, float(values[at]), advice)
+
+
+def _since_best(values: Sequence[float]) -> int:
+    """How many validations came after the best one, the first of equals."""
+    return len(values) - 1 - values.index(min(values)) if values else 0
+
+
+def _kind(metrics: GlueMetrics) -> tuple[Any, ...]:
+    """What metrics must share to be joined."""
+    leaves, treedef = jax.tree.flatten(metrics)
+    return treedef, [leaf.shape[1:] for leaf in leaves]
+
+
+def _joined(parts: Sequence[GlueMetrics]) -> GlueMetrics:
+    """Metrics end to end."""
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)

@@ -1,0 +1,138 @@
+"""Where `learn` takes its minibatches from: arrays, an iterator of batches, or a loader that each epoch reads anew."""
+
+import functools
+import operator
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from glue_jax.batches import epoch_batches, num_examples
+from glue_jax.types import Batch, PyTree
+
+
+def is_stream(data: Any) -> bool:
+    """Whether data is read batch after batch: an iterator or a loader, not a pytree of arrays."""
+    leaf = jax.tree_util.all_leaves([data])
+    return leaf and hasattr(data, "__iter__") and not hasattr(data, "__array__") and not isinstance(data, str | bytes)
+
+
+def stream_batches(stream: Any) -> Iterator[Batch]:
+    """The batches of an iterator, or of a loader epoch after epoch, none before it is asked for.
+
+    They end with the iterator, or with an epoch that holds none.
+    """
+    while True:
+        some = False
+        # Not `yield from`, which would close an iterator of the user's that a later call goes on with.
+        for batch in stream:
+            some = True
+            yield as_arrays("a batch of data", batch)
+        if not some or hasattr(stream, "__next__"):
+            return
+
+
+class ArrayBatches:
+    """Minibatches of arrays `[N, ...]` from shuffled epochs: those of `minibatch_indices`, a permutation an epoch."""
+
+    def __init__(self, key: jax.Array, data: Batch, batch_size: int):
+        """Takes the arrays as they lie."""
+        self._data, self._batch_size = data, batch_size
+        n = num_examples("data", data)
+        self._steps_per_epoch = n // batch_size
+        # Two, since a chunk of steps may lie in two epochs.
+        self._epoch = functools.lru_cache(2)(lambda epoch: np.asarray(_epoch_batches(key, epoch, n, batch_size)))
+
+    def rows(self, first_step: int, num_steps: int) -> np.ndarray:
+        """The examples of consecutive minibatches, int32 `[S, B]`."""
+        parts = []
+        while num_steps:
+            epoch, at = divmod(first_step, self._steps_per_epoch)
+            parts.append(self._epoch(epoch)[at : at + num_steps])
+            first_step, num_steps = first_step + len(parts[-1]), num_steps - len(parts[-1])
+        return np.concatenate(parts)
+
+    def batches(self, first_step: int) -> Iterator[Batch]:
+        """The minibatches from a step on, without end."""
+        while True:
+            yield _take(self._data, self.rows(first_step, 1)[0])
+            first_step += 1
+
+
+def as_arrays(name: str, tree: PyTree) -> PyTree:
+    """The tree with arrays as leaves (PyTorch's tensors as NumPy's); refuses what holds no numbers, by its path."""
+
+    def array(path: tuple[Any, ...], leaf: Any) -> jax.Array | np.ndarray:
+        if isinstance(leaf, jax.Array):
+            return leaf
+        where = f"{name}{jax.tree_util.keystr(path)}"
+        try:
+            found = np.asarray(leaf)
+        except Exception as error:
+            raise TypeError(f"{where} is a {type(leaf).__name__}, which is no array for NumPy: {error}") from error
+        if found.dtype.kind in "OSUMm":
+            raise TypeError(
+                f"{where} is a {type(leaf).__name__} with dtype {found.dtype}; expected an array of numbers"
+            )
+        return found
+
+    return jax.tree_util.tree_map_with_path(array, tree)
+
+
+def check_validation_stream(stream: Any) -> None:
+    """Refuses what cannot be read at each validation."""
+    name = type(stream).__name__
+    if hasattr(stream, "__next__"):
+        raise TypeError(
+            f"validation_data is an iterator ({name}), which can be read once; expected arrays, or a loader that "
+            "each validation can iterate anew"
+        )
+    if operator.length_hint(stream) >= sys.maxsize:
+        raise ValueError(f"validation_data is a {name} without end: a validation reads all of it")
+
+
+def stream_mean(value_fn: Callable[[Batch], jax.Array], stream: Any) -> float:
+    """The mean of `value_fn(batch)` over a loader's examples, each batch counted by its size."""
+    values, sizes = [], []
+    for batch in stream:
+        arrays = as_arrays("a batch of validation_data", batch)
+        sizes.append(num_examples("a batch of validation_data", arrays))
+        values.append(value_fn(arrays))
+    if not sizes:
+        raise ValueError(f"validation_data, a {type(stream).__name__}, gave no batch")
+    return float(np.average(np.asarray(jax.device_get(values), np.float64), weights=sizes))
+
+
+def check_same_kind(data: Batch, validation_data: Batch) -> None:
+    """Refuses validation arrays that differ from those of data in more than N, by path."""
+    found, expected = (
+        {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (validation_data, data)
+    )
+
+    def text(leaf: Any) -> str:
+        return f"{leaf.dtype}{['N', *leaf.shape[1:]]}".replace("'", "")
+
+    differences = [f"has no {path}" for path in expected if path not in found]
+    differences += [f"has {path}, which data lacks" for path in found if path not in expected]
+    differences += [
+        f"at {path or 'the root'}: {text(found[path])} against {text(leaf)}"
+        for path, leaf in expected.items()
+        if path in found and text(found[path]) != text(leaf)
+    ]
+    if differences:
+        raise ValueError(
+            f"validation_data differs from data: it {'; it '.join(differences)} (loss_fn judges it where no "
+            "validation_fn is given)"
+        )
+
+
+_epoch_batches = jax.jit(epoch_batches, static_argnums=(2, 3))
+
+
+@jax.jit
+def _take(data: Batch, rows: jax.Array) -> Batch:
+    """One minibatch."""
+    return jax.tree.map(lambda leaf: leaf[rows], data)
