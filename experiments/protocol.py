@@ -216,7 +216,14 @@ def _coefficients_stage(context: Context, number: int, seed: int) -> tuple[str, 
     if number == 3:
         for only_of_spsa in ("radius", "num_directions", "directions"):
             del fields[only_of_spsa]
-    depends_on = {**context.expert_fields, **fields, "experts": context.config.num_experts, "seed": seed}
+    code = context.code(_coefficients)
+    depends_on = {
+        **context.expert_fields,
+        **fields,
+        "experts": context.config.num_experts,
+        "seed": seed,
+        "code": code,
+    }
     return f"coefficients/seed{seed}-config{number}", depends_on
 
 
@@ -271,6 +278,7 @@ def _fine_tuning_stage(context: Context, number: int, seed: int, alpha: list[flo
         "target_examples": config.target_examples,
         "seed": seed,
         "alpha": alpha,
+        "code": context.code(_fine_tune, has_steps=False),
     }
     return f"fine-tuning/seed{seed}-config{number}", depends_on
 

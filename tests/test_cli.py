@@ -80,7 +80,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_any_work(tmp_path):
 
 def test_an_interruption_says_that_the_work_is_kept(tmp_path, capsys, monkeypatch):
     def interrupted(context):
-        context.stages.write("a stage", {}, {})
+        context.stages.write("a stage", {"code": ""}, {})
         raise KeyboardInterrupt
 
     monkeypatch.setattr("experiments.protocol.run", interrupted)

@@ -41,6 +41,8 @@ class Arguments:
         repetitions: timed calls of each program.
         matmul_precision: of the networks' products; the experiments' own default. A CPU knows but one.
         out_dir: for the report and the finished rows.
+        accept_stages: take kept rows of the same settings that other source measured, as an older version, for this
+            source's; each is named.
     """
 
     networks: tuple[str, ...] = ("resnet20", "mobilenetv2", "vit")
@@ -50,6 +52,7 @@ class Arguments:
     repetitions: int = 9
     matmul_precision: Literal["highest", "high", "default"] = "highest"
     out_dir: Path = Path("runs") / "cost"
+    accept_stages: bool = False
 
     def __post_init__(self) -> None:
         """Refuses values out of their range.
@@ -98,22 +101,24 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
     parsed = tyro.cli(Arguments, prog="python -m experiments.cost", description=(__doc__ or "").strip(), args=words)
-    console, settings, k = Console(), parsed.settings(), parsed.num_experts[0]
-    with session(parsed.out_dir, console) as progress:
+    console, settings, k = Console(markup=False), parsed.settings(), parsed.num_experts[0]
+    command = shlex.join(["python", "-m", "experiments.cost", *words])
+    with session(parsed.out_dir, console, command) as progress:
         with exit_on(OSError, ValueError):
             compiled = tpu.read(parsed.out_dir)
         progress.say(f"{len(settings)} rows, {parsed.repetitions} calls of each program; {machine()}")
-        rows = measure(settings, parsed.repetitions, Stages(parsed.out_dir / "stages"), progress)
-    results = {
-        "command": shlex.join(["python", "-m", "experiments.cost", *words]),
-        "machine": machine(),
-        "arguments": {**dataclasses.asdict(parsed), "out_dir": str(parsed.out_dir)},
-        "rows": rows,
-        "tpu": compiled,
-        "promises": promises(rows, compiled["rows"] if compiled else [], k),
-        "claims": claims(rows, k),
-    }
-    report.write(results, parsed.out_dir)
+        stages = Stages(parsed.out_dir / "stages", progress.say if parsed.accept_stages else None)
+        rows = measure(settings, parsed.repetitions, stages, progress)
+        results = {
+            "command": command,
+            "machine": machine(),
+            "arguments": {**dataclasses.asdict(parsed), "out_dir": str(parsed.out_dir)},
+            "rows": rows,
+            "tpu": compiled,
+            "promises": promises(rows, compiled["rows"] if compiled else [], k),
+            "claims": claims(rows, k),
+        }
+        report.write(results, parsed.out_dir)
     report.print_tables(results, parsed.out_dir, console)
     return results
 
