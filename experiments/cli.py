@@ -31,15 +31,16 @@ class Arguments:
             runs/, with its preset's where that is not the default one.
         data_dir: the data directory of tensorflow-datasets; the default is its own (TFDS_DATA_DIR, or
             ~/tensorflow_datasets).
-        accept_stages: take kept stages of the same settings and data that other source computed, as an older version,
-            for this source's; each is named. Right where the source changed and the results would not.
+        accept_stages: kinds of stages, as `experts` or `coefficients`. Kept ones of these kinds, with the same settings
+            and data, are taken though other source, as an older version, computed them; each is named. Right where the
+            source changed and the results would not.
         config: every number of the protocol.
     """
 
     preset: str
     out_dir: Path
     data_dir: str | None = None
-    accept_stages: bool = False
+    accept_stages: tuple[str, ...] = ()
     config: tyro.conf.OmitArgPrefixes[Config]
 
 

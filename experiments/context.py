@@ -1,7 +1,7 @@
 """What the stages of a run share: splits, data on the device, network, trainers."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,7 +97,7 @@ class Context(NamedTuple):
 
 
 def prepare(
-    config: Config, dataset: Dataset, folder: Path, progress: ProgressBars, *, accept_stages: bool = False
+    config: Config, dataset: Dataset, folder: Path, progress: ProgressBars, *, accept_stages: Collection[str] = ()
 ) -> Context:
     """Draws the splits and builds the network; a config that does not fit the data is refused here.
 
@@ -106,7 +106,7 @@ def prepare(
         dataset: the config's, in memory.
         folder: where the stages are kept.
         progress: what is shown meanwhile.
-        accept_stages: whether stages that other source computed are taken for this source's.
+        accept_stages: kinds of stages that are taken though other source computed them, see `Stages`.
 
     Raises:
         ValueError: more images or larger minibatches asked for than there are.
@@ -161,7 +161,7 @@ def prepare(
         alpha_optimizer=optax.adam(config.alpha_learning_rate, b1=config.alpha_b1, b2=config.alpha_b2),
         step_fns=make_steps(config),
         evaluate=make_evaluate(problem),
-        stages=Stages(folder, progress.say if accept_stages else None),
+        stages=Stages(folder, accept_stages, progress.say),
         progress=progress,
     )
 

@@ -78,7 +78,7 @@ def describe_missing(context: Context) -> str:
     if other:
         text += (
             f"\n{len(other)} of them are kept, but other source computed them: if it would compute the same, stop this "
-            "command and add --accept-stages"
+            "command and add --accept-stages experts"
         )
     return text
 

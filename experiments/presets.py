@@ -29,8 +29,9 @@ class ExpertArguments:
         out_dir: for the report and the finished parts; the default is the command's name and the experiment's folder's.
         data_dir: the data directory of tensorflow-datasets; the default is its own (TFDS_DATA_DIR, or
             ~/tensorflow_datasets).
-        accept_stages: take kept stages of the same settings and data that other source computed, as an older version,
-            for this source's; each is named. Right where the source changed and the results would not.
+        accept_stages: kinds of stages, as `experts` or `coefficients`. Kept ones of these kinds, with the same settings
+            and data, are taken though other source, as an older version, computed them; each is named. Right where the
+            source changed and the results would not.
         config: every number of the experiment.
     """
 
@@ -39,12 +40,12 @@ class ExpertArguments:
     run_dir: Path
     out_dir: Path
     data_dir: str | None = None
-    accept_stages: bool = False
+    accept_stages: tuple[str, ...] = ()
     config: tyro.conf.OmitArgPrefixes[Config]
 
     def stages(self, progress: ProgressBars) -> Stages:
         """Returns where the command keeps its own stages."""
-        return Stages(self.out_dir / "stages", progress.say if self.accept_stages else None)
+        return Stages(self.out_dir / "stages", self.accept_stages, progress.say)
 
     def check(self, *, least_experts: int = 1) -> None:
         """Refuses what no command can do, before any work.

@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +33,16 @@ class Stages:
     do. A run with another setting, or by changed source, does anew what the change touches, beside the old results.
     """
 
-    def __init__(self, folder: Path, accept: Callable[[str], object] | None = None):
+    def __init__(self, folder: Path, accept: Collection[str] = (), say: Callable[[str], object] = print):
         """Keeps results under a folder.
 
         Args:
             folder: where to.
-            accept: takes a result that other source computed, with the same settings and data, for this source's own,
-                and files it as such. It is called with a line on each. None leaves such a result where it is.
+            accept: kinds of stages, the first part of their names, as `experts`. What other source computed of them,
+                with the same settings and data, is taken for this source's own, and filed as such.
+            say: called with a line on each stage that is taken so.
         """
-        self._folder, self._accept = folder, accept
+        self._folder, self._accept, self._say = folder, accept, say
 
     def path(self, name: str, depends_on: Mapping[str, Any]) -> Path:
         """Returns the place of a stage's result, without a suffix.
@@ -101,7 +102,7 @@ class Stages:
 
     def _carry_over(self, name: str, depends_on: Mapping[str, Any]) -> bool:
         """Files what other source computed as this source's, with the folder beside it, if that is accepted."""
-        if self._accept is None or (found := self._of_other_source(name, depends_on)) is None:
+        if name.partition("/")[0] not in self._accept or (found := self._of_other_source(name, depends_on)) is None:
             return False
         old, result = found
         new = self.path(name, depends_on)
@@ -111,7 +112,7 @@ class Stages:
             os.replace(old.with_suffix(""), new)
         write_json(new.with_suffix(".json"), _sealed(_stage(name, depends_on), result))
         old.unlink()
-        self._accept(f"{name}: {old.stem}, computed by other source, is taken for this source's")
+        self._say(f"{name}: {old.stem}, computed by other source, is taken for this source's")
         return True
 
     def _of_other_source(self, name: str, depends_on: Mapping[str, Any]) -> tuple[Path, dict[str, Any]] | None:

@@ -81,8 +81,9 @@ class Arguments:
             coefficients with `highest`, which takes several times as long to compile: for the SPSA step of ResNet-20 at
             batch 64, four times, to the same temporary memory and, within 0.2 %, the same FLOPs.
         out_dir: for tpu.json and the finished rows.
-        accept_stages: take kept rows of the same settings that other source compiled, as an older version, for this
-            source's; each is named.
+        accept_stages: kinds of stages, as `sizes`, `times` or `tpu`. Kept ones of these kinds, with the same settings
+            and data, are taken though other source, as an older version, computed them; each is named. Right where the
+            source changed and the results would not.
     """
 
     networks: tuple[str, ...] = ("resnet20", "mobilenetv2", "vit")
@@ -91,7 +92,7 @@ class Arguments:
     num_directions: int = 1
     matmul_precision: Literal["highest", "high", "default"] = "default"
     out_dir: Path = Path("runs") / "cost"
-    accept_stages: bool = False
+    accept_stages: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuses values out of their range.
@@ -135,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     command = shlex.join(["python", "-m", "experiments.tpu", *words])
     # What it writes stands beside the results of the other command on cost.
     with session(parsed.out_dir, console, "python -m experiments.cost") as progress:
-        stages = Stages(parsed.out_dir / "stages", progress.say if parsed.accept_stages else None)
+        stages = Stages(parsed.out_dir / "stages", parsed.accept_stages, progress.say)
         sharding = _one_chip()
         progress.say(f"{len(settings)} rows of 2 programs for {TOPOLOGY}, minutes each; {machine()}")
         bar = progress.stage("Compilation", len(settings))

@@ -41,8 +41,9 @@ class Arguments:
         repetitions: timed calls of each program.
         matmul_precision: of the networks' products; the experiments' own default. A CPU knows but one.
         out_dir: for the report and the finished rows.
-        accept_stages: take kept rows of the same settings that other source measured, as an older version, for this
-            source's; each is named.
+        accept_stages: kinds of stages, as `sizes`, `times` or `tpu`. Kept ones of these kinds, with the same settings
+            and data, are taken though other source, as an older version, computed them; each is named. Right where the
+            source changed and the results would not.
     """
 
     networks: tuple[str, ...] = ("resnet20", "mobilenetv2", "vit")
@@ -52,7 +53,7 @@ class Arguments:
     repetitions: int = 9
     matmul_precision: Literal["highest", "high", "default"] = "highest"
     out_dir: Path = Path("runs") / "cost"
-    accept_stages: bool = False
+    accept_stages: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuses values out of their range.
@@ -107,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         with exit_on(OSError, ValueError):
             compiled = tpu.read(parsed.out_dir)
         progress.say(f"{len(settings)} rows, {parsed.repetitions} calls of each program; {machine()}")
-        stages = Stages(parsed.out_dir / "stages", progress.say if parsed.accept_stages else None)
+        stages = Stages(parsed.out_dir / "stages", parsed.accept_stages, progress.say)
         rows = measure(settings, parsed.repetitions, stages, progress)
         results = {
             "command": command,

@@ -1,0 +1,161 @@
+"""Which changes of the source change a digest."""
+
+import ast
+import textwrap
+
+import pytest
+
+from experiments import calibration, sources
+from experiments.ablation.recipes import recipes
+from experiments.sources import digest, name_of
+from tests.test_protocol import TINY
+
+HOUSE = {
+    "house.__init__": """
+        from house.tools import scale
+    """,
+    "house.tools": """
+        RATE = 2.0
+
+        def scale(x):
+            return RATE * x
+
+        def unused(x):
+            return x
+    """,
+    "house.work": """
+        import house
+        from house import plots
+        from house.tools import unused as other
+
+        STEPS = 3
+        TABLE = {"scale": house.scale}
+
+        class Recipe:
+            def apply(self, x):
+                return TABLE["scale"](x)
+
+        def compute(recipe: Recipe, x):
+            '''Computes.'''
+            # In steps.
+            for _ in range(STEPS):
+                x = recipe.apply(x)
+            return x
+
+        def report(x):
+            return plots.draw(x)
+    """,
+    "house.plots": """
+        def draw(x):
+            return x
+    """,
+}
+
+
+def digest_of(tmp_path, monkeypatch, changes=(), names=("house.work:compute",), **words):
+    """Of the house, after changes: (module, before, after)."""
+    monkeypatch.setattr(sources, "_PACKAGES", ("house",))
+    texts = dict(HOUSE)
+    for module, before, after in changes:
+        assert before in texts[module]
+        texts[module] = texts[module].replace(before, after)
+    for module, text in texts.items():
+        path = tmp_path.joinpath(*module.split(".")).with_suffix(".py")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(textwrap.dedent(text))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for function in (sources.digest, sources._parse, sources._root):
+        function.cache_clear()
+    try:
+        return digest(*names, **words)
+    finally:
+        for function in (sources.digest, sources._parse, sources._root):
+            function.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("house.tools", "RATE = 2.0", "RATE = 3.0"),
+        ("house.tools", "RATE * x", "x * RATE"),
+        ("house.work", "STEPS = 3", "STEPS = 4"),
+        # By a table, and by a method that an annotation leads to.
+        ("house.work", "house.scale}", "house.tools.unused}"),
+        ("house.work", 'TABLE["scale"](x)', 'TABLE["scale"](2 * x)'),
+        ("house.tools", "RATE = 2.0", "RATE = 2.0\n        print('at import')"),
+        ("house.__init__", "import scale", "import unused as scale"),
+    ],
+)
+def test_what_a_function_reaches_counts(change, tmp_path, monkeypatch):
+    assert digest_of(tmp_path, monkeypatch, [change]) != digest_of(tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("house.work", "'''Computes.'''", "'''Computes in steps.'''"),
+        ("house.work", "# In steps.", "# One after another."),
+        ("house.work", "x):\n            '''", "x: float) -> float:\n            '''"),
+        ("house.plots", "return x", "return -x"),
+        ("house.tools", "def unused(x):\n            return x", "def unused(x):\n            return -x"),
+        ("house.work", "plots.draw(x)", "plots.draw(-x)"),
+    ],
+)
+def test_what_it_does_not_reach_and_what_decides_nothing_does_not_count(change, tmp_path, monkeypatch):
+    assert digest_of(tmp_path, monkeypatch, [change]) == digest_of(tmp_path, monkeypatch)
+
+
+def test_what_is_left_out_does_not_count(tmp_path, monkeypatch):
+    change = ("house.tools", "RATE * x", "RATE + x")
+    without = {"leaving_out": ("house.tools:scale",)}
+    assert digest_of(tmp_path, monkeypatch, [change], **without) == digest_of(tmp_path, monkeypatch, **without)
+
+
+@pytest.mark.parametrize("words", [{"names": ("house.work:nothing",)}, {"leaving_out": ("house.work:nothing",)}])
+def test_a_name_that_is_nowhere_is_refused(words, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"'house\.work:nothing' names no definition"):
+        digest_of(tmp_path, monkeypatch, **words)
+
+
+def test_a_nested_function_is_what_encloses_it():
+    def inner():
+        pass
+
+    assert name_of(inner) == "tests.test_sources:test_a_nested_function_is_what_encloses_it"
+
+
+def changed(monkeypatch, module, name, how):
+    """Changes a definition of this repository, for the digests."""
+    parsed = sources._parse(module)
+    (statement,) = parsed.definitions[name]
+    text = ast.unparse(statement)
+    assert how[0] in text
+    (after,) = ast.parse(text.replace(*how)).body
+    monkeypatch.setitem(parsed.definitions, name, [after])
+    sources.digest.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    yield
+    sources.digest.cache_clear()
+
+
+def test_the_constants_of_the_studies_decide_their_digests(monkeypatch):
+    before = digest(name_of(calibration._learn_calibrated))
+    changed(monkeypatch, "experiments.calibration", "_IMAGES", ("512", "513"))
+    assert digest(name_of(calibration._learn_calibrated)) != before
+    of_ablation = digest("experiments.ablation.measurement:measure")
+    changed(monkeypatch, "experiments.ablation.measurement", "_LAST_RATE", ("0.02", "0.03"))
+    assert digest("experiments.ablation.measurement:measure") != of_ablation
+
+
+def test_a_recipes_own_functions_are_of_its_digest():
+    named = {recipe.name: [name_of(function) for function in recipe.functions] for recipe in recipes(TINY)}
+    assert "experiments.ablation.recipes:_greedy" in named["greedy soup"]
+    assert "glue_jax.objectives:error_rate" in named["GLUE on accuracy"]
+    assert "glue_jax.steps:spsa_step" in named["4 GLUE"]
+    # Of what is learned first, too.
+    assert named["free coefficients, by layer"].count("glue_jax.steps:spsa_step") == 2
+    for names in named.values():
+        digest(*names)
