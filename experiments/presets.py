@@ -56,7 +56,7 @@ class ExpertArguments:
         Raises:
             ValueError: the experiment's own folder for the report, or too few experts.
         """
-        if self.out_dir.absolute() == self.run_dir.absolute():
+        if self.out_dir.resolve() == self.run_dir.resolve():
             raise ValueError(
                 f"out_dir is {self.out_dir}, which is run_dir: expected another folder, or the report would be written "
                 "over the experiment's own"

@@ -254,13 +254,13 @@ def _coefficients(
         )
         history = result.history
         alphas = np.concatenate([history.metrics.alpha, np.asarray(result.last_alpha)[None]])
-        kept = np.unique(np.linspace(0, len(alphas) - 1, _MOST_ALPHAS).round().astype(int))
+        rows = np.unique(np.linspace(0, len(alphas) - 1, _MOST_ALPHAS).round().astype(int))
         return {
             "alpha": np.asarray(result.alpha).tolist(),
             "validation_steps": history.validation_steps.tolist(),
             "validation_loss": history.validation_values.tolist(),
-            "alpha_steps": kept.tolist(),
-            "alphas": alphas[kept].tolist(),
+            "alpha_steps": rows.tolist(),
+            "alphas": alphas[rows].tolist(),
         }
 
     learned = context.stages.run(*_coefficients_stage(context, number, seed), compute)
