@@ -2,8 +2,10 @@
 
 import contextlib
 import errno
+import gc
 import glob
 import hashlib
+import logging
 import os
 import shutil
 import tempfile
@@ -33,7 +35,7 @@ def save(path: Path, tree: Any) -> str:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with _plain(path) as plain:
+        with _quiet(), _plain(path) as plain:
             ocp.save(str(plain), tree, overwrite=True)
     except ValueError as error:
         if os.strerror(errno.ENOSPC) not in str(error):
@@ -63,7 +65,7 @@ def load(path: Path, like: Any, sharding: jax.sharding.Sharding | None = None, *
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like)
     try:
-        with _plain(path) as plain:
+        with _quiet(), _plain(path) as plain:
             tree = ocp.load(str(plain), abstract)
     except jax.errors.JaxRuntimeError:
         # The device's, as too little memory.
@@ -98,3 +100,21 @@ def _plain(path: Path) -> Iterator[Path]:
         link = Path(folder) / "link"
         link.symlink_to(path.parent, target_is_directory=True)
         yield link / path.name
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps what orbax's threads log of a failure, a traceback for each array, out of a command's output."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    except BaseException:
+        # Tasks log their failure when they are collected.
+        gc.collect()
+        raise
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
