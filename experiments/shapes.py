@@ -17,8 +17,8 @@ def check_shape(found: Any, shape: Any, where: str) -> None:
     """
     kind = shape if isinstance(shape, type | UnionType) else type(shape)
     if not isinstance(found, kind):
-        names = " | ".join(each.__name__ for each in getattr(kind, "__args__", (kind,)))
-        raise ValueError(f"{where} is {found!r:.80}; expected {names}")
+        name = kind.__name__ if isinstance(kind, type) else kind
+        raise ValueError(f"{where} is {found!r:.80}; expected {name}")
     if isinstance(shape, dict):
         for key, inner in shape.items():
             if key not in found:

@@ -1,9 +1,10 @@
 """A digest of the source that computes a result, so that a changed program never serves its old results as new.
 
 A digest covers the definitions that a function reaches: its own, those of the functions, classes and constants that it
-names, and so on, within this repository. Docstrings, comments, annotations and layout do not count, and neither do
-definitions that nothing reaches: a change of a picture or of a report leaves every digest as it was. What the text does
-not name is not seen: a function that arrives in a field is covered where it is made, so a digest begins there, too.
+names, and so on, within this repository. Docstrings, comments, annotations, layout and the words of errors do not
+count, and neither do definitions that nothing reaches: a change of a picture or of a report leaves every digest as it
+was. What the text does not name is not seen: a function that arrives in a field is covered where it is made, so a
+digest begins there, too.
 """
 
 import ast
@@ -166,12 +167,16 @@ def _assigned(statement: ast.stmt) -> list[str]:
 
 
 def _text(statement: ast.stmt) -> str:
-    """A statement without docstrings and annotations."""
+    """A statement without what decides no result."""
     return ast.unparse(_Bare().visit(copy.deepcopy(statement)))
 
 
 class _Bare(ast.NodeTransformer):
-    """Takes docstrings and annotations away."""
+    """Takes docstrings, annotations and the words of errors away."""
+
+    def visit_Raise(self, node: ast.Raise) -> ast.AST:
+        """Keeps the kind of the error."""
+        return ast.Raise(node.exc.func if isinstance(node.exc, ast.Call) else node.exc)
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
         """Takes a bare string away."""

@@ -37,6 +37,8 @@ HOUSE = {
 
         def compute(recipe: Recipe, x):
             '''Computes.'''
+            if x < 0:
+                raise ValueError(f"x is {x}")
             # In steps.
             for _ in range(STEPS):
                 x = recipe.apply(x)
@@ -79,6 +81,8 @@ def digest_of(tmp_path, monkeypatch, changes=(), names=("house.work:compute",), 
         ("house.tools", "RATE = 2.0", "RATE = 3.0"),
         ("house.tools", "RATE * x", "x * RATE"),
         ("house.work", "STEPS = 3", "STEPS = 4"),
+        ("house.work", "x < 0", "x < 1"),
+        ("house.work", "raise ValueError", "raise TypeError"),
         # By a table, and by a method that an annotation leads to.
         ("house.work", "house.scale}", "house.tools.unused}"),
         ("house.work", 'TABLE["scale"](x)', 'TABLE["scale"](2 * x)'),
@@ -96,6 +100,7 @@ def test_what_a_function_reaches_counts(change, tmp_path, monkeypatch):
         ("house.work", "'''Computes.'''", "'''Computes in steps.'''"),
         ("house.work", "# In steps.", "# One after another."),
         ("house.work", "x):\n            '''", "x: float) -> float:\n            '''"),
+        ("house.work", "x is {x}", "x is {x}; expected at least 0"),
         ("house.plots", "return x", "return -x"),
         ("house.tools", "def unused(x):\n            return x", "def unused(x):\n            return -x"),
         ("house.work", "plots.draw(x)", "plots.draw(-x)"),
