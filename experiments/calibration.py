@@ -26,7 +26,7 @@ import glue_jax
 from experiments import data, protocol
 from experiments.config import CoefficientFields, part
 from experiments.context import Context, prepare, take
-from experiments.experts import missing_experts, train_experts
+from experiments.experts import describe_missing, train_experts
 from experiments.models.network import Variables
 from experiments.presentation import STYLE, markdown_table, number, rich_table, spread, write_report
 from experiments.presets import ExpertArguments, parse
@@ -58,29 +58,32 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         learning's loss over the best radius's, means over seeds, and whether it `holds`).
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
-    console = Console()
+    console = Console(markup=False)
     with exit_on(ValueError):
         parsed = parse(ExpertArguments, "calibration", __doc__ or "", words)
-    with session(parsed.out_dir, console) as progress:
+        parsed.check(least_experts=2)
+    command = shlex.join(["python", "-m", "experiments.calibration", *words])
+    with session(parsed.out_dir, console, command) as progress:
         with exit_on(ValueError, OSError, data.DatasetNotFoundError):
             dataset = data.load(parsed.config.dataset, parsed.data_dir, parsed.config.image_size)
-            context = prepare(parsed.config, dataset, parsed.run_dir / "stages", progress)
+            kept, accept = parsed.run_dir / "stages", parsed.accept_stages
+            context = prepare(parsed.config, dataset, kept, progress, accept_stages=accept)
         progress.say(
             f"{dataset.name}; {machine()}\n"
-            f"experts to train first: {len(missing_experts(context))} of {parsed.config.num_experts}; then "
+            f"{describe_missing(context)}\nthen "
             f"{(len(FACTORS) + len(GUESSES)) * len(parsed.config.seeds)} times at most {parsed.config.alpha_steps} "
             "steps of two probes"
         )
-        rows = measure(context, Stages(parsed.out_dir / "stages"))
-    results = {
-        "title": f"The radius of SPSA's probes, tuned and calibrated: {parsed.experiment}, preset {parsed.preset}",
-        "command": shlex.join(["python", "-m", "experiments.calibration", *words]),
-        "machine": "; ".join(sorted({row["machine"] for row in rows})),
-        "config": dataclasses.asdict(parsed.config),
-        "rows": rows,
-        "verdicts": verdicts(rows),
-    }
-    write_report(parsed.out_dir, results, _markdown(results), {"calibration.png": _figure(results)})
+        rows = measure(context, parsed.stages(progress))
+        results = {
+            "title": f"The radius of SPSA's probes, tuned and calibrated: {parsed.experiment}, preset {parsed.preset}",
+            "command": command,
+            "machine": "; ".join(sorted({row["machine"] for row in rows})),
+            "config": dataclasses.asdict(parsed.config),
+            "rows": rows,
+            "verdicts": verdicts(rows),
+        }
+        write_report(parsed.out_dir, results, _markdown(results), {"calibration.png": _figure(results)})
     console.print(rich_table(results["title"], *_table(results), caption=_conclusion(results)))
     console.print(f"report: {parsed.out_dir / 'report.md'}", highlight=False, soft_wrap=True)
     return results
@@ -102,6 +105,7 @@ def measure(context: Context, stages: Stages) -> list[dict[str, Any]]:
         **context.expert_fields,
         **part(config, CoefficientFields),
         "experts": config.num_experts,
+        "code": context.code(_learn_calibrated),
     }
     bar = context.progress.stage("Radii", (len(FACTORS) + len(GUESSES)) * len(config.seeds))
     rows = []

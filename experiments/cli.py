@@ -15,6 +15,7 @@ from experiments import data, protocol, run_report
 from experiments.config import Config
 from experiments.context import Context, prepare
 from experiments.estimate import describe, estimate
+from experiments.experts import describe_missing
 from experiments.presets import folder_of
 from experiments.session import exit_on, session
 from experiments.stages import machine, naming
@@ -30,12 +31,16 @@ class Arguments:
             runs/, with its preset's where that is not the default one.
         data_dir: the data directory of tensorflow-datasets; the default is its own (TFDS_DATA_DIR, or
             ~/tensorflow_datasets).
+        accept_stages: kinds of stages, as `experts` or `coefficients`. Kept ones of these kinds, with the same settings
+            and data, are taken though other source, as an older version, computed them; each is named. Right where the
+            source changed and the results would not.
         config: every number of the protocol.
     """
 
     preset: str
     out_dir: Path
     data_dir: str | None = None
+    accept_stages: tuple[str, ...] = ()
     config: tyro.conf.OmitArgPrefixes[Config]
 
 
@@ -54,18 +59,20 @@ def main(
         The results.
     """
     parsed = _parse(name, description, presets, arguments)
-    config, console = parsed.config, Console()
-    with session(parsed.out_dir, console) as progress:
+    # Paths are no markup.
+    config, console = parsed.config, Console(markup=False)
+    with session(parsed.out_dir, console, f"python -m experiments.{name}") as progress:
         with exit_on(ValueError, OSError, data.DatasetNotFoundError):
             dataset = data.load(config.dataset, parsed.data_dir, config.image_size)
-            context = prepare(config, dataset, parsed.out_dir / "stages", progress)
+            stages = parsed.out_dir / "stages"
+            context = prepare(config, dataset, stages, progress, accept_stages=parsed.accept_stages)
         progress.say(_plan(context))
         with naming("estimate of the time"):
             progress.say(describe(estimate(context)))
         results = protocol.run(context)
-    results["experiment"] = name
-    results["title"] = _title(name, parsed.preset, presets[parsed.preset], config)
-    run_report.write(results, parsed.out_dir)
+        results["experiment"] = name
+        results["title"] = _title(name, parsed.preset, presets[parsed.preset], config)
+        run_report.write(results, parsed.out_dir)
     run_report.print_table(results, parsed.out_dir, console)
     return results
 
@@ -89,7 +96,7 @@ def _plan(context: Context) -> str:
     if target < config.target_examples:
         note += f"\ntarget_examples is {config.target_examples}, of which {target} are left and used"
     return (
-        f"{dataset.name}, {images}; {machine()}{note}\n"
+        f"{dataset.name}, {images}; {machine()}{note}\n{describe_missing(context)}\n"
         f"training steps: {config.num_experts} experts x {expert_steps}; coefficients: 2 Configs x {len(config.seeds)} "
         f"seeds x at most {config.alpha_steps}; fine-tuning: 4 Configs x {len(config.seeds)} seeds x {tuning_steps}"
     )

@@ -16,6 +16,8 @@ from experiments.training import Augmentation
 from glue_jax.directions import DirectionName, dimension
 
 Initialization = Literal["common", "separate"]
+# JAX makes keys of 32 bits: larger seeds would share their keys with smaller ones.
+_SEEDS = 2**32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,7 +150,7 @@ class Config(FineTuningFields, CoefficientFields, NetworkFields, ExpertFields):
             elif field.type is float:
                 valid, expected = 0 < value < math.inf, "a finite number above 0"
             elif field.name.endswith("seed"):
-                valid, expected = value >= 0, "at least 0"
+                valid, expected = 0 <= value < _SEEDS, f"at least 0 and below {_SEEDS}, of 32 bits"
             else:
                 valid, expected = not isinstance(value, int) or value >= 1, "at least 1"
             if not valid:
@@ -156,8 +158,11 @@ class Config(FineTuningFields, CoefficientFields, NetworkFields, ExpertFields):
         for name, value in part(self, NetworkFields).items():
             if not name.startswith(f"{self.network}_") and value != getattr(NetworkFields(), name):
                 raise ValueError(f"{name} is {value!r}, but the network is {self.network}, which has no such option")
-        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"seeds are {self.seeds}; expected at least one, each at least 0 and given once")
+        are_seeds = all(0 <= seed < _SEEDS for seed in self.seeds)
+        if not self.seeds or not are_seeds or len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(
+                f"seeds are {self.seeds}; expected at least one, each at least 0 and below {_SEEDS} and given once"
+            )
         dimension(np.zeros(self.num_experts), self.directions)
 
     @property

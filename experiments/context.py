@@ -1,7 +1,7 @@
 """What the stages of a run share: splits, data on the device, network, trainers."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,13 +15,18 @@ from experiments.data import Dataset, Examples, channel_statistics
 from experiments.devices import make_mesh, put
 from experiments.models.network import Variables
 from experiments.progress import ProgressBars
+from experiments.sources import digest, name_of
 from experiments.splits import Indices, Splits, class_counts, draw_splits, draw_target
 from experiments.stages import Stages
 from experiments.training import Problem, Trainer, make_evaluate, make_trainer
 from glue_jax.batches import on_cpu
 
-PROTOCOL_VERSION = "0.1.0"
-"""What a kept stage was made by. Raised by hand with a change that changes results: they are then made anew."""
+# In the fingerprint of every stage of version 0.1, whose stages `--accept-stages` takes up: it stays as it is.
+_FINGERPRINT_VERSION = "0.1.0"
+# What a context is made by, and what it is made of beside: the steps, the measures and the targets.
+_PREPARE = "experiments.context:prepare"
+_STEPS = ("experiments.context:make_steps", "experiments.context:glue_step")
+_NOT_OF_EXPERTS = (*_STEPS, "experiments.training:make_evaluate", "experiments.splits:draw_target")
 
 
 class Context(NamedTuple):
@@ -70,13 +75,30 @@ class Context(NamedTuple):
     def expert_fields(self) -> dict[str, Any]:
         """What an expert depends on, beside its number."""
         fields = {**part(self.config, ExpertFields), "network_options": self.config.network_options}
-        # On its fellows it depends by the program that trains them together, to the last bits.
+        # When experts are trained together, an expert's last bits depend on how many are trained at once.
         fields["num_experts"] = self.trained_together
-        origin = {"data": self.dataset.name, "checksum": self.dataset.checksum, "version": PROTOCOL_VERSION}
-        return {**fields, **origin}
+        fields |= {"data": self.dataset.name, "checksum": self.dataset.checksum, "version": _FINGERPRINT_VERSION}
+        return {**fields, "code": self._code(leaving_out=_NOT_OF_EXPERTS)}
+
+    def code(self, *functions: Callable[..., Any], has_steps: bool = True) -> str:
+        """Returns the digest of the source of this context, of its experts, and of what is computed with them.
+
+        Args:
+            *functions: what computes it.
+            has_steps: whether the steps that learn coefficients have a part in it.
+        """
+        return self._code(*map(name_of, functions), leaving_out=() if has_steps else _STEPS)
+
+    def _code(self, *names: str, leaving_out: tuple[str, ...]) -> str:
+        """A digest of the source, with the one network of the config."""
+        network = name_of(models.MODULES[self.config.network])
+        begin = _PREPARE, "experiments.experts:_train_experts", network
+        return digest(*begin, *names, leaving_out=(*leaving_out, "experiments.models:MODULES"))
 
 
-def prepare(config: Config, dataset: Dataset, folder: Path, progress: ProgressBars) -> Context:
+def prepare(
+    config: Config, dataset: Dataset, folder: Path, progress: ProgressBars, *, accept_stages: Collection[str] = ()
+) -> Context:
     """Draws the splits and builds the network; a config that does not fit the data is refused here.
 
     Args:
@@ -84,6 +106,7 @@ def prepare(config: Config, dataset: Dataset, folder: Path, progress: ProgressBa
         dataset: the config's, in memory.
         folder: where the stages are kept.
         progress: what is shown meanwhile.
+        accept_stages: kinds of stages that are taken though other source computed them, see `Stages`.
 
     Raises:
         ValueError: more images or larger minibatches asked for than there are.
@@ -133,17 +156,19 @@ def prepare(config: Config, dataset: Dataset, folder: Path, progress: ProgressBa
         validation=take(train_split, splits.validation),
         problem=problem,
         training=training,
-        # Of the same numbers it is the same program, compiled once where the shapes agree, as a CPU's do.
+        # With the same numbers it is the same program, compiled once where the shapes agree, as they do on a CPU.
         tuning=training if tuned_as == trained_as else trainer(*tuned_as),
         alpha_optimizer=optax.adam(config.alpha_learning_rate, b1=config.alpha_b1, b2=config.alpha_b2),
-        step_fns={
-            3: glue_jax.full_gradient_step,
-            4: glue_step(config),
-        },
+        step_fns=make_steps(config),
         evaluate=make_evaluate(problem),
-        stages=Stages(folder),
+        stages=Stages(folder, accept_stages, progress.say),
         progress=progress,
     )
+
+
+def make_steps(config: Config) -> Mapping[int, Any]:
+    """Returns the steps of Configs 3 and 4, by number."""
+    return {3: glue_jax.full_gradient_step, 4: glue_step(config)}
 
 
 def glue_step(config: Config) -> Any:

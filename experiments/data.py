@@ -3,8 +3,10 @@
 import contextlib
 import json
 import logging
+import os
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,6 +58,10 @@ class DatasetNotFoundError(RuntimeError):
     """A data set is not prepared, and could not be prepared here."""
 
 
+class DamagedDatasetError(ValueError):
+    """A data set's files cannot be read, or do not hold what they must."""
+
+
 def load(name: str, data_dir: str | None = None, image_size: int | None = None) -> Dataset:
     """Loads a data set; prepares it first as tensorflow-datasets does, where it is not and the network allows.
 
@@ -67,8 +73,9 @@ def load(name: str, data_dir: str | None = None, image_size: int | None = None) 
             them as they are.
 
     Raises:
-        ValueError: an unknown name, or no size where each image has its own.
+        ValueError: an unknown name, no size where each image has its own, or a size whose images no memory holds.
         DatasetNotFoundError: a set that is not there and cannot be prepared.
+        DamagedDatasetError: files that cannot be read, a split without images, or a label of no class.
     """
     if name not in DATASETS:
         raise ValueError(f"dataset is {name!r}; expected one of {DATASETS}")
@@ -76,6 +83,8 @@ def load(name: str, data_dir: str | None = None, image_size: int | None = None) 
         full_name, description, train, test, num_classes = _digits(image_size)
     else:
         full_name, description, train, test, num_classes = _tfds(name, data_dir, image_size)
+    for split, examples in (("training", train), ("test", test)):
+        _check_labels(full_name, split, examples.labels, num_classes)
     checksum = 0
     for array in (*train, *test):
         checksum = zlib.crc32(array.tobytes(), checksum)
@@ -96,6 +105,7 @@ def _digits(image_size: int | None) -> tuple[str, str, Examples, Examples, int]:
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
+    _check_memory("digits", len(labels), image_size or 8, 1)
     images = np.round(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
     images = np.stack([_resized(image, image_size, 1) for image in images])
     examples = Examples(images, labels.astype(np.int32))
@@ -111,6 +121,8 @@ def _tfds(name: str, data_dir: str | None, image_size: int | None) -> tuple[str,
     """A set of tensorflow-datasets."""
     import tensorflow_datasets as tfds
 
+    if data_dir is not None and Path(data_dir).is_file():
+        raise DatasetNotFoundError(f"data_dir is {data_dir}, a file; expected a folder")
     with _quiet():
         try:
             builder: Any = tfds.builder(name, data_dir=data_dir, file_format="array_record")
@@ -120,6 +132,9 @@ def _tfds(name: str, data_dir: str | None, image_size: int | None) -> tuple[str,
                 "Point --data-dir at another directory to prepare it there as ArrayRecord, which needs no TensorFlow "
                 "to read; python -m experiments.digits needs no download."
             ) from error
+        except Exception as error:
+            # Protocol buffers' own, where dataset_info.json or features.json is damaged.
+            raise _damaged(f"{name} in {data_dir or 'the default data directory'}", error) from error
         if image_size is None and None in builder.info.features["image"].shape:
             raise ValueError(f"image_size is None, but the images of {name} have sizes of their own; give --image-size")
         if not builder.is_prepared():
@@ -148,14 +163,56 @@ def _prepare(builder: Any) -> None:
 
 def _decode(builder: Any, split: str, image_size: int | None) -> Examples:
     """A whole split as arrays, read in blocks."""
-    source = builder.as_data_source(split=split)
-    num_channels = builder.info.features["image"].shape[-1]
+    where = f"split {split!r} of {builder.info.full_name} in {builder.data_path}"
+    *sizes, num_channels = builder.info.features["image"].shape
+    try:
+        source = builder.as_data_source(split=split)
+        num_images = len(source)
+    except Exception as error:
+        raise _damaged(where, error) from error
+    if not num_images:
+        raise DamagedDatasetError(f"{where} holds no images")
+    _check_memory(builder.info.full_name, num_images, image_size or max(sizes), num_channels)
     images, labels = [], []
-    for start in range(0, len(source), _BLOCK):
-        for record in source.__getitems__(range(start, min(start + _BLOCK, len(source)))):
-            images.append(_resized(record["image"], image_size, num_channels))
-            labels.append(record["label"])
+    for start in range(0, num_images, _BLOCK):
+        try:
+            for record in source.__getitems__(range(start, min(start + _BLOCK, num_images))):
+                images.append(_resized(record["image"], image_size, num_channels))
+                labels.append(record["label"])
+        except Exception as error:
+            raise _damaged(f"{where}, among images {start} to {start + _BLOCK},", error) from error
+    if len(shapes := {image.shape for image in images}) > 1:
+        raise DamagedDatasetError(f"{where} has images of {len(shapes)} shapes, as {sorted(shapes)[:2]}; expected one")
     return Examples(np.stack(images), np.array(labels, np.int32))
+
+
+def _damaged(where: str, error: Exception) -> DamagedDatasetError:
+    """What to say of files that a reader or a decoder failed on, with an error of whatever kind."""
+    first_line = next(iter(str(error).splitlines()), "")
+    return DamagedDatasetError(
+        f"{where} cannot be read ({type(error).__name__}: {first_line}); delete that folder, and prepare it again"
+    )
+
+
+def _check_labels(name: str, split: str, labels: np.ndarray, num_classes: int) -> None:
+    """Refuses labels that are of no class, as -1, which stands for none."""
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if wrong.size:
+        raise DamagedDatasetError(
+            f"{name}: label {labels[wrong[0]]} of image {wrong[0]} of the {split} images, one of {wrong.size} such; "
+            f"expected labels of 0 to {num_classes - 1}"
+        )
+
+
+def _check_memory(name: str, num_images: int, size: int, num_channels: int) -> None:
+    """Refuses images that this machine's memory does not hold."""
+    needed = num_images * size**2 * num_channels
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise ValueError(
+            f"image_size is {size}: the {num_images} images of {name} would take {needed / 1e9:,.0f} GB, and this "
+            f"machine has {there / 1e9:,.0f} GB"
+        )
 
 
 def _resized(image: np.ndarray, size: int | None, num_channels: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 """The experts of a run: trained, kept on disk, and measured."""
 
+import contextlib
 import functools
 import time
 from typing import Any
@@ -27,14 +28,15 @@ def train_experts(context: Context) -> tuple[list[Variables], list[dict[str, Any
         context: of `experiments.context.prepare`.
 
     Returns:
-        Each expert's variables, and a record of each: `training_loss` by epoch, `seconds`, `machine`.
+        Each expert's variables, and a record of each: `training_loss` by epoch, `checksum`, `seconds`, `machine`.
 
     Raises:
         FloatingPointError: a loss that is infinite or not a number, with the expert, the epoch and the step.
+        DamagedStageError: a kept expert that is not what was written.
+        LockedError: experts are missing, and another process trains some into the same folder.
     """
     config, stages = context.config, context.stages
     keys = [_stage_of(context, index) for index in range(config.num_experts)]
-    places = [stages.path(*key) for key in keys]
     missing = missing_experts(context)
     stage = context.progress.stage("Experts", config.num_experts * config.expert_epochs)
     # A group is trained anew if any of it is missing, so that the missing ones come out as they would have.
@@ -44,32 +46,41 @@ def train_experts(context: Context) -> tuple[list[Variables], list[dict[str, Any
     stage.skip((config.num_experts - sum(map(len, groups))) * config.expert_epochs)
     if len(missing) < config.num_experts:
         context.progress.say(f"kept from an earlier run: {config.num_experts - len(missing)} experts")
-    for group in groups:
-        start = time.perf_counter()
-        with naming(f"experts {group}"):
-            trained, losses = _train_experts(context, group, stage)
-        for position, index in enumerate(group):
-            if index not in missing:
-                continue
-            checkpoints.save(places[index], jax.tree.map(lambda leaf, position=position: leaf[position], trained))
-            result = {
-                "training_loss": [float(loss[position]) for loss in losses],
-                "seconds": (time.perf_counter() - start) / len(group),
-            }
-            stages.write(*keys[index], result)
+    with stages.lock() if groups else contextlib.nullcontext():
+        for group in groups:
+            _train_and_keep(context, group, missing, stage)
     like = jax.eval_shape(context.problem.network.init, jax.random.key(0))
-    records = [stages.read(*key) or {} for key in keys]
     sharding = everywhere(context.problem.mesh)
-    return [checkpoints.load(place, like, sharding) for place in places], records
+    experts, records = [], []
+    for key in keys:
+        place, record = stages.path(*key), stages.read(*key) or {}
+        # Version 0.1 kept no checksum.
+        experts.append(checkpoints.load(place, like, sharding, expected=record.get("checksum")))
+        if "checksum" not in record:
+            record = stages.write(*key, {**record, "checksum": checkpoints.checksum(experts[-1])})
+        records.append(record)
+    return experts, records
 
 
 def missing_experts(context: Context) -> list[int]:
     """Returns the numbers of the experts that are not at hand."""
     keys = [_stage_of(context, index) for index in range(context.config.num_experts)]
     stages = context.stages
-    return [
-        index for index, key in enumerate(keys) if not (stages.path(*key).is_dir() and stages.read(*key) is not None)
-    ]
+    # Read first: that takes up what other source has trained, where it is accepted.
+    return [index for index, key in enumerate(keys) if stages.read(*key) is None or not stages.path(*key).is_dir()]
+
+
+def describe_missing(context: Context) -> str:
+    """Returns how many experts are to be trained, and what to do where other source has trained some of them."""
+    missing = missing_experts(context)
+    text = f"experts to train first: {len(missing)} of {context.config.num_experts}"
+    other = [index for index in missing if context.stages.is_of_other_source(*_stage_of(context, index))]
+    if other:
+        text += (
+            f"\n{len(other)} of them are kept, but other source computed them: if it would compute the same, stop this "
+            "command and add --accept-stages experts"
+        )
+    return text
 
 
 def measure_experts(context: Context, experts: list[Variables]) -> dict[str, Any]:
@@ -101,6 +112,7 @@ def measurement(context: Context) -> tuple[str, dict[str, Any]]:
         "seed": config.seeds[0],
         "target_examples": config.target_examples,
         "test_examples": config.test_examples,
+        "code": context.code(measure_experts, has_steps=False),
     }
     return "experts/accuracies", depends_on
 
@@ -116,6 +128,24 @@ def initial_variables(context: Context) -> Variables:
 def _stage_of(context: Context, index: int) -> tuple[str, dict[str, Any]]:
     """The name of an expert's stage, and all that it depends on."""
     return f"experts/{index}", {**context.expert_fields, "expert": index}
+
+
+def _train_and_keep(context: Context, group: list[int], missing: list[int], stage: Stage) -> None:
+    """Trains a group of experts at once, and keeps those of them that are missing."""
+    start = time.perf_counter()
+    with naming(f"experts {group}"):
+        trained, losses = _train_experts(context, group, stage)
+    for position, index in enumerate(group):
+        if index not in missing:
+            continue
+        key = _stage_of(context, index)
+        expert = jax.tree.map(lambda leaf, position=position: leaf[position], trained)
+        result = {
+            "training_loss": [float(loss[position]) for loss in losses],
+            "checksum": checkpoints.save(context.stages.path(*key), expert),
+            "seconds": (time.perf_counter() - start) / len(group),
+        }
+        context.stages.write(*key, result)
 
 
 def _train_experts(context: Context, group: list[int], stage: Stage) -> tuple[Variables, list[np.ndarray]]:

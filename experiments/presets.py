@@ -11,6 +11,9 @@ from typing import Any, NamedTuple, TypeVar
 import tyro
 
 from experiments.config import Config
+from experiments.progress import ProgressBars
+from experiments.session import DEFAULT_EXPERIMENT
+from experiments.stages import Stages
 
 Parsed = TypeVar("Parsed", bound="ExpertArguments")
 
@@ -26,6 +29,9 @@ class ExpertArguments:
         out_dir: for the report and the finished parts; the default is the command's name and the experiment's folder's.
         data_dir: the data directory of tensorflow-datasets; the default is its own (TFDS_DATA_DIR, or
             ~/tensorflow_datasets).
+        accept_stages: kinds of stages, as `experts` or `coefficients`. Kept ones of these kinds, with the same settings
+            and data, are taken though other source, as an older version, computed them; each is named. Right where the
+            source changed and the results would not.
         config: every number of the experiment.
     """
 
@@ -34,7 +40,31 @@ class ExpertArguments:
     run_dir: Path
     out_dir: Path
     data_dir: str | None = None
+    accept_stages: tuple[str, ...] = ()
     config: tyro.conf.OmitArgPrefixes[Config]
+
+    def stages(self, progress: ProgressBars) -> Stages:
+        """Returns where the command keeps its own stages."""
+        return Stages(self.out_dir / "stages", self.accept_stages, progress.say)
+
+    def check(self, *, least_experts: int = 1) -> None:
+        """Refuses what no command can do, before any work.
+
+        Args:
+            least_experts: that the command needs.
+
+        Raises:
+            ValueError: the experiment's own folder for the report, or too few experts.
+        """
+        if self.out_dir.resolve() == self.run_dir.resolve():
+            raise ValueError(
+                f"out_dir is {self.out_dir}, which is run_dir: expected another folder, or the report would be written "
+                "over the experiment's own"
+            )
+        if self.config.num_experts < least_experts:
+            raise ValueError(
+                f"num_experts is {self.config.num_experts}; expected at least {least_experts} for this command"
+            )
 
 
 class Chosen(NamedTuple):
@@ -64,7 +94,7 @@ def choose(prog: str, words: Sequence[str]) -> Chosen:
         ValueError: a module without presets, or a preset that it does not have.
     """
     parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
-    parser.add_argument("--experiment", default="digits")
+    parser.add_argument("--experiment", default=DEFAULT_EXPERIMENT)
     parser.add_argument("--preset")
     given = parser.parse_known_args(words)[0]
     presets = _presets(given.experiment)

@@ -216,7 +216,14 @@ def _coefficients_stage(context: Context, number: int, seed: int) -> tuple[str, 
     if number == 3:
         for only_of_spsa in ("radius", "num_directions", "directions"):
             del fields[only_of_spsa]
-    depends_on = {**context.expert_fields, **fields, "experts": context.config.num_experts, "seed": seed}
+    code = context.code(_coefficients)
+    depends_on = {
+        **context.expert_fields,
+        **fields,
+        "experts": context.config.num_experts,
+        "seed": seed,
+        "code": code,
+    }
     return f"coefficients/seed{seed}-config{number}", depends_on
 
 
@@ -247,13 +254,13 @@ def _coefficients(
         )
         history = result.history
         alphas = np.concatenate([history.metrics.alpha, np.asarray(result.last_alpha)[None]])
-        kept = np.unique(np.linspace(0, len(alphas) - 1, _MOST_ALPHAS).round().astype(int))
+        rows = np.unique(np.linspace(0, len(alphas) - 1, _MOST_ALPHAS).round().astype(int))
         return {
             "alpha": np.asarray(result.alpha).tolist(),
             "validation_steps": history.validation_steps.tolist(),
             "validation_loss": history.validation_values.tolist(),
-            "alpha_steps": kept.tolist(),
-            "alphas": alphas[kept].tolist(),
+            "alpha_steps": rows.tolist(),
+            "alphas": alphas[rows].tolist(),
         }
 
     learned = context.stages.run(*_coefficients_stage(context, number, seed), compute)
@@ -271,6 +278,7 @@ def _fine_tuning_stage(context: Context, number: int, seed: int, alpha: list[flo
         "target_examples": config.target_examples,
         "seed": seed,
         "alpha": alpha,
+        "code": context.code(_fine_tune, has_steps=False),
     }
     return f"fine-tuning/seed{seed}-config{number}", depends_on
 

@@ -9,7 +9,6 @@ How a run came to its figures is in its own report.
 import contextlib
 import dataclasses
 import functools
-import json
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,10 +21,30 @@ import tyro
 from matplotlib.figure import Figure
 
 from experiments import claims
+from experiments.analysis import CONFIGS
 from experiments.paper import EXPERIMENTS, EXPERT_ACCURACY, experiment_of, is_at_its_scale
 from experiments.presentation import STYLE, markdown_table, png, shortened, unbroken
 from experiments.run_report import config_table, draw_accuracy
-from experiments.stages import write_whole
+from experiments.shapes import check_shape
+from experiments.stages import read_json, write_whole
+
+_NUMBER = int | float
+# What the page needs of a run's results.
+_SHAPE = {
+    "title": str,
+    "machine": str,
+    "config": {
+        "dataset": str,
+        "network": str,
+        "initialization": str,
+        "seeds": [int],
+        **dict.fromkeys(("num_experts", "expert_examples", "expert_epochs", "target_examples"), int),
+        "test_examples": int | None,
+    },
+    "data": {"name": str, "target": int, "test": int},
+    "experts": [{"test_accuracy": _NUMBER, "target_accuracy": _NUMBER}],
+    "runs": [{"seed": int, "config": int, "test_accuracy": [_NUMBER], "test_loss": [_NUMBER]}],
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +82,34 @@ def read(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{folder} holds no results.json: {expected}")
     try:
-        results = json.loads(path.read_text())
+        results = read_json(path)
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    if not {"config", "experts", "runs"} <= results.keys():
-        raise ValueError(f"{path} holds {list(results)}, not the results of the four Configs: {expected}")
+    if not isinstance(results, dict) or not {"config", "experts", "runs"} <= results.keys():
+        holds = list(results) if isinstance(results, dict) else f"{results!r:.40}"
+        raise ValueError(f"{path} holds {holds}, not the results of the four Configs: {expected}")
+    try:
+        check_shape(results, _SHAPE, "it")
+        _check_runs(results)
+    except ValueError as error:
+        raise ValueError(f"{path} is not what a run writes: {error}") from error
     return results
+
+
+def _check_runs(results: Mapping[str, Any]) -> None:
+    """Refuses runs that are not one for each seed and Config, of one length, with accuracies that are fractions."""
+    found = sorted((run["seed"], run["config"]) for run in results["runs"])
+    if found != sorted((seed, number) for seed in results["config"]["seeds"] for number in CONFIGS):
+        raise ValueError(f"it has runs of (seed, Config) {found}; expected each Config for each seed once")
+    lengths = {len(run[field]) for run in results["runs"] for field in ("test_accuracy", "test_loss")}
+    if len(lengths) > 1:
+        raise ValueError(
+            f"its runs have test_accuracy and test_loss of {sorted(lengths)} epochs; expected as many in all"
+        )
+    rows = [row[f"{split}_accuracy"] for row in results["experts"] for split in ("test", "target")]
+    accuracies = [*rows, *(value for run in results["runs"] for value in run["test_accuracy"])]
+    if not 0 <= min(accuracies) <= max(accuracies) <= 1:
+        raise ValueError(f"it has accuracies from {min(accuracies)} to {max(accuracies)}; expected fractions")
 
 
 def write(runs: Sequence[Mapping[str, Any]], folder: Path) -> None:
@@ -197,7 +238,7 @@ def _found(folder: Path) -> list[dict[str, Any]]:
     """The runs below a folder that came to their report, the paper's experiments first."""
     runs = []
     for path in sorted(folder.glob("*/results.json")):
-        # The commands that measure cost and variance keep theirs beside the runs.
+        # The commands that measure something else keep their results beside the runs.
         with contextlib.suppress(ValueError):
             runs.append(read(path.parent))
     order = [*EXPERIMENTS, None]

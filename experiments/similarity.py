@@ -21,7 +21,7 @@ from rich.console import Console
 import glue_jax
 from experiments import data
 from experiments.context import Context, prepare, take
-from experiments.experts import initial_variables, missing_experts, train_experts
+from experiments.experts import describe_missing, initial_variables, train_experts
 from experiments.models.network import Variables
 from experiments.models.permutations import SPECS
 from experiments.presentation import markdown_table, rich_table, write_report
@@ -69,29 +69,29 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         `modules` (a row each) and `barriers`, in nats.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
-    console = Console()
+    console = Console(markup=False)
     with exit_on(ValueError):
         parsed = parse(Arguments, "similarity", __doc__ or "", words)
-    with session(parsed.out_dir, console) as progress:
+        parsed.check(least_experts=2)
+    command = shlex.join(["python", "-m", "experiments.similarity", *words])
+    with session(parsed.out_dir, console, command) as progress:
         with exit_on(ValueError, OSError, data.DatasetNotFoundError):
             dataset = data.load(parsed.config.dataset, parsed.data_dir, parsed.config.image_size)
-            context = prepare(parsed.config, dataset, parsed.run_dir / "stages", progress)
-        progress.say(
-            f"{dataset.name}; {machine()}\n"
-            f"experts to train first: {len(missing_experts(context))} of {parsed.config.num_experts}"
-        )
+            kept, accept = parsed.run_dir / "stages", parsed.accept_stages
+            context = prepare(parsed.config, dataset, kept, progress, accept_stages=accept)
+        progress.say(f"{dataset.name}; {machine()}\n{describe_missing(context)}")
         experts = glue_jax.stack_experts(train_experts(context)[0])
         weights, barriers = _weights(context, experts), _barriers(context, experts, parsed.barriers)
         results = {
             "title": f"Whether experts can be averaged: {parsed.experiment}, preset {parsed.preset}, "
             f"{parsed.config.initialization} initialisation",
-            "command": shlex.join(["python", "-m", "experiments.similarity", *words]),
+            "command": command,
             "machine": machine(),
             "advice": advice(weights["cosine"], weights["aligned_cosine"], barriers),
             **weights,
             "barriers": barriers,
         }
-    write_report(parsed.out_dir, results, _markdown(results), {})
+        write_report(parsed.out_dir, results, _markdown(results), {})
     console.print(rich_table(results["title"], *_module_table(results), caption=results["advice"]))
     if results["barriers"]:
         console.print(rich_table("Loss barriers, nats", *_barrier_table(results)))

@@ -11,14 +11,12 @@ import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
-import json
 import os
 import shlex
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import UnionType
 from typing import Any, Literal
 
 import jax
@@ -31,6 +29,7 @@ import glue_jax
 from experiments.cost.programs import (
     Setting,
     compile_program,
+    digest_of_row,
     flops,
     full_step,
     make_inputs,
@@ -41,7 +40,8 @@ from experiments.cost.programs import (
 from experiments.cost.report import size_table
 from experiments.presentation import rich_table
 from experiments.session import process, session
-from experiments.stages import Stages, machine, write_json
+from experiments.shapes import check_shape
+from experiments.stages import Stages, machine, read_json, write_json
 
 TOPOLOGY = "v5e:2x2"
 """The smallest that libtpu describes; the programs are for one of its chips."""
@@ -81,6 +81,9 @@ class Arguments:
             coefficients with `highest`, which takes several times as long to compile: for the SPSA step of ResNet-20 at
             batch 64, four times, to the same temporary memory and, within 0.2 %, the same FLOPs.
         out_dir: for tpu.json and the finished rows.
+        accept_stages: kinds of stages, as `sizes`, `times` or `tpu`. Kept ones of these kinds, with the same settings
+            and data, are taken though other source, as an older version, computed them; each is named. Right where the
+            source changed and the results would not.
     """
 
     networks: tuple[str, ...] = ("resnet20", "mobilenetv2", "vit")
@@ -89,6 +92,7 @@ class Arguments:
     num_directions: int = 1
     matmul_precision: Literal["highest", "high", "default"] = "default"
     out_dir: Path = Path("runs") / "cost"
+    accept_stages: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuses values out of their range.
@@ -127,25 +131,29 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parsed = tyro.cli(Arguments, prog="python -m experiments.tpu", description=(__doc__ or "").strip(), args=words)
     if importlib.util.find_spec("libtpu") is None:
         sys.exit("libtpu, the TPU's compiler, is not installed: pip install -e '.[experiments,tpu]'")
-    console, settings, rows = Console(), parsed.settings(), []
+    console, settings, rows = Console(markup=False), parsed.settings(), []
     versions = {"libtpu": importlib.metadata.version("libtpu"), "jax": jax.__version__}
-    with session(parsed.out_dir, console) as progress:
-        stages, sharding = Stages(parsed.out_dir / "stages"), _one_chip()
+    command = shlex.join(["python", "-m", "experiments.tpu", *words])
+    # What it writes stands beside the results of the other command on cost.
+    with session(parsed.out_dir, console, "python -m experiments.cost") as progress:
+        stages = Stages(parsed.out_dir / "stages", parsed.accept_stages, progress.say)
+        sharding = _one_chip()
         progress.say(f"{len(settings)} rows of 2 programs for {TOPOLOGY}, minutes each; {machine()}")
         bar = progress.stage("Compilation", len(settings))
         for setting in settings:
-            depends_on = {**dataclasses.asdict(setting), **versions, "version": glue_jax.__version__}
+            code = digest_of_row(setting, compile_steps)
+            depends_on = {**dataclasses.asdict(setting), **versions, "version": glue_jax.__version__, "code": code}
             compute = functools.partial(compile_steps, setting, sharding)
             rows.append(stages.run(f"tpu/{setting.name}", depends_on, compute))
             bar.advance()
-    results = {
-        "command": shlex.join(["python", "-m", "experiments.tpu", *words]),
-        "topology": TOPOLOGY,
-        "compiler": ", ".join(f"{name} {version}" for name, version in versions.items()),
-        "matmul_precision": parsed.matmul_precision,
-        "rows": rows,
-    }
-    write_json(parsed.out_dir / _FILE, results)
+        results = {
+            "command": command,
+            "topology": TOPOLOGY,
+            "compiler": ", ".join(f"{name} {version}" for name, version in versions.items()),
+            "matmul_precision": parsed.matmul_precision,
+            "rows": rows,
+        }
+        write_json(parsed.out_dir / _FILE, results)
     console.print(rich_table(f"Compiled for {TOPOLOGY}", *size_table(rows)))
     console.print(f"written: {parsed.out_dir / _FILE}", highlight=False, soft_wrap=True)
     return results
@@ -191,26 +199,11 @@ def read(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_text())
-        _check(content, _SHAPE, _FILE)
+        content = read_json(path)
+        check_shape(content, _SHAPE, _FILE)
     except ValueError as error:
         raise ValueError(f"{path} is not what python -m experiments.tpu writes: {error}; run it again") from error
     return content
-
-
-def _check(found: Any, shape: Any, where: str) -> None:
-    """Refuses what has not the types and keys of a shape: dicts of shapes, a list of one shape, types."""
-    kind = shape if isinstance(shape, type | UnionType) else type(shape)
-    if not isinstance(found, kind):
-        raise ValueError(f"{where} is {found!r}")
-    if isinstance(shape, dict):
-        for key, inner in shape.items():
-            if key not in found:
-                raise ValueError(f"{where} has no {key!r}")
-            _check(found[key], inner, f"{where}[{key!r}]")
-    if isinstance(shape, list):
-        for index, entry in enumerate(found):
-            _check(entry, shape[0], f"{where}[{index}]")
 
 
 def _one_chip() -> Sharding:

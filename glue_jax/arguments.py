@@ -10,7 +10,7 @@ import optax
 from jax.core import Tracer
 
 from glue_jax.batches import check_counts, num_examples
-from glue_jax.sources import as_arrays, check_same_kind, check_validation_stream, is_stream
+from glue_jax.streams import as_arrays, check_same_kind, check_validation_stream, is_stream
 from glue_jax.types import GlueState, PyTree
 
 # The defaults of `learn`; what differs from them was given.

@@ -18,8 +18,8 @@ from glue_jax.blending import blend
 from glue_jax.experts import num_experts
 from glue_jax.failures import NonFiniteLossError
 from glue_jax.runs import MOST_UNREAD, Run
-from glue_jax.sources import ArrayBatches, is_stream, stream_batches
 from glue_jax.steps import init, spsa_step
+from glue_jax.streams import ArrayBatches, is_stream, stream_batches
 from glue_jax.types import (
     Batch,
     GlueMetrics,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from glue_jax.batches import batched_mean
 from glue_jax.blending import merge_for_learning
-from glue_jax.sources import is_stream, stream_mean
+from glue_jax.streams import is_stream, stream_mean
 from glue_jax.types import Batch, LinkFn, LossFn, MergeFn, Params, PyTree
 
 

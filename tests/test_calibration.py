@@ -55,3 +55,9 @@ def test_verdicts_compare_with_the_best_radius_of_the_sweep():
     assert first["holds"]
     assert second["ratio"] == pytest.approx(1.05)
     assert not second["holds"]
+
+
+def test_one_expert_alone_has_no_radius(tiny, tmp_path):
+    with pytest.raises(SystemExit, match="num_experts is 1; expected at least 2 for this command"):
+        calibration.main(["--out-dir", str(tmp_path / "out"), "--num-experts", "1"])
+    assert not list(tmp_path.iterdir())

@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import json
 import re
 
@@ -78,9 +79,40 @@ def test_a_folder_that_cannot_be_made_is_refused_before_any_work(tmp_path):
     assert f"--out-dir is {tmp_path / 'file'}: expected a folder" in str(stopped.value.code)
 
 
+def test_a_disk_that_is_full_at_the_report_ends_with_one_line_and_is_gone_on_from(tmp_path, monkeypatch):
+    words = ["--out-dir", str(tmp_path), "--seeds", "0"]
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("experiments.presentation.write_whole", full)
+        with pytest.raises(SystemExit, match="no space is left to write") as stopped:
+            cli.main("digits", "", {"tiny": TINY}, words)
+    assert f"finished stages are kept in {tmp_path}" in str(stopped.value.code)
+    monkeypatch.setattr("experiments.experts.train", None)
+    monkeypatch.setattr("experiments.protocol.train", None)
+    cli.main("digits", "", {"tiny": TINY}, words)
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+
+
+def test_a_folder_of_another_experiment_is_refused_and_left_as_it_is(tmp_path):
+    (tmp_path / "results.json").write_text('{"experiment": "cifar10"}')
+    with pytest.raises(SystemExit, match=r"its results\.json is of experiments\.cifar10"):
+        cli.main("digits", "", {"tiny": TINY}, ["--out-dir", str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_a_folder_whose_name_is_markup_or_a_pattern_is_printed_as_it_is(tmp_path, capsys):
+    folder = tmp_path / "a[/b] lr=[1e-3]"
+    cli.main("digits", "", {"tiny": TINY}, ["--out-dir", str(folder), "--seeds", "0"])
+    assert capsys.readouterr().out.rstrip().splitlines()[-1] == f"report: {folder / 'report.md'}"
+    assert {path.name for path in folder.iterdir()} == FILES
+
+
 def test_an_interruption_says_that_the_work_is_kept(tmp_path, capsys, monkeypatch):
     def interrupted(context):
-        context.stages.write("a stage", {}, {})
+        context.stages.write("a stage", {"code": ""}, {})
         raise KeyboardInterrupt
 
     monkeypatch.setattr("experiments.protocol.run", interrupted)

@@ -370,6 +370,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_any_work(tmp_path):
         ("{", "Expecting"),
         ("[]", "tpu.json is []"),
         (json.dumps({**TPU, "rows": {}}), "tpu.json['rows'] is {}"),
+        (json.dumps({**TPU, "rows": [{**TPU_ROW, "batch_size": float("nan")}]}), "it has NaN, which is no number"),
         (json.dumps({**TPU, "rows": [TPU_ROW, {"network": "vit"}]}), "tpu.json['rows'][1] has no 'batch_size'"),
         (
             json.dumps({**TPU, "rows": [{**TPU_ROW, "flops": {"full_step": 1.0}}]}),

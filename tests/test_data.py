@@ -13,7 +13,11 @@ from PIL import Image
 from experiments import data
 
 
-def write_tfds(data_dir, name, sizes, picture=lambda index: np.full((32, 32, 3), index % 256, np.uint8)):
+def _plain(index):
+    return np.full((32, 32, 3), index % 256, np.uint8)
+
+
+def write_tfds(data_dir, name, sizes, picture=_plain, label=lambda index: index % 10):
     """A small set in the format of tensorflow-datasets: image i is of the one colour i, and of the class i mod 10."""
     builder: Any = tfds.builder(name, data_dir=str(data_dir), file_format="array_record")
     folder = pathlib.Path(builder.data_path)
@@ -24,9 +28,10 @@ def write_tfds(data_dir, name, sizes, picture=lambda index: np.full((32, 32, 3),
         writer = ArrayRecordWriter(str(path), "group_size:1")
         for index in range(size):
             png = io.BytesIO()
-            Image.fromarray(picture(index)).save(png, "PNG")
+            drawn = picture(index)
+            png.write(drawn) if isinstance(drawn, bytes) else Image.fromarray(drawn).save(png, "PNG")
             png.seek(0)
-            example = {"image": png, "label": index % 10, "id": str(index)}
+            example = {"image": png, "label": label(index), "id": str(index)}
             features = builder.info.features
             writer.write(features.serialize_example(features.encode_example({key: example[key] for key in features})))
         writer.close()
@@ -155,3 +160,105 @@ def test_channel_statistics_are_the_mean_and_standard_deviation_of_each_channel(
     mean, std = data.channel_statistics(images)
     np.testing.assert_allclose(mean, (images / 255).mean((0, 1, 2)), rtol=1e-5)
     np.testing.assert_allclose(std, (images / 255).std((0, 1, 2)), rtol=1e-5)
+
+
+def damaged_records(folder, content):
+    path = next(folder.glob("*-train.array_record-*"))
+    content = content(path.read_bytes())
+    path.unlink() if content is None else path.write_bytes(content)
+
+
+def flipped(content):
+    return bytes(
+        byte ^ 0xFF if len(content) // 3 < at < len(content) // 3 + 200 else byte for at, byte in enumerate(content)
+    )
+
+
+def noisy(index):
+    return np.random.default_rng(index).integers(0, 256, (32, 32, 3), np.uint8)
+
+
+@pytest.mark.parametrize("content", [lambda content: content[:-5000], lambda _: b"", lambda _: None, flipped])
+def test_records_that_cannot_be_read_are_named_by_set_split_and_folder(tmp_path, content):
+    folder = write_tfds(tmp_path, "cifar10", {"train": 60, "test": 7}, noisy)
+    damaged_records(folder, content)
+    with pytest.raises(data.DamagedDatasetError) as caught:
+        data.load("cifar10", str(tmp_path))
+    said = str(caught.value)
+    assert len(said.splitlines()) == 1
+    for part in ("split 'train' of cifar10/3.0.2", str(folder), "cannot be read", "prepare it again"):
+        assert part in said
+
+
+def test_more_records_in_the_description_than_in_the_files_are_damage(tmp_path):
+    folder = write_tfds(tmp_path, "cifar10", {"train": 25, "test": 7})
+    path = folder / "dataset_info.json"
+    path.write_text(path.read_text().replace('"25"', '"26"'))
+    with pytest.raises(data.DamagedDatasetError, match=r"split 'train' .*, among images 0 to 1000, cannot be read"):
+        data.load("cifar10", str(tmp_path))
+
+
+def test_a_description_that_was_cut_is_damage(tmp_path):
+    folder = write_tfds(tmp_path, "cifar10", {"train": 5, "test": 3})
+    path = folder / "dataset_info.json"
+    path.write_text(path.read_text()[:200])
+    with pytest.raises(data.DamagedDatasetError, match=rf"cifar10 in {tmp_path} cannot be read"):
+        data.load("cifar10", str(tmp_path))
+
+
+def test_a_split_that_is_missing_or_empty_is_named(tmp_path):
+    write_tfds(tmp_path / "missing", "cifar10", {"train": 5})
+    with pytest.raises(data.DamagedDatasetError, match=r"split 'test' of cifar10.*Unknown split"):
+        data.load("cifar10", str(tmp_path / "missing"))
+    write_tfds(tmp_path / "empty", "cifar10", {"train": 5, "test": 0})
+    with pytest.raises(data.DamagedDatasetError, match="split 'test' of cifar10"):
+        data.load("cifar10", str(tmp_path / "empty"))
+
+
+def test_images_that_are_none_are_damage(tmp_path):
+    write_tfds(tmp_path, "imagenette/160px-v2", {"train": 5, "validation": 3}, lambda index: b"no picture")
+    with pytest.raises(data.DamagedDatasetError, match=r"split 'train' of imagenette.*UnidentifiedImageError"):
+        data.load("imagenette/160px-v2", str(tmp_path), 10)
+
+
+def test_images_of_several_shapes_where_all_must_have_one_are_damage(tmp_path):
+    write_tfds(tmp_path, "cifar10", {"train": 5, "test": 3}, lambda index: np.zeros((32, 32 + index, 3), np.uint8))
+    with pytest.raises(data.DamagedDatasetError, match=r"split 'train' of cifar10"):
+        data.load("cifar10", str(tmp_path))
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_labels_of_no_class_are_named_before_any_work(tmp_path, split):
+    sizes = {"train": 12, "test": 12}
+    seen = []
+
+    def label(index):
+        seen.append(index)
+        in_split = (len(seen) <= 12) == (split == "train")
+        return -1 if in_split and index == 3 else index % 10
+
+    write_tfds(tmp_path, "cifar10", sizes, label=label)
+    word = {"train": "training", "test": "test"}[split]
+    with pytest.raises(data.DamagedDatasetError, match=rf"cifar10/3.0.2: label -1 of image 3 of the {word} images"):
+        data.load("cifar10", str(tmp_path))
+
+
+def test_labels_above_the_classes_are_refused():
+    with pytest.raises(
+        data.DamagedDatasetError, match=r"x: label 37 of image 1 .* one of 2 such; expected labels of 0 to 9"
+    ):
+        data._check_labels("x", "test", np.array([9, 37, 10]), 10)
+
+
+def test_a_size_that_no_memory_holds_is_refused_before_it_is_allocated(tmp_path):
+    with pytest.raises(ValueError, match="image_size is 100000: the 1797 images of digits would take"):
+        data.load("digits", image_size=100_000)
+    write_tfds(tmp_path, "imagenette/160px-v2", {"train": 9, "validation": 4}, _picture)
+    with pytest.raises(ValueError, match="image_size is 1000000: the 9 images of imagenette"):
+        data.load("imagenette/160px-v2", str(tmp_path), 1_000_000)
+
+
+def test_a_data_directory_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(data.DatasetNotFoundError, match=r"data_dir is .*file, a file; expected a folder"):
+        data.load("cifar10", str(tmp_path / "file"))

@@ -15,7 +15,7 @@ import pytest
 
 import glue_jax
 from glue_jax import sources
-from glue_jax.sources import ArrayBatches
+from glue_jax.streams import ArrayBatches
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -494,7 +494,7 @@ def test_an_epoch_is_permuted_once(monkeypatch):
         epochs.append(epoch)
         return permuted(key, epoch, *counts)
 
-    monkeypatch.setattr("glue_jax.sources._epoch_batches", spy)
+    monkeypatch.setattr("glue_jax.streams._epoch_batches", spy)
     # 6 minibatches an epoch.
     learn(max_steps=20)
     assert epochs == [0, 1, 2, 3]

@@ -1,7 +1,10 @@
+import ast
 import copy
 import dataclasses
+import errno
 import io
 import json
+import os
 import shutil
 
 import jax
@@ -11,12 +14,13 @@ import pytest
 from rich.console import Console
 
 import glue_jax
-from experiments import checkpoints, data, protocol
+from experiments import checkpoints, data, protocol, sources, stages
 from experiments.config import Config
 from experiments.context import prepare
-from experiments.experts import train_experts
+from experiments.experts import _stage_of, describe_missing, measurement, train_experts
+from experiments.locks import LockedError
 from experiments.progress import ProgressBars
-from experiments.stages import Stages
+from experiments.stages import DamagedStageError, Stages
 
 TINY = Config(
     dataset="digits",
@@ -177,6 +181,129 @@ def test_a_checkpoint_that_is_gone_is_made_again(done, digits, tmp_path):
     assert _without_times(_run(TINY, digits, copied)) == _without_times(results)
 
 
+def _changed(monkeypatch, module, name, before, after):
+    """Changes a definition in the source that digests see."""
+    parsed = sources._parse(module)
+    (statement,) = parsed.definitions[name]
+    text = ast.unparse(statement)
+    assert before in text
+    monkeypatch.setitem(parsed.definitions, name, ast.parse(text.replace(before, after)).body)
+    sources.digest.cache_clear()
+
+
+@pytest.fixture
+def fresh_digests():
+    yield
+    sources.digest.cache_clear()
+
+
+ALL = {"experts", "accuracies", "coefficients", "fine-tuning"}
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "before", "after", "anew"),
+    [
+        ("experiments.protocol", "_MOST_ALPHAS", "201", "101", {"coefficients"}),
+        ("glue_jax.steps", "spsa_step", "step", "stop", {"coefficients"}),
+        ("experiments.protocol", "fine_tune", "append", "extend", {"fine-tuning"}),
+        ("experiments.training", "_EVALUATION_BATCH", "256", "255", {"accuracies", "coefficients", "fine-tuning"}),
+        ("experiments.training", "_MINIBATCHES", "2", "3", ALL),
+        ("experiments.splits", "draw_splits", "0", "1", ALL),
+        ("experiments.models.convnet", "ConvNet", "conv1", "conv3", ALL),
+        # Nothing of this run.
+        ("experiments.models.vit", "ViT", "patches", "pieces", set()),
+        ("experiments.run_report", "config_table", "prior", "blend", set()),
+        ("experiments.stages", "machine", "CPU", "cpu", set()),
+    ],
+)
+def test_changed_source_does_anew_what_it_touches(
+    digits, tmp_path, monkeypatch, fresh_digests, module, name, before, after, anew
+):
+    context = _prepare(TINY, digits, tmp_path)
+
+    def places():
+        stages = {
+            "experts": _stage_of(context, 0),
+            "accuracies": measurement(context),
+            "coefficients": protocol._coefficients_stage(context, 4, 0),
+            "fine-tuning": protocol._fine_tuning_stage(context, 4, 0, [0.5, 0.5]),
+        }
+        return {(kind, context.stages.path(*stage)) for kind, stage in stages.items()}
+
+    unchanged = places()
+    assert places() == unchanged
+    _changed(monkeypatch, module, name, before, after)
+    assert {kind for kind, _ in places() - unchanged} == anew
+
+
+def test_experts_that_other_source_trained_are_taken_where_they_are_accepted(
+    done, digits, tmp_path, monkeypatch, fresh_digests
+):
+    results, folder = done
+    copied = shutil.copytree(folder, tmp_path / "run")
+    _changed(monkeypatch, "experiments.training", "_MINIBATCHES", "2", "3")
+    context = _prepare(TINY, digits, copied)
+    assert "2 of them are kept, but other source computed them" in describe_missing(context)
+    output = io.StringIO()
+    progress = ProgressBars(Console(file=output, width=200))
+    accepting = prepare(TINY, digits, copied, progress, accept_stages=["experts"])
+    assert describe_missing(accepting) == "experts to train first: 0 of 2"
+    assert output.getvalue().count("is taken for this source's") == 2
+    # Nothing else is.
+    assert protocol.remaining(accepting)["coefficients"] == [3, 4, 3, 4]
+    monkeypatch.setattr("experiments.experts.train", None)
+    assert (
+        train_experts(_prepare(TINY, digits, copied))[1][0]["training_loss"] == results["experts"][0]["training_loss"]
+    )
+
+
+def test_a_damaged_expert_is_named_and_made_again_once_it_is_deleted(done, digits, tmp_path):
+    results, folder = done
+    copied = shutil.copytree(folder, tmp_path / "run")
+    expert = next(path for path in (copied / "experts").iterdir() if path.is_dir())
+    largest = max((path for path in expert.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    largest.write_bytes(bytes(content))
+    with pytest.raises(DamagedStageError, match=f"{expert} is damaged .*delete it"):
+        _run(TINY, digits, copied)
+    shutil.rmtree(expert)
+    assert _without_times(_run(TINY, digits, copied)) == _without_times(results)
+
+
+def test_a_disk_that_was_full_anywhere_is_gone_on_from(done, digits, tmp_path, monkeypatch):
+    expected, _ = done
+    write, save = stages.write_json, checkpoints.save
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "x")
+
+    def after(count, function):
+        """Lets some calls through."""
+        calls = []
+
+        def limited(*arguments):
+            calls.append(None)
+            return function(*arguments) if len(calls) <= count else full()
+
+        return limited
+
+    for saved, written in ((0, 0), (1, 1), (9, 1), (9, 2), (9, 9)):
+        monkeypatch.setattr(checkpoints, "save", after(saved, save))
+        monkeypatch.setattr(stages, "write_json", after(written, write))
+        with pytest.raises(OSError, match="No space left"):
+            _run(TINY, digits, tmp_path)
+    monkeypatch.setattr(checkpoints, "save", save)
+    monkeypatch.setattr(stages, "write_json", write)
+    assert _without_times(_run(TINY, digits, tmp_path)) == _without_times(expected)
+
+
+def test_experts_are_trained_into_a_folder_by_one_process_at_a_time(digits, tmp_path):
+    context = _prepare(TINY, digits, tmp_path)
+    with context.stages.lock(), pytest.raises(LockedError, match=f"process {os.getpid()} works in {tmp_path}"):
+        train_experts(_prepare(TINY, digits, tmp_path))
+
+
 def test_another_radius_does_anew_what_the_radius_touches(done, digits, monkeypatch):
     _, folder = done
     written = []
@@ -241,6 +368,10 @@ def test_a_loss_that_is_not_finite_stops_with_its_stage_and_step(digits, tmp_pat
         ({"seeds": ()}, r"seeds are \(\); expected at least one"),
         ({"seeds": (1, 1)}, r"seeds are \(1, 1\); expected .* given once"),
         ({"expert_seed": -1}, "expert_seed is -1; expected at least 0"),
+        ({"expert_seed": 2**32}, "expert_seed is 4294967296; expected at least 0 and below 4294967296"),
+        # It would share its keys with seed 0.
+        ({"seeds": (0, 2**32)}, r"seeds are \(0, 4294967296\); expected .* below 4294967296"),
+        ({"seeds": (99999999999999999999,)}, r"seeds are \(9+,\); expected .* below 4294967296"),
     ],
 )
 def test_a_config_refuses_values_out_of_range(changes, message):

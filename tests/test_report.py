@@ -33,6 +33,8 @@ def _results(accuracies, dataset="cifar10", network="resnet20"):
     }
 
 
+RUNS = [path.parent for path in sorted(Path(report.__file__).parent.glob("results/*/config.json"))]
+
 # GLUE leads Config 1 by 3 to 4 points at the prior, by 1 in the end; Config 2 at the prior alone, clearly.
 RESULTS = _results(
     {
@@ -180,6 +182,57 @@ def test_a_folder_that_is_no_runs_is_named(tmp_path, content, message):
         (tmp_path / "results.json").write_text(content)
     with pytest.raises(SystemExit, match=f"{tmp_path}.*{message}"):
         report.main([str(tmp_path), "--out-dir", str(tmp_path / "page")])
+
+
+def changed(*path, to):
+    """The results as JSON, with one value set, or taken away where it is None."""
+    results = json.loads(json.dumps(RESULTS))
+    inner = results
+    for key in path[:-1]:
+        inner = inner[key]
+    if to is None:
+        del inner[path[-1]]
+    else:
+        inner[path[-1]] = to
+    return json.dumps(results)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[1]", r"holds \[1\], not the results of the four Configs"),
+        ("5", "holds 5, not"),
+        ("null", "holds None, not"),
+        ('"abc"', "holds 'abc', not"),
+        (changed("runs", 0, "test_accuracy", 1, to=float("nan")), "is damaged: it has NaN, which is no number"),
+        (changed("runs", to=[]), r"it\['runs'\] is empty"),
+        (changed("experts", to=[]), r"it\['experts'\] is empty"),
+        (changed("data", to=None), "it has no 'data'"),
+        (changed("title", to=None), "it has no 'title'"),
+        (changed("machine", to=None), "it has no 'machine'"),
+        (changed("config", "seeds", to=None), r"it\['config'\] has no 'seeds'"),
+        (changed("config", "dataset", to=5), r"it\['config'\]\['dataset'\] is 5; expected str"),
+        (changed("config", to={}), r"it\['config'\] has no 'dataset'"),
+        (changed("runs", 7, to=None), r"it has runs of \(seed, Config\)"),
+        (changed("config", "seeds", to=[0]), r"it has runs of \(seed, Config\)"),
+        (
+            changed("runs", 2, "test_accuracy", to=["0.3", "0.4"]),
+            r"test_accuracy'\]\[0\] is '0.3'; expected int | float",
+        ),
+        (changed("runs", 2, "test_loss", to=[1.0]), r"test_loss of \[1, 2\] epochs"),
+        (changed("experts", 1, "test_accuracy", to=45.0), "accuracies from .* to 45.0; expected fractions"),
+    ],
+)
+def test_wrong_content_is_named_in_one_line(tmp_path, content, message):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(SystemExit, match=f"{tmp_path}.*{message}") as stopped:
+        report.main([str(tmp_path), "--out-dir", str(tmp_path / "page")])
+    assert len(str(stopped.value.code).splitlines()) == 1
+
+
+@pytest.mark.parametrize("folder", RUNS, ids=lambda folder: folder.name)
+def test_the_runs_that_are_kept_are_what_a_run_writes(folder):
+    assert len(report.read(folder)["experts"]) > 1
 
 
 def test_no_runs_at_all_are_refused(tmp_path, monkeypatch):

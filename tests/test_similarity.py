@@ -153,3 +153,20 @@ def test_a_number_of_barriers_that_cannot_be_is_refused(tiny, tmp_path, barriers
     said = " ".join(f"{stopped.value.code} {printed.out} {printed.err}".replace("│", " ").split())
     assert f"barriers is {barriers}; expected 0, or at least 2 experts" in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--num-experts", "1"], "num_experts is 1; expected at least 2 for this command"),
+        (["--run-dir", "out"], "out_dir is out, which is run_dir: expected another folder"),
+        (["--run-dir", "a/../out"], "which is run_dir"),
+    ],
+)
+def test_what_cannot_be_compared_or_would_be_written_over_is_refused_before_any_work(
+    tiny, tmp_path, words, message, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=message):
+        preflight.main(["--out-dir", "out", *words])
+    assert not list(tmp_path.iterdir())

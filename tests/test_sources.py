@@ -1,161 +1,166 @@
-"""Data as arrays, an iterator of batches, or a loader."""
+"""Which changes of the source change a digest."""
 
-import functools
-import itertools
-import sys
+import ast
+import textwrap
 
-import chex
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
-import glue_jax
-from glue_jax.sources import ArrayBatches, is_stream
-from tests.test_learning import ADAM, DATA, compilations, learn, squared
+from experiments import calibration, sources
+from experiments.ablation.recipes import recipes
+from experiments.sources import digest, name_of
+from tests.test_protocol import TINY
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+HOUSE = {
+    "house.__init__": """
+        from house.tools import scale
+    """,
+    "house.tools": """
+        RATE = 2.0
 
-KEY = jax.random.key(3)
-learn = functools.partial(learn, key=KEY, batch_size=64, loss_fn=squared, optimizer=ADAM)
+        def scale(x):
+            return RATE * x
 
+        def unused(x):
+            return x
+    """,
+    "house.work": """
+        import house
+        from house import plots
+        from house.tools import unused as other
 
-class Loader:
-    """Iterated anew each epoch, as PyTorch's and grain's are."""
+        STEPS = 3
+        TABLE = {"scale": house.scale}
 
-    def __init__(self, batches):
-        self.batches, self.epochs, self.given = batches, 0, 0
+        class Recipe:
+            def apply(self, x):
+                return TABLE["scale"](x)
 
-    def __iter__(self):
-        self.epochs += 1
-        for batch in self.batches:
-            self.given += 1
-            yield batch
+        def compute(recipe: Recipe, x):
+            '''Computes.'''
+            if x < 0:
+                raise ValueError(f"x is {x}")
+            # In steps.
+            for _ in range(STEPS):
+                x = recipe.apply(x)
+            return x
 
-
-class Tensor:
-    """As PyTorch's: an array to NumPy alone, whose dtype JAX does not know."""
-
-    dtype = "torch.float32"
-
-    def __init__(self, array):
-        self.array, self.shape = np.asarray(array), np.shape(array)
-
-    def __array__(self, dtype=None, copy=None):
-        return self.array
-
-
-def batches_of_arrays(steps, data=DATA, batch_size=8):
-    """The minibatches that `learn` takes of arrays, by what its docstring says."""
-    rows = glue_jax.minibatch_indices(jax.random.fold_in(KEY, 0), 0, steps, len(data), batch_size)
-    return [np.asarray(data)[np.asarray(indices)] for indices in rows]
-
-
-@pytest.mark.parametrize("step_fn", [glue_jax.spsa_step, glue_jax.full_gradient_step])
-@pytest.mark.parametrize("as_data", [iter, Loader, lambda batches: (Tensor(batch) for batch in batches)])
-def test_batches_in_the_order_of_the_arrays_give_bit_for_bit_the_same(step_fn, as_data):
-    words = {"step_fn": step_fn, "validation_data": DATA, "validation_batch_size": 7}
-    whole = learn(data=DATA, **(words | {"batch_size": 8}))
-    chex.assert_trees_all_equal(learn(data=as_data(batches_of_arrays(20)), **words), whole)
-
-
-def test_arrays_of_numpy_are_those_of_jax():
-    chex.assert_trees_all_equal(learn(data=np.asarray(DATA), batch_size=8), learn(data=DATA, batch_size=8))
+        def report(x):
+            return plots.draw(x)
+    """,
+    "house.plots": """
+        def draw(x):
+            return x
+    """,
+}
 
 
-def test_no_batch_is_taken_that_is_not_used_and_a_later_call_goes_on():
-    batches = batches_of_arrays(20)
-    stream = (batch for batch in [*batches, batches[0]])
-    part = learn(data=stream, max_steps=7, validation_data=DATA)
-    rest = learn(data=stream, max_steps=13, validation_data=DATA, state=part)
-    assert len(list(stream)) == 1
-    chex.assert_trees_all_equal(rest, learn(data=iter(batches), validation_data=DATA))
-
-
-@pytest.mark.parametrize("count", [5, 7, 10])
-def test_an_iterator_that_ends_before_the_last_step_ends_the_run(count):
-    batches, told = batches_of_arrays(count), []
-    result = learn(data=iter(batches), validation_data=DATA, callback=told.append)
-    chex.assert_trees_all_equal(result, learn(data=iter(batches), validation_data=DATA, max_steps=count))
-    assert result.history.validation_steps[-1] == count == told[-1].step
-
-
-@pytest.mark.parametrize("empty", [iter([]), Loader([])])
-def test_data_without_a_batch_is_an_error(empty):
-    with pytest.raises(ValueError, match="gave no batch"):
-        learn(data=empty)
-
-
-def test_a_loader_is_iterated_anew_each_epoch():
-    loader = Loader(batches_of_arrays(6))
-    result = learn(data=loader, max_steps=20)
-    assert (loader.epochs, loader.given) == (4, 20)
-    chex.assert_trees_all_equal(result, learn(data=itertools.cycle(loader.batches), max_steps=20))
-
-
-def test_an_endless_loader_is_data():
-    class Endless:
-        def __len__(self):
-            return sys.maxsize
-
-        def __getitem__(self, index):
-            return DATA[:8]
-
-        def __iter__(self):
-            return itertools.repeat(DATA[:8])
-
-    assert int(learn(data=Endless()).state.step) == 20
-    with pytest.raises(ValueError, match="validation_data is a Endless without end"):
-        learn(data=DATA, batch_size=8, validation_data=Endless())
-
-
-def test_batches_of_one_shape_are_one_program(caplog):
-    words = {"loss_fn": lambda params, batch: squared(params, batch), "validation_data": Loader([DATA[:8], DATA[8:16]])}
-    with compilations(caplog) as names:
-        learn(data=iter(batches_of_arrays(20)), **words)
-    assert [names.count(f"jit({name})") for name in ("_run_step", "_value", "_merged")] == [1, 1, 1]
-
-
-def test_batches_need_no_common_leading_axis():
-    def loss(params, batch):
-        return params["w"] * batch["scale"] + jnp.mean(batch["x"])
-
-    result = learn(data=iter([{"scale": 2.0, "x": DATA[:4]}, {"scale": 3.0, "x": DATA[:4]}]), loss_fn=loss)
-    assert int(result.state.step) == 2
-
-
-def test_validation_by_an_iterator_is_refused():
-    with pytest.raises(TypeError, match=r"validation_data is an iterator \(list_iterator\), which can be read once"):
-        learn(data=DATA, batch_size=8, validation_data=iter([DATA]))
-
-
-def test_validation_by_a_loader_without_batches_is_refused():
-    with pytest.raises(ValueError, match="validation_data, a Loader, gave no batch"):
-        learn(data=DATA, batch_size=8, validation_data=Loader([]))
+def digest_of(tmp_path, monkeypatch, changes=(), names=("house.work:compute",), **words):
+    """Of the house, after changes: (module, before, after)."""
+    monkeypatch.setattr(sources, "_PACKAGES", ("house",))
+    texts = dict(HOUSE)
+    for module, before, after in changes:
+        assert before in texts[module]
+        texts[module] = texts[module].replace(before, after)
+    for module, text in texts.items():
+        path = tmp_path.joinpath(*module.split(".")).with_suffix(".py")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(textwrap.dedent(text))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for function in (sources.digest, sources._parse, sources._root):
+        function.cache_clear()
+    try:
+        return digest(*names, **words)
+    finally:
+        for function in (sources.digest, sources._parse, sources._root):
+            function.cache_clear()
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
-    [({"batch_size": 16}, "batch_size is 16, but data is a"), ({"steps_per_call": 2}, "expected None or 1")],
+    "change",
+    [
+        ("house.tools", "RATE = 2.0", "RATE = 3.0"),
+        ("house.tools", "RATE * x", "x * RATE"),
+        ("house.work", "STEPS = 3", "STEPS = 4"),
+        ("house.work", "x < 0", "x < 1"),
+        ("house.work", "raise ValueError", "raise TypeError"),
+        # By a table, and by a method that an annotation leads to.
+        ("house.work", "house.scale}", "house.tools.unused}"),
+        ("house.work", 'TABLE["scale"](x)', 'TABLE["scale"](2 * x)'),
+        ("house.tools", "RATE = 2.0", "RATE = 2.0\n        print('at import')"),
+        ("house.__init__", "import scale", "import unused as scale"),
+    ],
 )
-def test_what_a_stream_decides_is_not_given_beside_it(words, message):
-    with pytest.raises(ValueError, match=message):
-        learn(data=iter([DATA]), **words)
+def test_what_a_function_reaches_counts(change, tmp_path, monkeypatch):
+    assert digest_of(tmp_path, monkeypatch, [change]) != digest_of(tmp_path, monkeypatch)
 
 
-@pytest.mark.parametrize("leaf", [np.array(["a"]), "text", object()])
-def test_a_batch_that_holds_no_numbers_is_refused_by_its_path(leaf):
-    with pytest.raises(TypeError, match=r"a batch of data\['x'\] is a .* with dtype"):
-        learn(data=iter([{"x": leaf}]))
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("house.work", "'''Computes.'''", "'''Computes in steps.'''"),
+        ("house.work", "# In steps.", "# One after another."),
+        ("house.work", "x):\n            '''", "x: float) -> float:\n            '''"),
+        ("house.work", "x is {x}", "x is {x}; expected at least 0"),
+        ("house.plots", "return x", "return -x"),
+        ("house.tools", "def unused(x):\n            return x", "def unused(x):\n            return -x"),
+        ("house.work", "plots.draw(x)", "plots.draw(-x)"),
+    ],
+)
+def test_what_it_does_not_reach_and_what_decides_nothing_does_not_count(change, tmp_path, monkeypatch):
+    assert digest_of(tmp_path, monkeypatch, [change]) == digest_of(tmp_path, monkeypatch)
 
 
-@pytest.mark.parametrize("data", [DATA, {"x": DATA}, (DATA,), [DATA], Tensor(DATA), "text", None])
-def test_pytrees_of_arrays_are_no_streams(data):
-    assert not is_stream(data)
+def test_what_is_left_out_does_not_count(tmp_path, monkeypatch):
+    change = ("house.tools", "RATE * x", "RATE + x")
+    without = {"leaving_out": ("house.tools:scale",)}
+    assert digest_of(tmp_path, monkeypatch, [change], **without) == digest_of(tmp_path, monkeypatch, **without)
 
 
-def test_the_minibatches_of_arrays_are_those_of_minibatch_indices_from_any_step():
-    source = ArrayBatches(KEY, DATA, 8)
-    expected = np.asarray(glue_jax.minibatch_indices(KEY, 0, 40, 50, 8))
-    for first, count in ((0, 40), (5, 1), (5, 2), (11, 13), (0, 3)):
-        np.testing.assert_array_equal(source.rows(first, count), expected[first : first + count])
+@pytest.mark.parametrize("words", [{"names": ("house.work:nothing",)}, {"leaving_out": ("house.work:nothing",)}])
+def test_a_name_that_is_nowhere_is_refused(words, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"'house\.work:nothing' names no definition"):
+        digest_of(tmp_path, monkeypatch, **words)
+
+
+def test_a_nested_function_is_what_encloses_it():
+    def inner():
+        pass
+
+    assert name_of(inner) == "tests.test_sources:test_a_nested_function_is_what_encloses_it"
+
+
+def changed(monkeypatch, module, name, how):
+    """Changes a definition of this repository, for the digests."""
+    parsed = sources._parse(module)
+    (statement,) = parsed.definitions[name]
+    text = ast.unparse(statement)
+    assert how[0] in text
+    (after,) = ast.parse(text.replace(*how)).body
+    monkeypatch.setitem(parsed.definitions, name, [after])
+    sources.digest.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    yield
+    sources.digest.cache_clear()
+
+
+def test_the_constants_of_the_studies_decide_their_digests(monkeypatch):
+    before = digest(name_of(calibration._learn_calibrated))
+    changed(monkeypatch, "experiments.calibration", "_IMAGES", ("512", "513"))
+    assert digest(name_of(calibration._learn_calibrated)) != before
+    of_ablation = digest("experiments.ablation.measurement:measure")
+    changed(monkeypatch, "experiments.ablation.measurement", "_LAST_RATE", ("0.02", "0.03"))
+    assert digest("experiments.ablation.measurement:measure") != of_ablation
+
+
+def test_a_recipes_own_functions_are_of_its_digest():
+    named = {recipe.name: [name_of(function) for function in recipe.functions] for recipe in recipes(TINY)}
+    assert "experiments.ablation.recipes:_greedy" in named["greedy soup"]
+    assert "glue_jax.objectives:error_rate" in named["GLUE on accuracy"]
+    assert "glue_jax.steps:spsa_step" in named["4 GLUE"]
+    # Of what is learned first, too.
+    assert named["free coefficients, by layer"].count("glue_jax.steps:spsa_step") == 2
+    for names in named.values():
+        digest(*names)

@@ -24,10 +24,10 @@ from experiments.ablation.measurement import measure
 from experiments.ablation.recipes import Recipe, recipes
 from experiments.config import Initialization
 from experiments.context import prepare
-from experiments.experts import missing_experts
+from experiments.experts import describe_missing
 from experiments.presets import ExpertArguments, parse
 from experiments.session import exit_on, process, session
-from experiments.stages import Stages, machine
+from experiments.stages import machine
 
 _MACHINES = "machine", "learned_on"
 """The fields of a row that name one."""
@@ -84,11 +84,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         `experiments.ablation.measurement.measure` returns.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
-    console = Console()
+    console = Console(markup=False)
     with exit_on(ValueError):
         parsed = parse(Arguments, "ablation", __doc__ or "", words)
+        parsed.check()
     sets = []
-    with session(parsed.out_dir, console) as progress:
+    command = shlex.join(["python", "-m", "experiments.ablation", *words])
+    with session(parsed.out_dir, console, command) as progress:
         with exit_on(ValueError, OSError, data.DatasetNotFoundError):
             dataset = data.load(parsed.config.dataset, parsed.data_dir, parsed.config.image_size)
             contexts = [
@@ -97,6 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                     dataset,
                     parsed.run_dir / "stages",
                     progress,
+                    accept_stages=parsed.accept_stages,
                 )
                 for initialization in parsed.initializations
             ]
@@ -106,20 +109,20 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             chosen = [recipe for recipe in parsed.chosen() if is_common or not recipe.task_vectors]
             progress.say(
                 f"{dataset.name}, {context.config.initialization} initialisation; {machine()}\n"
-                f"experts to train first: {len(missing_experts(context))} of {context.config.num_experts}; "
+                f"{describe_missing(context)}\n"
                 f"{len(chosen)} recipes of {len(context.config.seeds)} seeds, each with {parsed.epochs} epochs of "
                 "fine-tuning"
             )
-            sets.append(measure(context, chosen, parsed.epochs, Stages(parsed.out_dir / "stages")))
-    results = {
-        "title": f"Ways from experts to one model: {parsed.experiment}, preset {parsed.preset}",
-        "command": shlex.join(["python", "-m", "experiments.ablation", *words]),
-        "machine": "; ".join(
-            sorted({row.get(of) or row["machine"] for found in sets for row in found["rows"] for of in _MACHINES})
-        ),
-        "sets": sets,
-    }
-    report.write(results, parsed.out_dir)
+            sets.append(measure(context, chosen, parsed.epochs, parsed.stages(progress)))
+        results = {
+            "title": f"Ways from experts to one model: {parsed.experiment}, preset {parsed.preset}",
+            "command": command,
+            "machine": "; ".join(
+                sorted({row.get(of) or row["machine"] for found in sets for row in found["rows"] for of in _MACHINES})
+            ),
+            "sets": sets,
+        }
+        report.write(results, parsed.out_dir)
     report.print_tables(results, parsed.out_dir, console)
     return results
 

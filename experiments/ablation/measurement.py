@@ -109,7 +109,9 @@ def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: St
     bar = context.progress.stage("Recipes", len(recipes) * len(context.config.seeds) * (1 + num_epochs))
 
     def measure_row(recipe: Recipe, learner: Callable[[], Learner], seed: int) -> dict[str, Any]:
-        name, how = f"ablation/{recipe.slug}-seed{seed}", {"recipe": recipe.fingerprint, "seed": seed}
+        name = f"ablation/{recipe.slug}-seed{seed}"
+        code = context.code(measure, *recipe.functions)
+        how = {"recipe": recipe.fingerprint, "seed": seed, "code": code}
 
         def compute() -> dict[str, Any]:
             target, learned = take(context.train, context.targets[seed]), None
@@ -145,9 +147,8 @@ def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: St
             context.progress.say(
                 f"{recipe.name}, seed {seed}: {100 * row['test_accuracy'][0]:.1f} % before fine-tuning"
             )
-    ensemble = stages.run(
-        "ablation/ensemble", {**shared, "test": len(context.test.labels)}, lambda: _ensemble(context, experts)
-    )
+    of_ensemble = {**shared, "test": len(context.test.labels), "code": context.code(_ensemble, has_steps=False)}
+    ensemble = stages.run("ablation/ensemble", of_ensemble, lambda: _ensemble(context, experts))
     return {
         "config": dataclasses.asdict(context.config),
         "data": context.dataset.name,

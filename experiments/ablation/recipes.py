@@ -14,6 +14,7 @@ from experiments.config import Config
 from experiments.context import glue_step
 from experiments.data import Examples
 from experiments.models.network import Variables
+from experiments.sources import is_ours
 from experiments.training import Problem, cross_entropy
 from glue_jax.types import LinkFn, StepFn
 
@@ -155,6 +156,14 @@ class Recipe:
         named = {name: getattr(value, "__name__", value) for name, value in fields.items()}
         return {**named, "first": self.first and self.first.fingerprint}
 
+    @property
+    def functions(self) -> list[Callable[..., Any]]:
+        """Its functions that are of this repository: their source decides its result, too."""
+        values = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        found = [value.func if isinstance(value, functools.partial) else value for value in values]
+        ours = [value for value in found if is_ours(getattr(value, "__module__", "")) and callable(value)]
+        return [*ours, *(self.first.functions if self.first else [])]
+
     def groups(self, experts: Variables, network: str) -> glue_jax.Groups | None:
         """The groups of a network's leaves; None is one for the model."""
         if self.grouping == "model":
@@ -208,6 +217,32 @@ def _several_starts(measured: Measured) -> jax.Array:
     )
 
 
+def _best(measured: Measured) -> jax.Array:
+    """The best expert alone."""
+    return glue_jax.best_expert(measured.losses())
+
+
+def _greedy(measured: Measured) -> jax.Array:
+    """A greedy soup."""
+    return glue_jax.greedy_soup(measured.experts("no"), measured.losses(), measured.validation_loss)
+
+
+def _by_loss(measured: Measured) -> jax.Array:
+    """A softmax of negative losses."""
+    return glue_jax.loss_weights(measured.losses())
+
+
+def _by_accuracy(measured: Measured) -> jax.Array:
+    """Proportional to the accuracies."""
+    return glue_jax.proxy_accuracy_weights(measured.accuracies())
+
+
+def _entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """The mean entropy of the predictions, which needs no labels."""
+    del labels
+    return glue_jax.entropy(logits)
+
+
 def recipes(config: Config) -> list[Recipe]:
     """Returns all recipes.
 
@@ -235,18 +270,6 @@ def recipes(config: Config) -> list[Recipe]:
     def combination(name: str, **parts: object) -> Recipe:
         return Recipe(name=name, part="combinations", **parts)  # pyright: ignore[reportArgumentType]
 
-    def best(measured: Measured) -> jax.Array:
-        return glue_jax.best_expert(measured.losses())
-
-    def greedy(measured: Measured) -> jax.Array:
-        return glue_jax.greedy_soup(measured.experts("no"), measured.losses(), measured.validation_loss)
-
-    def by_loss(measured: Measured) -> jax.Array:
-        return glue_jax.loss_weights(measured.losses())
-
-    def by_accuracy(measured: Measured) -> jax.Array:
-        return glue_jax.proxy_accuracy_weights(measured.accuracies())
-
     def from_coarse_to_fine(name: str, of_model: StepFn, of_layers: StepFn, aligned: Alignment = "no") -> list[Recipe]:
         coarse = combination(
             name,
@@ -268,19 +291,15 @@ def recipes(config: Config) -> list[Recipe]:
         )
         return [coarse, fine]
 
-    def entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-        del labels
-        return glue_jax.entropy(logits)
-
     free_model, free_layers = from_coarse_to_fine("free coefficients", free, free_by_layer)
     return [
         paper("1 data size (uniform)", paper_config=1),
-        paper("2 proxy accuracy", paper_config=2, start=by_accuracy),
+        paper("2 proxy accuracy", paper_config=2, start=_by_accuracy),
         paper("3 full gradient", paper_config=3, step_fn=full),
         paper("4 GLUE", paper_config=4, step_fn=spsa),
-        remedy("best expert", start=best),
-        remedy("softmax(-loss)", start=by_loss),
-        remedy("greedy soup", start=greedy),
+        remedy("best expert", start=_best),
+        remedy("softmax(-loss)", start=_by_loss),
+        remedy("greedy soup", start=_greedy),
         remedy("Fisher-weighted", merge=_fisher_weighted),
         remedy("uniform, refreshed", statistics="refreshed"),
         remedy("uniform, aligned to the first", aligned="to the first"),
@@ -293,7 +312,7 @@ def recipes(config: Config) -> list[Recipe]:
         remedy("GLUE, by layer", step_fn=many, grouping="layer"),
         remedy("GLUE, temperature", step_fn=spsa, temperature=True),
         remedy("GLUE on accuracy", step_fn=wide, objective=glue_jax.error_rate),
-        remedy("GLUE on entropy", step_fn=spsa, objective=entropy),
+        remedy("GLUE on entropy", step_fn=spsa, objective=_entropy),
         combination("uniform, aligned to the first, refreshed", aligned="to the first", statistics="refreshed"),
         combination("uniform, aligned, refreshed", aligned="jointly", statistics="refreshed"),
         combination("minibatch, by block", step_fn=many, statistics="minibatch", grouping="block"),

@@ -41,6 +41,9 @@ class Arguments:
         repetitions: timed calls of each program.
         matmul_precision: of the networks' products; the experiments' own default. A CPU knows but one.
         out_dir: for the report and the finished rows.
+        accept_stages: kinds of stages, as `sizes`, `times` or `tpu`. Kept ones of these kinds, with the same settings
+            and data, are taken though other source, as an older version, computed them; each is named. Right where the
+            source changed and the results would not.
     """
 
     networks: tuple[str, ...] = ("resnet20", "mobilenetv2", "vit")
@@ -50,6 +53,7 @@ class Arguments:
     repetitions: int = 9
     matmul_precision: Literal["highest", "high", "default"] = "highest"
     out_dir: Path = Path("runs") / "cost"
+    accept_stages: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuses values out of their range.
@@ -98,22 +102,24 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
     parsed = tyro.cli(Arguments, prog="python -m experiments.cost", description=(__doc__ or "").strip(), args=words)
-    console, settings, k = Console(), parsed.settings(), parsed.num_experts[0]
-    with session(parsed.out_dir, console) as progress:
+    console, settings, k = Console(markup=False), parsed.settings(), parsed.num_experts[0]
+    command = shlex.join(["python", "-m", "experiments.cost", *words])
+    with session(parsed.out_dir, console, command) as progress:
         with exit_on(OSError, ValueError):
             compiled = tpu.read(parsed.out_dir)
         progress.say(f"{len(settings)} rows, {parsed.repetitions} calls of each program; {machine()}")
-        rows = measure(settings, parsed.repetitions, Stages(parsed.out_dir / "stages"), progress)
-    results = {
-        "command": shlex.join(["python", "-m", "experiments.cost", *words]),
-        "machine": machine(),
-        "arguments": {**dataclasses.asdict(parsed), "out_dir": str(parsed.out_dir)},
-        "rows": rows,
-        "tpu": compiled,
-        "promises": promises(rows, compiled["rows"] if compiled else [], k),
-        "claims": claims(rows, k),
-    }
-    report.write(results, parsed.out_dir)
+        stages = Stages(parsed.out_dir / "stages", parsed.accept_stages, progress.say)
+        rows = measure(settings, parsed.repetitions, stages, progress)
+        results = {
+            "command": command,
+            "machine": machine(),
+            "arguments": {**dataclasses.asdict(parsed), "out_dir": str(parsed.out_dir)},
+            "rows": rows,
+            "tpu": compiled,
+            "promises": promises(rows, compiled["rows"] if compiled else [], k),
+            "claims": claims(rows, k),
+        }
+        report.write(results, parsed.out_dir)
     report.print_tables(results, parsed.out_dir, console)
     return results
 

@@ -17,6 +17,7 @@ import glue_jax
 from experiments.cost.programs import (
     Setting,
     compile_program,
+    digest_of_row,
     flops,
     full_step,
     make_inputs,
@@ -138,7 +139,8 @@ def _measure_row(
 ) -> dict[str, Any]:
     """One row."""
     name, problem = setting.name, make_problem(setting)
-    depends_on = {**dataclasses.asdict(setting), "machine": machine(), "version": glue_jax.__version__}
+    code = digest_of_row(setting, _measure_row)
+    depends_on = {**dataclasses.asdict(setting), "machine": machine(), "version": glue_jax.__version__, "code": code}
     programs = functools.cache(lambda: _programs(setting, problem, bar))
     sizes = stages.read(f"sizes/{name}", depends_on) or stages.write(f"sizes/{name}", depends_on, _sizes(programs()))
     timed = {**depends_on, "repetitions": repetitions}

@@ -15,6 +15,7 @@ import glue_jax
 from experiments import models
 from experiments.data import Examples
 from experiments.models.network import Variables
+from experiments.sources import digest, name_of
 from experiments.training import Problem
 
 IMAGE_SHAPES: Mapping[str, tuple[int, int, int]] = {
@@ -81,6 +82,12 @@ def make_problem(setting: Setting) -> Problem:
     shape = IMAGE_SHAPES[setting.network]
     network = models.build(setting.network, image_shape=shape, num_classes=NUM_CLASSES)
     return Problem(network, np.full(shape[-1], 0.5, np.float32), np.full(shape[-1], 0.25, np.float32))
+
+
+def digest_of_row(setting: Setting, function: Callable[..., Any]) -> str:
+    """Returns the digest of the source that makes a row: of a function, and of the setting's one network."""
+    network = models.MODULES[setting.network]
+    return digest(name_of(function), name_of(network), leaving_out=("experiments.models:MODULES",))
 
 
 def num_parameters(problem: Problem) -> int:

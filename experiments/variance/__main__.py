@@ -23,10 +23,10 @@ from rich.console import Console
 
 from experiments import data
 from experiments.context import Context, prepare
-from experiments.experts import missing_experts
+from experiments.experts import describe_missing
 from experiments.presets import ExpertArguments, parse
 from experiments.session import exit_on, process, session
-from experiments.stages import Stages, machine
+from experiments.stages import machine
 from experiments.variance import report
 from experiments.variance.claims import claims
 from experiments.variance.measurement import measure, number_of_directions
@@ -54,34 +54,36 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         The results: of `experiments.variance.measurement.measure`, with `title`, `command` and `claims`.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
-    console = Console()
+    console = Console(markup=False)
     with exit_on(ValueError):
         parsed = parse(Arguments, "variance", __doc__ or "", words, settings=Settings())
-    with session(parsed.out_dir, console) as progress:
+        parsed.check()
+    command = shlex.join(["python", "-m", "experiments.variance", *words])
+    with session(parsed.out_dir, console, command) as progress:
         with exit_on(ValueError, OSError, data.DatasetNotFoundError):
             dataset = data.load(parsed.config.dataset, parsed.data_dir, parsed.config.image_size)
-            context = prepare(parsed.config, dataset, parsed.run_dir / "stages", progress)
+            kept, accept = parsed.run_dir / "stages", parsed.accept_stages
+            context = prepare(parsed.config, dataset, kept, progress, accept_stages=accept)
             check(context, parsed.settings)
         progress.say(_plan(context, parsed.settings))
-        results = measure(context, parsed.settings, Stages(parsed.out_dir / "stages"))
-    results["title"] = f"The error of the gradient estimates: {parsed.experiment}, preset {parsed.preset}"
-    results["command"] = shlex.join(["python", "-m", "experiments.variance", *words])
-    results["claims"] = claims(results)
-    report.write(results, parsed.out_dir)
+        results = measure(context, parsed.settings, parsed.stages(progress))
+        results["title"] = f"The error of the gradient estimates: {parsed.experiment}, preset {parsed.preset}"
+        results["command"] = command
+        results["claims"] = claims(results)
+        report.write(results, parsed.out_dir)
     report.print_table(results, parsed.out_dir, console)
     return results
 
 
 def _plan(context: Context, settings: Settings) -> str:
     """What is going to be done."""
-    config, missing = context.config, len(missing_experts(context))
+    config = context.config
     training = (
-        f"experts to train first: {missing} of {config.num_experts}, {config.expert_epochs} epochs of "
-        f"{config.expert_examples} images each\n"
+        f"{describe_missing(context)}\nan expert: {config.expert_epochs} epochs of {config.expert_examples} images\n"
     )
     errors, radii = (2 * count for count in number_of_directions(config, settings))
     return (
-        f"{context.dataset.name}; {machine()}\n{training if missing else ''}"
+        f"{context.dataset.name}; {machine()}\n{training}"
         f"forward passes of {settings.examples} images: errors {errors}, radii {radii}; learning at most "
         f"{config.alpha_steps} steps"
     )

@@ -165,6 +165,7 @@ class _Setting(NamedTuple):
             "matmul_precision": config.matmul_precision,
             "examples": self.settings.examples,
             "measuring_seed": self.settings.measuring_seed,
+            "code": self.context.code(measure),
         }
         if bar is not None and self.stages.read(name, depends_on) is not None:
             bar.skip(units)

@@ -1,0 +1,112 @@
+"""Arrays on disk, whole, and noticed where they are damaged."""
+
+import errno
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import checkpoints
+from experiments.stages import DamagedStageError
+
+TREE = {"a": jnp.arange(5000.0).reshape(50, 100), "b": {"c": jnp.arange(3)}}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoints") / "kept"
+    return path, checkpoints.save(path, TREE)
+
+
+@pytest.fixture
+def copied(saved, tmp_path):
+    return shutil.copytree(saved[0], tmp_path / "kept")
+
+
+@pytest.mark.parametrize("name", ["plain", "lr=[1e-3]", "a[bold]c", "a\\b", "[/b]", "50 %?*"])
+def test_what_is_saved_is_loaded_whatever_the_folders_name(name, tmp_path):
+    path = tmp_path / name / "run" / "0-abc"
+    expected = checkpoints.save(path, TREE)
+    loaded = checkpoints.load(path, TREE, expected=expected)
+    assert jax.tree.all(jax.tree.map(np.array_equal, loaded, TREE))
+    # Also over what is there.
+    checkpoints.save(path, TREE)
+    assert [left.name for left in path.parent.iterdir()] == ["0-abc"]
+
+
+def files(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def flip(folder):
+    path = max((folder / "state" / "ocdbt.process_0" / "d").iterdir(), key=lambda path: path.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(bytes(content))
+
+
+def cut(folder):
+    for path in files(folder):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def remove(pattern):
+    def damage(folder):
+        for path in folder.rglob(pattern):
+            path.unlink() if path.is_file() else shutil.rmtree(path)
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip,
+        cut,
+        remove("*METADATA*"),
+        remove("d"),
+        remove("manifest.ocdbt"),
+        remove("*"),
+        lambda path: remove("*")(path),
+    ],
+)
+def test_damage_is_told_in_one_line_with_the_way_out(damage, saved, copied):
+    damage(copied)
+    with pytest.raises(DamagedStageError, match=f"{copied} is damaged .*delete it, and its stage") as caught:
+        checkpoints.load(copied, TREE, expected=saved[1])
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_other_arrays_of_the_same_shapes_are_damage(saved, copied):
+    checkpoints.save(copied, jax.tree.map(lambda leaf: leaf + 1, TREE))
+    with pytest.raises(DamagedStageError, match="its arrays are not what was written"):
+        checkpoints.load(copied, TREE, expected=saved[1])
+
+
+def test_the_checksum_is_of_paths_shapes_dtypes_and_numbers():
+    trees = [
+        {"a": jnp.zeros(4)},
+        {"b": jnp.zeros(4)},
+        {"a": jnp.zeros((2, 2))},
+        {"a": jnp.zeros(4, jnp.int32)},
+        {"a": jnp.zeros(4).at[3].set(1e-30)},
+    ]
+    assert len({checkpoints.checksum(tree) for tree in trees}) == len(trees)
+    assert checkpoints.checksum({"a": jnp.zeros(4)}) == checkpoints.checksum({"a": np.zeros(4, np.float32)})
+
+
+def test_a_full_disk_is_an_error_of_the_system_and_leaves_no_half(tmp_path, monkeypatch):
+    def full(path, tree, **_):
+        (tmp_path / "0-abc.orbax-checkpoint-tmp").mkdir()
+        raise ValueError("RESOURCE_EXHAUSTED: Failed writing: No space left on device [os_error_code='28']")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.ocp, "save", full)
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            checkpoints.save(tmp_path / "0-abc", TREE)
+    assert caught.value.errno == errno.ENOSPC
+    assert not list(tmp_path.iterdir())
+    # With room again.
+    checkpoints.load(tmp_path / "0-abc", TREE, expected=checkpoints.save(tmp_path / "0-abc", TREE))
