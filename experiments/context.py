@@ -178,6 +178,7 @@ def glue_step(config: Config) -> Any:
         radius=config.radius,
         num_directions=config.num_directions,
         directions=config.directions,
+        matmul_precision=config.matmul_precision,
     )
 
 

@@ -12,6 +12,7 @@ import copy
 import functools
 import hashlib
 import importlib.util
+import sys
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,7 +43,12 @@ def is_ours(module: str) -> bool:
 
 def name_of(thing: Callable[..., Any]) -> str:
     """Returns how `digest` calls a function or a class, as `module:name`: of a nested one, what encloses it."""
-    return f"{thing.__module__}:{thing.__qualname__.split('.')[0]}"
+    module = thing.__module__
+    if module == "__main__":
+        # What `python -m` runs is imported under this name.
+        spec = sys.modules["__main__"].__spec__
+        module = spec.name if spec else module
+    return f"{module}:{thing.__qualname__.split('.')[0]}"
 
 
 @functools.cache

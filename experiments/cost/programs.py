@@ -130,6 +130,8 @@ def spsa_step(problem: Problem, setting: Setting, *, probe_batch_size: int | Non
         optimizer=OPTIMIZER,
         num_directions=setting.num_directions,
         probe_batch_size=probe_batch_size,
+        # `compile_program` sets it, for this step and for the full gradient's.
+        matmul_precision=None,
     )
 
 
