@@ -67,7 +67,8 @@ def refresh_statistics(
     """
     if hasattr(batches, "shape") or hasattr(batches, "_fields") or isinstance(batches, Mapping):
         raise TypeError(f"batches is a {type(batches).__name__}; expected an iterable of batches: one batch is [batch]")
-    check_counts(num_batches=num_batches)
+    if num_batches is not None:
+        check_counts(num_batches=num_batches)
     pooled: dict[str, jax.Array] = {}
     dtypes: dict[str, Any] = {}
     means: dict[str, str] = {}
