@@ -52,7 +52,7 @@ def test_the_report_has_the_error_of_each_number_format(tmp_path, monkeypatch):
     monkeypatch.setattr(numerics, "RADII", (0.1,))
     monkeypatch.setattr(numerics, "DTYPES", {"bfloat16": jnp.bfloat16})
     monkeypatch.setattr(numerics, "ARITHMETIC", ("float32", "bfloat16 products"))
-    words = "--num-experts 3 --expert-epochs 1 --seeds 0 --run-dir".split()
+    words = ["--num-experts", "3", "--expert-epochs", "1", "--seeds", "0", "--run-dir"]
     results = numerics.main([*words, str(tmp_path / "run"), "--out-dir", str(tmp_path / "out")])
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
     exact, short = results["rows"][:2]
