@@ -189,12 +189,14 @@ def _changed(monkeypatch, module, name, before, after):
     assert before in text
     monkeypatch.setitem(parsed.definitions, name, ast.parse(text.replace(before, after)).body)
     sources.digest.cache_clear()
+    sources._definition.cache_clear()
 
 
 @pytest.fixture
 def fresh_digests():
     yield
     sources.digest.cache_clear()
+    sources._definition.cache_clear()
 
 
 ALL = {"experts", "accuracies", "coefficients", "fine-tuning"}
