@@ -238,6 +238,16 @@ def test_changed_source_does_anew_what_it_touches(
     assert {kind for kind, _ in places() - unchanged} == anew
 
 
+@pytest.mark.parametrize("change", [{"num_classes": 11}, {"train": (1348, 4, 16, 1)}])
+def test_what_the_checksum_of_the_data_does_not_see_counts(change, digits, tmp_path):
+    context = _prepare(TINY, digits, tmp_path)
+    if "train" in change:
+        change = {"train": digits.train._replace(images=digits.train.images.reshape(change["train"]))}
+    other = context._replace(dataset=digits._replace(**change))
+    assert other.dataset.checksum == context.dataset.checksum
+    assert other.expert_fields != context.expert_fields
+
+
 def test_experts_that_other_source_trained_are_taken_where_they_are_accepted(
     done, digits, tmp_path, monkeypatch, fresh_digests
 ):
