@@ -37,7 +37,8 @@ def save(path: Path, tree: Any) -> str:
     try:
         with _quiet(), _plain(path) as plain:
             ocp.save(str(plain), tree, overwrite=True)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
+        # Of tensorstore, or of what orbax writes itself.
         if os.strerror(errno.ENOSPC) not in str(error):
             raise
         # Its room is needed for the next trial.
@@ -104,7 +105,11 @@ def _plain(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps what orbax's threads log of a failure, a traceback for each array, out of a command's output."""
+    """Keeps what orbax's threads log of a failure, a traceback for each array, out of a command's output.
+
+    A task logs its failure when it is collected: most are at once, but some last to the process's end, so after a
+    failure the loggers stay quiet.
+    """
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -112,9 +117,7 @@ def _quiet() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        # Tasks log their failure when they are collected.
         gc.collect()
         raise
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)

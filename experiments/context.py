@@ -90,10 +90,12 @@ class Context(NamedTuple):
         return self._code(*map(name_of, functions), leaving_out=() if has_steps else _STEPS)
 
     def _code(self, *names: str, leaving_out: tuple[str, ...]) -> str:
-        """A digest of the source, with the one network of the config."""
+        """A digest of the source, with the one network of the config, and what the data's checksum does not see."""
         network = name_of(models.MODULES[self.config.network])
         begin = _PREPARE, "experiments.experts:_train_experts", network
-        return digest(*begin, *names, leaving_out=(*leaving_out, "experiments.models:MODULES"))
+        found = digest(*begin, *names, leaving_out=(*leaving_out, "experiments.models:MODULES"))
+        shape = "x".join(map(str, self.dataset.train.images.shape[1:]))
+        return f"{found}, {self.dataset.num_classes} classes of {shape}"
 
 
 def prepare(

@@ -134,22 +134,21 @@ def _train_and_keep(context: Context, group: list[int], missing: list[int], stag
     """Trains a group of experts at once, and keeps those of them that are missing."""
     start = time.perf_counter()
     with naming(f"experts {group}"):
-        trained, losses = _train_experts(context, group, stage)
-    for position, index in enumerate(group):
+        trained = _train_experts(context, group, stage)
+    for index, (expert, losses) in zip(group, trained, strict=True):
         if index not in missing:
             continue
         key = _stage_of(context, index)
-        expert = jax.tree.map(lambda leaf, position=position: leaf[position], trained)
         result = {
-            "training_loss": [float(loss[position]) for loss in losses],
+            "training_loss": losses,
             "checksum": checkpoints.save(context.stages.path(*key), expert),
             "seconds": (time.perf_counter() - start) / len(group),
         }
         context.stages.write(*key, result)
 
 
-def _train_experts(context: Context, group: list[int], stage: Stage) -> tuple[Variables, list[np.ndarray]]:
-    """Trains some experts at once; their variables, stacked, and their mean losses in each epoch."""
+def _train_experts(context: Context, group: list[int], stage: Stage) -> list[tuple[Variables, list[float]]]:
+    """Trains some experts at once; each one's variables and its mean loss in each epoch."""
     config = context.config
     key = jax.random.key(config.expert_seed)
     numbers = jnp.asarray(group, jnp.uint32)
@@ -170,7 +169,10 @@ def _train_experts(context: Context, group: list[int], stage: Stage) -> tuple[Va
     )
     for index, loss in zip(group, losses[-1], strict=True):
         context.progress.say(f"expert {index}: training loss {loss:.3f} in the last epoch")
-    return trained, losses
+    return [
+        (jax.tree.map(lambda leaf, at=at: leaf[at], trained), [float(loss[at]) for loss in losses])
+        for at in range(len(group))
+    ]
 
 
 def _initialize(context: Context, numbers: jax.Array) -> Variables:

@@ -50,7 +50,7 @@ def session(out_dir: Path, console: Console, command: str) -> Iterator[ProgressB
                 sweep(out_dir)
                 yield progress
         except OSError as error:
-            sys.exit(f"{_words(error)}; {_kept(out_dir)}")
+            sys.exit(f"{_words(error, out_dir)}; {_kept(out_dir)}")
         except KeyboardInterrupt:
             progress.say(f"interrupted: {_kept(out_dir)}")
             sys.exit(INTERRUPTED)
@@ -85,10 +85,11 @@ def exit_on(*errors: type[Exception]) -> Iterator[None]:
         sys.exit(f"{type(error).__name__}: {error}")
 
 
-def _words(error: OSError) -> str:
+def _words(error: OSError, out_dir: Path) -> str:
     """What to say of a file that cannot be read or written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"no space is left to write {error.filename or 'a file'}: make room, and give the same command again"
+        where = error.filename or f"into {out_dir}"
+        return f"no space is left to write {where}: make room, and give the same command again"
     return f"{type(error).__name__}: {error}"
 
 

@@ -9,9 +9,11 @@ digest begins there, too.
 
 import ast
 import copy
+import dataclasses
 import functools
 import hashlib
 import importlib.util
+import json
 import sys
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -20,47 +22,81 @@ from typing import Any, NamedTuple
 _PACKAGES = "experiments", "glue_jax"
 _DECIDE_NOTHING = frozenset({"experiments.config", "experiments.progress", "experiments.sources", "experiments.stages"})
 """Modules that no digest enters: a config's values are in every stage's fingerprint, the others decide no result."""
+_AT_IMPORT = "at import"
+"""No name that a module can bind."""
 
 
 class _Module(NamedTuple):
     """A parsed module.
 
     Attributes:
-        definitions: the statements that bind a name.
+        definitions: the statements that bind a name; under `_AT_IMPORT` those that bind none, and run at its import.
         imports: where a name comes from: a module, and a name there or None.
-        others: the statements that bind no name and run whenever the module is imported.
     """
 
     definitions: dict[str, list[ast.stmt]]
     imports: dict[str, tuple[str, str | None]]
-    others: list[ast.stmt]
 
 
-def is_ours(module: str) -> bool:
-    """Returns whether a module is of a package that digests cover."""
-    return module.partition(".")[0] in _PACKAGES
+class _Definition(NamedTuple):
+    """What a digest holds of a name.
+
+    Attributes:
+        text: its statements, without what decides no result.
+        names: what the text names, in its order.
+        beside: what stands beside the text: in annotations and in the words of errors, and what its module's import
+            does.
+    """
+
+    text: str
+    names: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
 
 
 def name_of(thing: Callable[..., Any]) -> str:
     """Returns how `digest` calls a function or a class, as `module:name`: of a nested one, what encloses it."""
-    module = thing.__module__
-    if module == "__main__":
-        # What `python -m` runs is imported under this name.
-        spec = sys.modules["__main__"].__spec__
-        module = spec.name if spec else module
-    return f"{module}:{thing.__qualname__.split('.')[0]}"
+    return f"{_module_of(thing)}:{thing.__qualname__.split('.')[0]}"
+
+
+def functions_in(value: Any) -> list[Callable[..., Any]]:
+    """Returns the functions and classes of this repository that a value is made of, for `name_of`.
+
+    Args:
+        value: a function or a class, a `functools.partial` or an instance of a dataclass with such in it, or anything
+            else, which has none.
+
+    Raises:
+        ValueError: a function made within another, with values that no digest sees.
+    """
+    if isinstance(value, functools.partial):
+        parts = [value.func, *value.args, *value.keywords.values()]
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = [type(value), *(getattr(value, field.name) for field in dataclasses.fields(value))]
+    elif callable(value) and _is_ours(_module_of(value)):
+        if getattr(value, "__closure__", None):
+            raise ValueError(
+                f"{value.__qualname__} of {value.__module__} has values of the function around it, which no digest "
+                "sees; expected a functools.partial"
+            )
+        return [value]
+    else:
+        parts = []
+    return [function for part in parts for function in functions_in(part)]
 
 
 @functools.cache
 def digest(*names: str, leaving_out: Collection[str] = ()) -> str:
     """Returns a digest of all source that some definitions reach.
 
+    It holds the text of each, and which one each name in it stands for. Where a definition stands does not matter, so
+    it may move to another module.
+
     Args:
         *names: where to begin, each as `module:name`.
         leaving_out: definitions, as `module:name`, where it does not go on: what they decide does not matter.
 
     Returns:
-        16 hexadecimal digits. Where a definition stands does not matter, so it may move to another module.
+        16 hexadecimal digits.
 
     Raises:
         ValueError: a name that its module does not define.
@@ -69,39 +105,75 @@ def digest(*names: str, leaving_out: Collection[str] = ()) -> str:
         module, _, defined = name.partition(":")
         if defined not in _parse(module).definitions:
             raise ValueError(f"{name!r} names no definition; expected 'module:name'")
-    texts: list[str] = []
-    seen, entered, waiting = set(leaving_out), set(), list(names)
-    while waiting:
-        name = waiting.pop()
-        if name in seen:
-            continue
-        seen.add(name)
-        module, _, defined = name.partition(":")
-        if module in _DECIDE_NOTHING:
-            continue
-        parsed = _parse(module)
-        if not defined:
-            waiting += [f"{module}:{each}" for each in (*parsed.definitions, *parsed.imports)]
-            continue
-        if defined in parsed.imports:
-            origin, inner = parsed.imports[defined]
-            if is_ours(origin):
-                waiting.append(f"{origin}:{inner or ''}")
-            else:
-                texts.append(f"{defined} = {origin}:{inner}")
-            continue
-        statements = parsed.definitions.get(defined, [])
-        if module not in entered:
-            entered.add(module)
-            statements = [*statements, *parsed.others]
-        for statement in statements:
-            texts.append(_text(statement))
-            waiting += _references(module, parsed, statement)
-    return hashlib.sha256("\n".join(sorted(texts)).encode()).hexdigest()[:16]
+    numbers: dict[str, int] = {}
+    reached: list[str] = []
+
+    def number(name: str) -> int:
+        name = _origin(name)
+        if name not in numbers:
+            numbers[name] = len(reached)
+            reached.append(name)
+        return numbers[name]
+
+    begin, texts, beside = [number(name) for name in names], [], []
+    # It grows meanwhile.
+    for name in reached:
+        found = _Definition("") if name in leaving_out else _definition(name)
+        texts.append([found.text, *map(number, found.names)])
+        beside += found.beside
+        # Last, and without its number: what an annotation says decides nothing but which methods there are.
+        while beside and len(texts) == len(reached):
+            number(beside.pop(0))
+    return hashlib.sha256(json.dumps([begin, texts]).encode()).hexdigest()[:16]
+
+
+def _module_of(thing: Any) -> str:
+    """The module that defines a function or a class."""
+    module = getattr(thing, "__module__", None) or ""
+    if module == "__main__":
+        # What `python -m` runs is imported under this name.
+        spec = sys.modules["__main__"].__spec__
+        module = spec.name if spec else module
+    return module
+
+
+def _origin(name: str) -> str:
+    """Where a name is defined, as `module:name`; of a module itself `module:`."""
+    module, _, defined = name.partition(":")
+    if not _is_ours(module) or not defined or defined in _parse(module).definitions:
+        return name
+    origin, inner = _parse(module).imports.get(defined, (None, None))
+    return name if origin is None else _origin(f"{origin}:{inner or ''}")
+
+
+@functools.cache
+def _definition(name: str) -> _Definition:
+    """A definition, as `_origin` names it."""
+    module, _, defined = name.partition(":")
+    if not _is_ours(module):
+        return _Definition(name)
+    if module in _DECIDE_NOTHING:
+        return _Definition("")
+    parsed = _parse(module)
+    if not defined:
+        names = sorted({*parsed.definitions, *parsed.imports})
+        return _Definition(" ".join(names), tuple(f"{module}:{each}" for each in names))
+    statements = parsed.definitions.get(defined, [])
+    bare = [_Bare().visit(copy.deepcopy(statement)) for statement in statements]
+    names = dict.fromkeys(found for statement in bare for found in _references(module, parsed, statement))
+    beside = [found for statement in statements for found in _references(module, parsed, statement)]
+    if defined in parsed.imports:
+        # It is imported first, and bound anew.
+        origin, inner = parsed.imports[defined]
+        beside.append(f"{origin}:{inner or ''}")
+    parts = module.split(".")
+    packages = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+    beside += [f"{each}:{_AT_IMPORT}" for each in packages if _AT_IMPORT in _parse(each).definitions]
+    return _Definition("\n".join(map(ast.unparse, bare)), tuple(names), tuple(beside))
 
 
 def _references(module: str, parsed: _Module, statement: ast.stmt) -> Iterator[str]:
-    """The definitions that a statement names, as `module:name`."""
+    """The names of ours and of imports that a statement has, as `module:name`, in its order."""
     whole, known = set(), {*parsed.definitions, *parsed.imports}
     for node in ast.walk(statement):
         if isinstance(node, ast.Attribute) and (found := _resolved(parsed, node)):
@@ -111,8 +183,7 @@ def _references(module: str, parsed: _Module, statement: ast.stmt) -> Iterator[s
             yield f"{module}:{node.id}"
         elif isinstance(node, ast.Import | ast.ImportFrom):
             for origin, inner in _imports(node, module).values():
-                if is_ours(origin):
-                    yield f"{origin}:{inner or ''}"
+                yield f"{origin}:{inner or ''}"
 
 
 def _resolved(parsed: _Module, node: ast.Attribute) -> str | None:
@@ -120,11 +191,12 @@ def _resolved(parsed: _Module, node: ast.Attribute) -> str | None:
     if not isinstance(node.value, ast.Name) or node.value.id not in parsed.imports:
         return None
     origin, inner = parsed.imports[node.value.id]
-    if inner is not None or not is_ours(origin):
+    if inner is not None or not _is_ours(origin):
         return None
     there = _parse(origin)
     is_bound = node.attr in there.definitions or node.attr in there.imports
-    return f"{origin}:{node.attr}" if is_bound else f"{origin}.{node.attr}:"
+    is_module = not is_bound and _is_module(f"{origin}.{node.attr}")
+    return f"{origin}.{node.attr}:" if is_module else f"{origin}:{node.attr}"
 
 
 @functools.cache
@@ -132,17 +204,13 @@ def _parse(module: str) -> _Module:
     """A module, read once."""
     path = _file(module)
     tree = ast.parse(_TEXTS.get(path) or path.read_text())
-    parsed = _Module({}, {}, [])
+    parsed = _Module({}, {})
     for statement in tree.body:
         if isinstance(statement, ast.Import | ast.ImportFrom):
             parsed.imports.update(_imports(statement, module))
-        elif isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            parsed.definitions.setdefault(statement.name, []).append(statement)
-        elif names := _assigned(statement):
-            for name in names:
-                parsed.definitions.setdefault(name, []).append(statement)
         elif not _is_text(statement) and not _is_main(statement):
-            parsed.others.append(statement)
+            for name in _bound(statement) or [_AT_IMPORT]:
+                parsed.definitions.setdefault(name, []).append(statement)
     return parsed
 
 
@@ -155,26 +223,21 @@ def _imports(node: ast.Import | ast.ImportFrom, module: str) -> dict[str, tuple[
     origin = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
     return {
         alias.asname or alias.name: (f"{origin}.{alias.name}", None)
-        if is_ours(origin) and _is_module(f"{origin}.{alias.name}")
+        if _is_ours(origin) and _is_module(f"{origin}.{alias.name}")
         else (origin, alias.name)
         for alias in node.names
     }
 
 
-def _assigned(statement: ast.stmt) -> list[str]:
-    """The names that an assignment binds."""
-    if isinstance(statement, ast.AnnAssign | ast.AugAssign):
-        targets = [statement.target]
-    elif isinstance(statement, ast.Assign):
-        targets = statement.targets
-    else:
-        return []
-    return [node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)]
-
-
-def _text(statement: ast.stmt) -> str:
-    """A statement without what decides no result."""
-    return ast.unparse(_Bare().visit(copy.deepcopy(statement)))
+def _bound(statement: ast.stmt) -> list[str]:
+    """The names that a statement of a module binds."""
+    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        inner = (name for node in ast.walk(statement) if isinstance(node, ast.Global) for name in node.names)
+        return [statement.name, *inner]
+    if isinstance(statement, ast.Assign | ast.AnnAssign | ast.AugAssign):
+        nodes = ast.walk(statement)
+        return [node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+    return []
 
 
 class _Bare(ast.NodeTransformer):
@@ -204,6 +267,11 @@ class _Bare(ast.NodeTransformer):
         return self.generic_visit(node)
 
 
+def _is_ours(module: str) -> bool:
+    """Whether a module is of a package that digests cover."""
+    return module.partition(".")[0] in _PACKAGES
+
+
 def _is_text(statement: ast.stmt) -> bool:
     """Whether it is a docstring."""
     return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
@@ -211,7 +279,7 @@ def _is_text(statement: ast.stmt) -> bool:
 
 def _is_main(statement: ast.stmt) -> bool:
     """Whether it runs a module as a command."""
-    return isinstance(statement, ast.If) and "__name__" in ast.unparse(statement.test)
+    return isinstance(statement, ast.If) and ast.unparse(statement.test) == "__name__ == '__main__'"
 
 
 def _is_module(name: str) -> bool:

@@ -1,6 +1,7 @@
 """Arrays on disk, whole, and noticed where they are damaged."""
 
 import errno
+import logging
 import shutil
 
 import jax
@@ -79,6 +80,21 @@ def test_damage_is_told_in_one_line_with_the_way_out(damage, saved, copied):
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_what_tasks_log_after_a_failure_is_not_shown(saved, copied, caplog):
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels = [logger.level for logger in loggers]
+    checkpoints.load(copied, TREE, expected=saved[1])
+    assert [logger.level for logger in loggers] == levels
+    remove("d")(copied)
+    with pytest.raises(DamagedStageError):
+        checkpoints.load(copied, TREE, expected=saved[1])
+    # As asyncio does when a task is collected whose error nobody asked for.
+    logging.getLogger("asyncio").error("Task exception was never retrieved")
+    assert not caplog.records
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+
+
 def test_other_arrays_of_the_same_shapes_are_damage(saved, copied):
     checkpoints.save(copied, jax.tree.map(lambda leaf: leaf + 1, TREE))
     with pytest.raises(DamagedStageError, match="its arrays are not what was written"):
@@ -97,16 +113,23 @@ def test_the_checksum_is_of_paths_shapes_dtypes_and_numbers():
     assert checkpoints.checksum({"a": jnp.zeros(4)}) == checkpoints.checksum({"a": np.zeros(4, np.float32)})
 
 
-def test_a_full_disk_is_an_error_of_the_system_and_leaves_no_half(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("RESOURCE_EXHAUSTED: Failed writing: No space left on device [os_error_code='28']"),
+        OSError(errno.ENOSPC, "No space left on device"),
+    ],
+)
+def test_a_full_disk_is_an_error_of_the_system_and_leaves_no_half(error, tmp_path, monkeypatch):
     def full(path, tree, **_):
         (tmp_path / "0-abc.orbax-checkpoint-tmp").mkdir()
-        raise ValueError("RESOURCE_EXHAUSTED: Failed writing: No space left on device [os_error_code='28']")
+        raise error
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints.ocp, "save", full)
         with pytest.raises(OSError, match="No space left on device") as caught:
             checkpoints.save(tmp_path / "0-abc", TREE)
-    assert caught.value.errno == errno.ENOSPC
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "0-abc"))
     assert not list(tmp_path.iterdir())
     # With room again.
     checkpoints.load(tmp_path / "0-abc", TREE, expected=checkpoints.save(tmp_path / "0-abc", TREE))

@@ -189,12 +189,14 @@ def _changed(monkeypatch, module, name, before, after):
     assert before in text
     monkeypatch.setitem(parsed.definitions, name, ast.parse(text.replace(before, after)).body)
     sources.digest.cache_clear()
+    sources._definition.cache_clear()
 
 
 @pytest.fixture
 def fresh_digests():
     yield
     sources.digest.cache_clear()
+    sources._definition.cache_clear()
 
 
 ALL = {"experts", "accuracies", "coefficients", "fine-tuning"}
@@ -234,6 +236,16 @@ def test_changed_source_does_anew_what_it_touches(
     assert places() == unchanged
     _changed(monkeypatch, module, name, before, after)
     assert {kind for kind, _ in places() - unchanged} == anew
+
+
+@pytest.mark.parametrize("change", [{"num_classes": 11}, {"train": (1348, 4, 16, 1)}])
+def test_what_the_checksum_of_the_data_does_not_see_counts(change, digits, tmp_path):
+    context = _prepare(TINY, digits, tmp_path)
+    if "train" in change:
+        change = {"train": digits.train._replace(images=digits.train.images.reshape(change["train"]))}
+    other = context._replace(dataset=digits._replace(**change))
+    assert other.dataset.checksum == context.dataset.checksum
+    assert other.expert_fields != context.expert_fields
 
 
 def test_experts_that_other_source_trained_are_taken_where_they_are_accepted(

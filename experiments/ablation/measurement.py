@@ -21,6 +21,7 @@ from experiments.experts import initial_variables, measure_experts, train_expert
 from experiments.models.network import Variables
 from experiments.models.permutations import SPECS
 from experiments.protocol import coefficients_key, fine_tune, kept
+from experiments.sources import functions_in
 from experiments.stages import Stages
 from experiments.training import Problem, cross_entropy
 from glue_jax.types import LinkFn, LossFn, MergeFn
@@ -110,7 +111,7 @@ def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: St
 
     def measure_row(recipe: Recipe, learner: Callable[[], Learner], seed: int) -> dict[str, Any]:
         name = f"ablation/{recipe.slug}-seed{seed}"
-        code = context.code(measure, *recipe.functions)
+        code = context.code(measure, *functions_in(recipe))
         how = {"recipe": recipe.fingerprint, "seed": seed, "code": code}
 
         def compute() -> dict[str, Any]:

@@ -14,8 +14,8 @@ from experiments.config import Config
 from experiments.context import glue_step
 from experiments.data import Examples
 from experiments.models.network import Variables
-from experiments.sources import is_ours
 from experiments.training import Problem, cross_entropy
+from glue_jax.links import Link
 from glue_jax.types import LinkFn, StepFn
 
 Statistics = Literal["blended", "refreshed", "minibatch"]
@@ -153,16 +153,8 @@ class Recipe:
         step = self.step_fn
         if isinstance(step, functools.partial):
             fields |= {"step_fn": step.func, "step_words": step.keywords}
-        named = {name: getattr(value, "__name__", value) for name, value in fields.items()}
+        named = {name: _named(value) for name, value in fields.items()}
         return {**named, "first": self.first and self.first.fingerprint}
-
-    @property
-    def functions(self) -> list[Callable[..., Any]]:
-        """Its functions that are of this repository: their source decides its result, too."""
-        values = [getattr(self, field.name) for field in dataclasses.fields(self)]
-        found = [value.func if isinstance(value, functools.partial) else value for value in values]
-        ours = [value for value in found if is_ours(getattr(value, "__module__", "")) and callable(value)]
-        return [*ours, *(self.first.functions if self.first else [])]
 
     def groups(self, experts: Variables, network: str) -> glue_jax.Groups | None:
         """The groups of a network's leaves; None is one for the model."""
@@ -198,6 +190,13 @@ class Recipe:
                 f"{self.name}: statistics is {self.statistics!r}; expected 'minibatch' with coefficients outside the "
                 "experts' convex hull, where a blended variance can be negative"
             )
+
+
+def _named(value: Any) -> Any:
+    """A value as JSON holds it: a function is its name, a link what it is made of."""
+    if isinstance(value, Link):
+        return {field.name: _named(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return getattr(value, "__name__", value)
 
 
 def _fisher_weighted(measured: Measured) -> Variables:
