@@ -14,7 +14,7 @@ import optax
 import pytest
 
 import glue_jax
-from glue_jax import sources
+from glue_jax import streams
 from glue_jax.streams import ArrayBatches
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -488,7 +488,7 @@ def test_a_step_that_returns_something_else_is_refused(returned):
 @pytest.mark.usefixtures("both_ways")
 def test_an_epoch_is_permuted_once(monkeypatch):
     epochs = []
-    permuted = sources._epoch_batches
+    permuted = streams._epoch_batches
 
     def spy(key, epoch, *counts):
         epochs.append(epoch)

@@ -9,7 +9,7 @@ import pytest
 
 import glue_jax
 from tests.test_learning import DATA, EXPERTS, OPTIMIZER, learn, squared
-from tests.test_sources import Loader
+from tests.test_streams import Loader
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
