@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from glue_jax.checks import check_positive, check_state
+from glue_jax.checks import check_optimizer, check_positive, check_state
 from glue_jax.directions import Directions, dimension, sample_directions
 from glue_jax.estimators import (
     Estimate,
@@ -131,7 +131,7 @@ def tell(
     """
     if not isinstance(probes, Probes):
         raise TypeError(f"probes is a {type(probes).__name__}; expected the Probes that glue_jax.ask returned")
-    check_state(probes.state, optimizer)
+    check_optimizer(optimizer, probes.state)
     count = len(jax.tree.leaves(probes.directions)[0])
     failed = [loss is None for loss in losses] if isinstance(losses, Sequence) else [False] * np.size(losses)
     values = np.asarray([np.nan if loss is None else loss for loss in losses] if any(failed) else losses)

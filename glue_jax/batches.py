@@ -75,14 +75,15 @@ def batched_mean(fn: Callable[[Params, Batch], PyTree], params: Params, data: Ba
         TypeError: a batch size that is not an integer, or data that holds no arrays.
     """
     check_callable(fn=fn)
+    return mean_over_batches(lambda batch: _wide_scalars(fn(params, batch)), data, batch_size)
+
+
+def mean_over_batches(means_of: Callable[[Batch], PyTree], data: Batch, batch_size: int) -> PyTree:
+    """The mean over all examples of arrays of any shape, each a mean over its batch, in the dtypes in which they come."""
     check_counts(batch_size=batch_size)
     n = num_examples("data", data)
     whole = n // batch_size
     covered = whole * batch_size
-
-    def means_of(batch: Batch) -> PyTree:
-        return _wide_scalars(fn(params, batch))
-
     parts = []
     if whole:
         batches = jax.tree.map(lambda a: a[:covered].reshape(whole, batch_size, *a.shape[1:]), data)

@@ -86,7 +86,7 @@ def calibrate(
     at_all = jax.tree.map(
         lambda *leaves: jnp.concatenate(leaves), *(spsa_probes(beta, u, float(radius)) for radius in tried)
     )
-    values = np.asarray(map_probes(scalar_valued(fun), at_all, probe_batch_size), np.float64)
+    values = as_numbers("the value of fun", map_probes(scalar_valued(fun), at_all, probe_batch_size))
     pairs = values.reshape(len(tried), num_directions, 2)
     # Of probes that are infinite there is no slope.
     with np.errstate(divide="ignore", invalid="ignore"):

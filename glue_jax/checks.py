@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.core import Tracer
 from numpy.typing import NDArray
 
@@ -70,16 +69,8 @@ def check_callable(**functions: Any) -> None:
             raise TypeError(f"{name} is {function!r}; expected a function")
 
 
-def check_optimizer(optimizer: Any) -> None:
-    """Refuses what is no optimizer of optax, as the function that makes one."""
-    if not callable(getattr(optimizer, "init", None)) or not callable(getattr(optimizer, "update", None)):
-        raise TypeError(
-            f"optimizer is {optimizer!r}; expected an optax.GradientTransformation, for instance optax.adam(1e-2)"
-        )
-
-
-def check_state(state: Any, optimizer: optax.GradientTransformation | None = None) -> None:
-    """Refuses what is no state, and a state of another optimizer than the one that is given."""
+def check_state(state: Any) -> None:
+    """Refuses what is no state."""
     if not isinstance(state, GlueState):
         raise TypeError(
             f"state is a {type(state).__name__}; expected a GlueState, as glue_jax.init and the steps return (a "
@@ -87,9 +78,16 @@ def check_state(state: Any, optimizer: optax.GradientTransformation | None = Non
         )
     if not jnp.issubdtype(getattr(state.step, "dtype", type(state.step)), np.integer) or np.shape(state.step):
         raise TypeError(f"state.step is {state.step!r}; expected one integer")
-    if optimizer is None:
+
+
+def check_optimizer(optimizer: Any, state: GlueState | None = None) -> None:
+    """Refuses what is no optimizer of optax, as the function that makes one, and one that a state is not of."""
+    if not callable(getattr(optimizer, "init", None)) or not callable(getattr(optimizer, "update", None)):
+        raise TypeError(
+            f"optimizer is {optimizer!r}; expected an optax.GradientTransformation, for instance optax.adam(1e-2)"
+        )
+    if state is None:
         return
-    check_optimizer(optimizer)
     expected, found = (
         [(path, jnp.shape(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
         for tree in (jax.eval_shape(optimizer.init, state.beta), state.opt_state)

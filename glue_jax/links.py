@@ -66,9 +66,7 @@ def apply_link(link_fn: LinkFn, beta: PyTree) -> PyTree:
     """Returns alpha; refuses a link that returns none, and the softmax of a beta that is no array."""
     check_callable(link_fn=link_fn)
     if link_fn is jax.nn.softmax and not jax.tree_util.all_leaves([beta]):
-        raise TypeError(
-            f"beta is a {type(beta).__name__}, and the softmax takes one array; pass the link_fn of this beta"
-        )
+        raise TypeError(f"beta is a {type(beta).__name__}; the softmax takes one array: pass the link_fn of this beta")
     alpha = link_fn(beta)
     if not jax.tree.leaves(alpha):
         raise TypeError(f"link_fn returned {alpha!r}; expected coefficients")

@@ -12,7 +12,7 @@ import numpy as np
 from jax.core import Tracer
 from numpy.typing import ArrayLike
 
-from glue_jax.batches import batched_mean
+from glue_jax.batches import mean_over_batches
 from glue_jax.blending import blend
 from glue_jax.checks import as_number, as_numbers, check_callable, check_positive
 from glue_jax.experts import num_experts
@@ -199,10 +199,10 @@ def diagonal_fisher(
         zeros = [jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in learned]
         return jax.lax.scan(add, zeros, classes)[0]
 
-    def of_batch(_: Params, batch: PyTree) -> PyTree:
+    def of_batch(batch: PyTree) -> PyTree:
         return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), jax.vmap(of_one)(batch))
 
-    found = iter(batched_mean(of_batch, params, inputs, batch_size))
+    found = iter(mean_over_batches(of_batch, inputs, batch_size))
     return jax.tree.unflatten(
         treedef, [next(found) if _is_inexact(leaf) else jnp.zeros(jnp.shape(leaf)) for leaf in leaves]
     )

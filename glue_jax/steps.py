@@ -266,7 +266,8 @@ def _step(
     merge_fn: MergeFn,
 ) -> tuple[GlueState, GlueMetrics]:
     """One update of beta by any estimator."""
-    check_state(state, optimizer)
+    check_state(state)
+    check_optimizer(optimizer, state)
     check_callable(loss_fn=loss_fn, link_fn=link_fn, merge_fn=merge_fn)
     merge = merge_for_learning(merge_fn)
 
