@@ -12,7 +12,6 @@ Where experts' heads differ, `partition` them off, align the rest by a spec with
 with the head of the expert that the others were aligned to: its units kept their places, so that its head fits.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from glue_jax.batches import check_counts
+from glue_jax.checks import check_counts, compiled
 from glue_jax.experts import num_experts
 from glue_jax.paths import by_path, check_finite
 from glue_jax.permutation_specs import Layout, PermutationSpec
@@ -92,15 +91,18 @@ def align(
             infinite or NaN, by argument and path; a permutation none of whose leaves is compared; `max_sweeps` below 1.
     """
     check_counts(max_sweeps=max_sweeps)
+    check_counts(at_least=0, seed=seed)
     layout = Layout(spec, reference)
     ours, theirs = by_path(params), by_path(reference)
     for path in ours.keys() | theirs.keys():
         shapes = [np.shape(leaves[path]) if path in leaves else "no leaf" for leaves in (ours, theirs)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"params has {shapes[0]} at {path!r}, and reference {shapes[1]}: expected the same")
+        if np.iscomplexobj(ours[path]) or np.iscomplexobj(theirs[path]):
+            raise TypeError(f"params or reference is complex at {path!r}; expected real weights")
     check_finite("params", params)
     check_finite("reference", reference)
-    compared = [path for path in ours if not (ignore and re.search(ignore, path))]
+    compared = [path for path in ours if not (ignore and compiled("ignore", ignore).search(path))]
     if unseen := sorted(layout.sizes.keys() - {name for path in compared for name in layout.names(path)}):
         raise ValueError(f"ignore is {ignore!r}, which leaves no weights to match the permutations {unseen} by")
 
@@ -194,6 +196,9 @@ def align_experts(
             by `check_fn`; `max_rounds` below 1.
     """
     check_counts(max_rounds=max_rounds)
+    check_counts(at_least=0, seed=seed)
+    if reference is not None:
+        check_counts(at_least=0, reference=reference)
     k = num_experts(experts)
     check_finite("experts", experts, stacked=True)
     models = [jax.tree.map(lambda leaf, index=index: np.asarray(leaf[index]), experts) for index in range(k)]
@@ -240,6 +245,8 @@ def _check_function(
 ) -> None:
     """Refuses an expert whose outputs changed with the places of its units."""
     outputs = [jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), check_fn(params)) for params in (before, after)]
+    if not jax.tree.leaves(outputs):
+        raise ValueError(f"check_fn returned {outputs[0]}; expected outputs of the model, arrays")
     for first, second in zip(*map(jax.tree.leaves, outputs), strict=True):
         change, size = np.abs(second - first).max(initial=0), np.abs(first).max(initial=0)
         if not change <= tolerance * size:

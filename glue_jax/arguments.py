@@ -6,12 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.core import Tracer
 
-from glue_jax.batches import check_counts, num_examples
+from glue_jax.batches import num_examples
+from glue_jax.checks import check_callable, check_counts, check_optimizer
 from glue_jax.streams import as_arrays, check_same_kind, check_validation_stream, is_stream
-from glue_jax.types import GlueState, PyTree
+from glue_jax.types import PyTree
 
 # The defaults of `learn`; what differs from them was given.
 BATCH_SIZE, PATIENCE = 64, 10
@@ -21,14 +21,9 @@ _OWN = ("loss_fn", "optimizer", "link_fn", "merge_fn")
 
 def check_functions(functions: dict[str, Any], **optional: Any) -> None:
     """Refuses what cannot be called, and functions of `learn` that are hidden in its `step_fn`."""
-    optimizer = functions["optimizer"]
-    if not callable(getattr(optimizer, "init", None)) or not callable(getattr(optimizer, "update", None)):
-        raise TypeError(
-            f"optimizer is {optimizer!r}; expected an optax.GradientTransformation, for instance optax.adam(1e-2)"
-        )
-    for name, function in {**functions, **optional}.items():
-        if not (callable(function) or name == "optimizer" or (name in optional and function is None)):
-            raise TypeError(f"{name} is {function!r}; expected a function")
+    check_optimizer(functions["optimizer"])
+    given = {name: function for name, function in optional.items() if function is not None}
+    check_callable(**{name: function for name, function in functions.items() if name != "optimizer"}, **given)
     step_fn: Any = functions["step_fn"]
     while isinstance(step_fn, functools.partial) or hasattr(step_fn, "__wrapped__"):
         hidden = [name for name in getattr(step_fn, "keywords", {}) if name in _OWN]
@@ -100,19 +95,3 @@ def checked_validation(validation_data: Any, data: Any, validation_fn: Any, pati
     if validation_fn is None and not is_stream(data):
         check_same_kind(data, validation_data)
     return validation_data
-
-
-def check_state(state: Any, optimizer: optax.GradientTransformation) -> None:
-    """Refuses what is no state, and a state of another optimizer."""
-    if not isinstance(state, GlueState):
-        raise TypeError(f"state is a {type(state).__name__}; expected a GlueState (see glue_jax.init) or a LearnResult")
-    expected, found = (
-        [(path, jnp.shape(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
-        for tree in (jax.eval_shape(optimizer.init, state.beta), state.opt_state)
-    )
-    if expected != found:
-        raise ValueError(
-            "state.opt_state is not of this optimizer and beta: it has leaves "
-            f"{[(jax.tree_util.keystr(path), shape) for path, shape in found]}, where optimizer.init gives "
-            f"{[(jax.tree_util.keystr(path), shape) for path, shape in expected]}"
-        )

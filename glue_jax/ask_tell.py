@@ -6,6 +6,7 @@ for _ in range(100):
     state, metrics = glue_jax.tell(probes, losses, optimizer=optimizer)
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,16 +16,16 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
+from glue_jax.checks import check_optimizer, check_positive, check_state
 from glue_jax.directions import Directions, dimension, sample_directions
 from glue_jax.estimators import (
     Estimate,
     Scale,
-    check_radius,
     combine_slopes,
     scale_factor,
     spsa_probes,
 )
-from glue_jax.links import directions_of
+from glue_jax.links import apply_link, directions_of
 from glue_jax.precision import DEFAULT_RADIUS
 from glue_jax.steps import update
 from glue_jax.types import GlueMetrics, GlueState, LinkFn, PyTree
@@ -76,7 +77,7 @@ def ask(
 
     Raises:
         ValueError: an argument out of its range.
-        TypeError: coefficients that are not floating point.
+        TypeError: a state or a radius that is none, coefficients that are not floating point.
 
     Example:
         >>> import jax, optax
@@ -90,17 +91,18 @@ def ask(
         >>> bool(abs(glue_jax.alpha(state)[1] - 0.75) < 0.05)
         True
     """
+    check_state(state)
     radius = radius(state.step) if callable(radius) else radius
-    check_radius(radius)
+    check_positive("radius", radius)
     directions = directions or directions_of(link_fn)
     u = sample_directions(jax.random.fold_in(key, state.step), state.beta, num_directions, directions)
     return Probes(
-        alpha=jax.vmap(link_fn)(spsa_probes(state.beta, u, radius)),
+        alpha=jax.vmap(functools.partial(apply_link, link_fn))(spsa_probes(state.beta, u, radius)),
         state=state,
         directions=u,
         radius=radius,
         factor=scale_factor(scale, dimension(state.beta, directions)),
-        alpha_of_state=link_fn(state.beta),
+        alpha_of_state=apply_link(link_fn, state.beta),
     )
 
 
@@ -123,8 +125,13 @@ def tell(
         that was left out are NaN there.
 
     Raises:
-        ValueError: losses of another shape, that are infinite or not a number, or that are no real numbers.
+        ValueError: losses of another shape, that are infinite or not a number, or that are no real numbers; an
+            optimizer that is not the one of `init`.
+        TypeError: probes or an optimizer that are none.
     """
+    if not isinstance(probes, Probes):
+        raise TypeError(f"probes is a {type(probes).__name__}; expected the Probes that glue_jax.ask returned")
+    check_optimizer(optimizer, probes.state)
     count = len(jax.tree.leaves(probes.directions)[0])
     failed = [loss is None for loss in losses] if isinstance(losses, Sequence) else [False] * np.size(losses)
     values = np.asarray([np.nan if loss is None else loss for loss in losses] if any(failed) else losses)

@@ -1,6 +1,5 @@
 """Minibatches of data that lies on the device, a pytree of arrays `[N, ...]`."""
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from glue_jax.checks import check_callable, check_counts
 from glue_jax.types import Batch, Params, PyTree
 
 # The most shapes that a message prints.
@@ -74,11 +74,12 @@ def batched_mean(fn: Callable[[Params, Batch], PyTree], params: Params, data: Ba
         ValueError: data of different lengths, a batch size below 1, or a `fn` that returns nothing, or no scalars.
         TypeError: a batch size that is not an integer, or data that holds no arrays.
     """
+    check_callable(fn=fn)
     return mean_over_batches(lambda batch: _wide_scalars(fn(params, batch)), data, batch_size)
 
 
 def mean_over_batches(means_of: Callable[[Batch], PyTree], data: Batch, batch_size: int) -> PyTree:
-    """The same for any pytree of arrays, each a mean over its batch."""
+    """The mean over all examples of arrays of any shape, each a mean over its batch, in the dtypes in which they come."""
     check_counts(batch_size=batch_size)
     n = num_examples("data", data)
     whole = n // batch_size
@@ -122,17 +123,6 @@ def num_examples(name: str, data: Any) -> int:
 def on_cpu(tree: PyTree) -> bool:
     """Whether all arrays lie on CPUs."""
     return all(device.platform == "cpu" for leaf in jax.tree.leaves(tree) for device in leaf.devices())
-
-
-def check_counts(*, at_least: int = 1, **counts: Any) -> None:
-    """Refuses what is no integer, and integers below `at_least`."""
-    for name, count in counts.items():
-        try:
-            number = operator.index(count)
-        except TypeError as error:
-            raise TypeError(f"{name} is {count!r}; expected an integer of at least {at_least}") from error
-        if number < at_least:
-            raise ValueError(f"{name} is {count}; expected at least {at_least}")
 
 
 def _wide_scalars(means: PyTree) -> PyTree:

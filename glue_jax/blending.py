@@ -35,7 +35,7 @@ def blend(
 
     Raises:
         ValueError: shapes of `alpha`, `groups` and the experts that do not fit.
-        TypeError: complex coefficients.
+        TypeError: complex coefficients, or no array of them.
 
     Example:
         >>> import jax.numpy as jnp
@@ -45,7 +45,10 @@ def blend(
         Array([0.75, 0.75, 0.75], dtype=float32)
     """
     k = num_experts(experts)
-    alpha = jnp.asarray(alpha)
+    try:
+        alpha = jnp.asarray(alpha)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"alpha is a {type(alpha).__name__}; expected one array of coefficients") from error
     expected = "[K]" if groups is None else "[G, K]"
     if alpha.ndim != (1 if groups is None else 2) or alpha.shape[-1] != k:
         raise ValueError(

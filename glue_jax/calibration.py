@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from glue_jax import theory
-from glue_jax.batches import check_counts
+from glue_jax.checks import as_numbers, check_counts, check_positive
 from glue_jax.coefficients import check_floating
 from glue_jax.directions import Directions, dimension, sample_directions
 from glue_jax.estimators import map_probes, scalar_valued, spsa_probes
@@ -78,16 +78,15 @@ def calibrate(
     check_floating(beta)
     check_counts(num_directions=num_directions, step_directions=step_directions)
     beta = jax.tree.map(jnp.asarray, beta)
-    tried = np.asarray(radii, np.float64)
+    tried = as_numbers("radii", radii)
     if tried.ndim != 1 or len(tried) < 3 or not (tried[0] > 0 and tried[-1] < math.inf and (np.diff(tried) > 0).all()):
         raise ValueError(f"radii are {list(radii)}; expected at least three finite numbers above 0, ascending")
-    if not 0 < first_step < math.inf:
-        raise ValueError(f"first_step is {first_step}; expected a finite number above 0")
+    check_positive("first_step", first_step)
     u = sample_directions(key, beta, num_directions, directions)
     at_all = jax.tree.map(
         lambda *leaves: jnp.concatenate(leaves), *(spsa_probes(beta, u, float(radius)) for radius in tried)
     )
-    values = np.asarray(map_probes(scalar_valued(fun), at_all, probe_batch_size), np.float64)
+    values = as_numbers("the value of fun", map_probes(scalar_valued(fun), at_all, probe_batch_size))
     pairs = values.reshape(len(tried), num_directions, 2)
     # Of probes that are infinite there is no slope.
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
+from glue_jax.checks import as_numbers, check_counts
 from glue_jax.types import PyTree
 
 
@@ -16,8 +17,7 @@ def uniform(num_experts: int) -> jax.Array:
     Raises:
         ValueError: `num_experts` below 1.
     """
-    if num_experts < 1:
-        raise ValueError(f"num_experts is {num_experts}; expected at least 1")
+    check_counts(num_experts=num_experts)
     return jnp.full((num_experts,), 1 / num_experts, jnp.float32)
 
 
@@ -69,7 +69,7 @@ def weights_to_logits(weights: ArrayLike) -> jax.Array:
         ValueError: weights that are not inside the simplex. A softmax reaches its border only in the limit: start
             from `0.99 * weights + 0.01 / K` there.
     """
-    array = np.asarray(weights, np.float64)
+    array = as_numbers("weights", weights)
     if array.ndim == 0 or array.size == 0:
         raise ValueError(f"weights have shape {array.shape}; expected [K] or [G, K]")
     if not (np.isfinite(array).all() and (array > 0).all()):
@@ -93,7 +93,7 @@ def check_floating(beta: PyTree) -> None:
 
 def _normalized(name: str, values: Any) -> jax.Array:
     """The values over their sum, float32 `[K]`."""
-    array = np.asarray(values, np.float64)
+    array = as_numbers(name, values)
     if array.ndim != 1 or array.size == 0:
         raise ValueError(f"{name} have shape {array.shape}; expected [K], one number for each expert")
     if not np.isfinite(array).all() or (array < 0).any() or not array.any():

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
+from glue_jax.checks import check_counts
 from glue_jax.coefficients import check_floating
 from glue_jax.types import PyTree
 
@@ -80,13 +81,12 @@ def sample_directions(
         A pytree of beta's structure and dtypes with leaves `[m, ...]`.
 
     Raises:
-        ValueError: an m that is no integer of at least 1, an unknown name, nothing to probe, or a function's
+        ValueError: an m below 1, an unknown name, nothing to probe, or a function's
             directions of a wrong shape.
-        TypeError: coefficients that are not floating point.
+        TypeError: coefficients that are not floating point, or an m that is no integer.
     """
     check_floating(beta)
-    if not isinstance(num_directions, int | np.integer) or num_directions < 1:
-        raise ValueError(f"num_directions is {num_directions}; expected an integer of at least 1")
+    check_counts(num_directions=num_directions)
     dimension(beta, directions)
     if callable(directions):
         return _checked(directions(key, beta, num_directions), beta, num_directions)

@@ -5,16 +5,15 @@ floating-point coefficients.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from glue_jax.checks import check_callable, check_counts, check_positive
 from glue_jax.coefficients import check_floating
 from glue_jax.directions import Directions, dimension, sample_directions
 from glue_jax.precision import DEFAULT_RADIUS
@@ -89,7 +88,7 @@ def spsa_gradient(
         >>> jnp.allclose(estimate.gradient, 2 * beta, atol=1e-3)
         Array(True, dtype=bool)
     """
-    check_radius(radius)
+    check_positive("radius", radius)
     factor = scale_factor(scale, dimension(beta, directions))
     u = sample_directions(key, beta, num_directions, directions)
     fun = scalar_valued(fun)
@@ -178,16 +177,6 @@ def spsa_estimate(values: jax.Array, directions: PyTree, radius: ArrayLike, fact
     return Estimate(value=jnp.mean(pairs), gradient=gradient, probe_values=pairs)
 
 
-def check_radius(radius: ArrayLike) -> None:
-    """Refuses a radius that is no real scalar or, where its value is known, no finite number above 0."""
-    if np.shape(radius) != () or jnp.iscomplexobj(radius):
-        raise ValueError(
-            f"radius has shape {np.shape(radius)}, dtype {jnp.result_type(radius)}; expected one real number"
-        )
-    if not isinstance(radius, Tracer) and not 0 < float(radius) < math.inf:
-        raise ValueError(f"radius is {radius}; expected a finite number above 0")
-
-
 def _slopes(values: jax.Array, radius: ArrayLike) -> jax.Array:
     """Eq. (4), `[m]`, from the values `[2m]` at the points of `spsa_probes`."""
     pairs = values.reshape(-1, 2)
@@ -209,8 +198,7 @@ def map_probes(fun: Callable[[PyTree], Any], probes: PyTree, probe_batch_size: i
         if num_probes == 1:
             return all_at_once(probes)
         return jax.lax.platform_dependent(probes, cpu=functools.partial(jax.lax.map, fun), default=all_at_once)
-    if probe_batch_size < 1:
-        raise ValueError(f"probe_batch_size is {probe_batch_size}; expected at least 1, or None")
+    check_counts(probe_batch_size=probe_batch_size)
     if probe_batch_size >= num_probes:
         return all_at_once(probes)
     return jax.lax.map(fun, probes, batch_size=None if probe_batch_size == 1 else probe_batch_size)
@@ -235,6 +223,7 @@ def scale_factor(scale: Scale, d: int) -> float:
 
 def scalar_valued(fun: Callable[[PyTree], jax.Array], *, differentiable: bool = False) -> Callable[[PyTree], jax.Array]:
     """`fun`, whose value must be a real scalar, and no integer where it is differentiated, in at least float32."""
+    check_callable(fun=fun)
 
     def checked(beta: PyTree) -> jax.Array:
         value = fun(beta)

@@ -1,15 +1,15 @@
 """Experts as one pytree with a leading axis K."""
 
-import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glue_jax.paths import slashed
+from glue_jax.checks import compiled
+from glue_jax.paths import check_finite, slashed
 from glue_jax.types import Params, PyTree
 
 
@@ -38,7 +38,7 @@ def stack_experts(
         ValueError: experts that differ, with every difference by its path; weights that are infinite or not a
             number; integers that JAX's dtype does not hold; an entry of `take_first` that finds no leaf, or a
             floating-point one.
-        TypeError: a leaf that is no array of numbers, or a PRNG key.
+        TypeError: experts that are one pytree, a leaf that is no array of numbers, or a PRNG key.
 
     Warns:
         UserWarning: float64 leaves, which JAX stores as float32 unless `jax_enable_x64` is set.
@@ -50,6 +50,10 @@ def stack_experts(
         >>> experts["w"].shape
         (2, 3)
     """
+    if isinstance(experts, Mapping):
+        raise TypeError(
+            f"experts is a {type(experts).__name__}; expected an iterable of K pytrees, one for each expert"
+        )
     columns: dict[str, list[Any]] = {}
     paths, treedef, kept = [], None, set()
     differences: list[str] = []
@@ -79,7 +83,9 @@ def stack_experts(
     for (path, column), place in zip(columns.items(), shardings, strict=True):
         stacked.append(_stacked(path, column, place))
         column.clear()
-    return jax.tree.unflatten(treedef, stacked)
+    result = jax.tree.unflatten(treedef, stacked)
+    check_finite("experts", result, stacked=True)
+    return result
 
 
 def num_experts(experts: Params) -> int:
@@ -148,7 +154,10 @@ def _resolve_take_first(
     slashed_paths = {path_name(path): slashed(path) for path in paths}
     kept = set()
     for entry in (take_first,) if isinstance(take_first, str) else take_first:
-        found = {entry} & leaves.keys() or {name for name, path in slashed_paths.items() if re.search(entry, path)}
+        found = {entry} & leaves.keys()
+        if not found:
+            expression = compiled("an entry of take_first", entry)
+            found = {name for name, path in slashed_paths.items() if expression.search(path)}
         if not found:
             raise ValueError(f"take_first has {entry!r}, which finds no leaf of {list(slashed_paths.values())}")
         if wrong := sorted(name for name in found if jnp.issubdtype(leaves[name].dtype, jnp.inexact)):
@@ -159,8 +168,8 @@ def _resolve_take_first(
 
 def _differences(first: dict[str, Any], other: dict[str, Any], kept: set[str]) -> list[str]:
     """What keeps two experts from being stacked."""
-    found = [f"has no {path}" for path in first if path not in other]
-    found += [f"has {path}, which expert 0 lacks" for path in other if path not in first]
+    found = [f"in that it has no {path}" for path in first if path not in other]
+    found += [f"in that it has {path}, which expert 0 lacks" for path in other if path not in first]
     return found + [
         f"at {path}: {difference}"
         for path, leaf in other.items()
@@ -186,7 +195,7 @@ def _difference(first: Any, other: Any, *, kept: bool) -> str | None:
 
 
 def _stacked(path: str, column: Sequence[Any], sharding: Any) -> jax.Array:
-    """One leaf of all experts, `[K, ...]`, in its place, checked."""
+    """One leaf of all experts, `[K, ...]`, in its place."""
     dtype = column[0].dtype
     stored = jax.dtypes.canonicalize_dtype(dtype)
     if any(isinstance(leaf, jax.Array) for leaf in column):
@@ -203,13 +212,7 @@ def _stacked(path: str, column: Sequence[Any], sharding: Any) -> jax.Array:
             f"{path} is stored as {stored}, not as {dtype}: set jax_enable_x64 to keep it, or cast the experts",
             stacklevel=3,
         )
-    stacked = jnp.asarray(stacked) if sharding is None else jax.device_put(stacked, sharding)
-    if jnp.issubdtype(dtype, jnp.inexact) and not isinstance(stacked, jax.core.Tracer):
-        finite = np.asarray(jnp.isfinite(stacked).reshape(len(stacked), -1).all(axis=1))
-        if not finite.all():
-            bad = np.flatnonzero(~finite).tolist()
-            raise ValueError(f"the experts {bad} have infinite values, or NaN, at {path}; expected finite weights")
-    return stacked
+    return jnp.asarray(stacked) if sharding is None else jax.device_put(stacked, sharding)
 
 
 def _broadcast(sharding: PyTree, treedef: Any) -> list[Any]:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 
+from glue_jax.checks import compiled
 from glue_jax.paths import by_name, leaf_paths
 from glue_jax.types import Params, PyTree
 
@@ -110,7 +111,7 @@ def by_layer(experts: Params, *, norms: str | None = None, collections: str = "^
         )
     if norms is not None:
         named = list(dict.fromkeys(layers))
-        layers = [NORMS if layer != REST and re.search(norms, layer) else layer for layer in layers]
+        layers = [NORMS if layer != REST and compiled("norms", norms).search(layer) else layer for layer in layers]
         if NORMS not in layers:
             raise ValueError(f"the pattern {norms!r} of norms is in the name of no layer; the layers are {named}")
     return _numbered(experts, paths, layers)
@@ -131,15 +132,15 @@ def _numbered(experts: Params, paths: list[str], labels: list[str]) -> Groups:
 
 def _by_pattern(pattern: str) -> Callable[[str], str]:
     """From a path to what the pattern finds in it."""
-    compiled = re.compile(pattern)
+    expression = compiled("pattern", pattern)
 
     def label(path: str) -> str:
-        found = compiled.search(path)
+        found = expression.search(path)
         if found is None:
             return REST
-        name = found[1] if compiled.groups else found[0]
+        name = found[1] if expression.groups else found[0]
         if not name:
-            part = "its first capture group" if compiled.groups else "it"
+            part = "its first capture group" if expression.groups else "it"
             raise ValueError(
                 f"the pattern {pattern!r} is in {path}, but {part} matches nothing there; expected the name of a group"
             )

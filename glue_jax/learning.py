@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from glue_jax import arguments
 from glue_jax.batches import on_cpu
 from glue_jax.blending import blend
+from glue_jax.checks import check_optimizer, check_state
 from glue_jax.experts import num_experts
 from glue_jax.failures import NonFiniteLossError
 from glue_jax.runs import MOST_UNREAD, Run
@@ -196,7 +197,8 @@ def _begin(
                 f"{error}. With leaves or a link that are meant so, pass state=glue_jax.init(K, optimizer, ...)"
             ) from error
     current = state.state if isinstance(state, LearnResult) else state
-    arguments.check_state(current, optimizer)
+    check_state(current)
+    check_optimizer(optimizer, current)
     inputs = {"experts": experts, "data": data, "validation_data": validation_data}
     inputs = {name: tree for name, tree in inputs.items() if tree is not None and not is_stream(tree)}
     run = Run(functions["link_fn"], functions["step_fn"], inputs, _beside(current, (experts, inputs.get("data"))))

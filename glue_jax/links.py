@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from glue_jax.blending import merge_for_learning
+from glue_jax.checks import as_number, check_callable, check_positive
 from glue_jax.directions import DirectionName
 from glue_jax.paths import matching
 from glue_jax.types import LinkFn, MergeFn, Params, PyTree
@@ -61,6 +62,17 @@ def directions_of(link_fn: LinkFn) -> DirectionName:
     return "simplex_orthogonal" if inner is jax.nn.softmax else "orthogonal"
 
 
+def apply_link(link_fn: LinkFn, beta: PyTree) -> PyTree:
+    """Returns alpha; refuses a link that returns none, and the softmax of a beta that is no array."""
+    check_callable(link_fn=link_fn)
+    if link_fn is jax.nn.softmax and not jax.tree_util.all_leaves([beta]):
+        raise TypeError(f"beta is a {type(beta).__name__}; the softmax takes one array: pass the link_fn of this beta")
+    alpha = link_fn(beta)
+    if not jax.tree.leaves(alpha):
+        raise TypeError(f"link_fn returned {alpha!r}; expected coefficients")
+    return alpha
+
+
 def _identity(beta: PyTree) -> PyTree:
     """Beta itself."""
     return beta
@@ -75,7 +87,6 @@ unconstrained = Link(_identity, _uniform)
 """The `link_fn` of Eq. (7), which updates alpha without the softmax: alpha is beta. It starts at 1/K."""
 
 
-@functools.cache
 def box(*, low: float = 0.0, high: float = 1.0) -> Link:
     """Returns the link to coefficients between two bounds, each by itself: `low + (high - low) sigmoid(beta)`.
 
@@ -86,7 +97,8 @@ def box(*, low: float = 0.0, high: float = 1.0) -> Link:
         high: the upper bound, above it.
 
     Raises:
-        ValueError: bounds that are not finite, or not in this order.
+        ValueError: bounds that are not finite, not scalars, or not in this order.
+        TypeError: bounds that are no real numbers.
 
     Example:
         >>> import jax.numpy as jnp
@@ -94,8 +106,15 @@ def box(*, low: float = 0.0, high: float = 1.0) -> Link:
         >>> glue_jax.box(low=-0.5, high=1.5)(jnp.zeros(2))
         Array([0.5, 0.5], dtype=float32)
     """
+    low, high = as_number("low", low), as_number("high", high)
     if not -math.inf < low < high < math.inf:
         raise ValueError(f"low is {low} and high is {high}; expected finite numbers, low < high")
+    return _box(low, high)
+
+
+@functools.cache
+def _box(low: float, high: float) -> Link:
+    """The link of these bounds, one for each pair of them."""
     return Link(functools.partial(_in_box, low=low, high=high), functools.partial(_box_start, low=low, high=high))
 
 
@@ -123,12 +142,18 @@ def task_vector_weights(scales: jax.Array) -> jax.Array:
     Returns:
         Coefficients `[..., K+1]` with sum 1, the origin's first.
 
+    Raises:
+        ValueError: scales without an axis.
+
     Example:
         >>> import jax.numpy as jnp
         >>> import glue_jax
         >>> glue_jax.task_vector_weights(jnp.array([0.5, 1.0]))
         Array([-0.5,  0.5,  1. ], dtype=float32)
     """
+    scales = jnp.asarray(scales)
+    if not scales.ndim:
+        raise ValueError(f"scales have shape {scales.shape}; expected [..., K]")
     return jnp.concatenate([1 - jnp.sum(scales, axis=-1, keepdims=True), scales], axis=-1)
 
 
@@ -144,13 +169,22 @@ class Tempered(NamedTuple):
     temperature: jax.Array
 
 
-@functools.cache
 def tempered_link(link_fn: LinkFn = jax.nn.softmax) -> Link:
     """Returns the link of `Tempered` coefficients. It starts where `link_fn` does, at temperature 1.
 
     Args:
         link_fn: of the coefficients beside the temperature.
+
+    Raises:
+        TypeError: a link that is no function.
     """
+    check_callable(link_fn=link_fn)
+    return _tempered_link(link_fn)
+
+
+@functools.cache
+def _tempered_link(link_fn: LinkFn) -> Link:
+    """The link around another one, one for each of them."""
     return Link(
         functools.partial(_tempered, link_fn=link_fn),
         functools.partial(_tempered_start, link_fn=link_fn),
@@ -191,6 +225,7 @@ def tempered_merge(merge_fn: MergeFn, *, head: str) -> MergeFn:
     def merge(experts: Params, alpha: PyTree, *, min_dtype: DTypeLike | None = None) -> Params:
         if not isinstance(alpha, Tempered):
             raise TypeError(f"alpha is a {type(alpha).__name__}; expected glue_jax.Tempered, as tempered_link gives")
+        check_positive("the temperature", alpha.temperature)
         if min_dtype is None:
             params = merge_fn(experts, alpha.coefficients)
         else:

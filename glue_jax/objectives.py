@@ -12,11 +12,14 @@ from jax.typing import ArrayLike
 
 
 def error_rate(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
-    """Returns 1 - accuracy, float32 `[]`; NaN where a logit is NaN, as of a network with a NaN among its weights.
+    """Returns 1 - accuracy, float32 `[]`.
+
+    It is NaN where a logit is NaN, as of a network with a NaN among its weights, or where a label is of no class, as -1
+    for an example without one.
 
     Args:
         logits: `[..., C]` of C classes, at least two.
-        labels: the right classes, integers `[...]`.
+        labels: the right classes, integers `[...]` from 0 to C - 1.
 
     Raises:
         ValueError: labels of another shape, such as one-hot labels `[..., C]` or `[..., 1]`, fewer than two classes, or
@@ -34,7 +37,8 @@ def error_rate(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"labels have dtype {labels.dtype}; expected integers")
     wrong = (jnp.argmax(logits, axis=-1) != labels).astype(jnp.float32)
-    return jnp.mean(jnp.where(jnp.isnan(logits).any(axis=-1), jnp.nan, wrong))
+    of_no_class = (labels < 0) | (labels >= logits.shape[-1])
+    return jnp.mean(jnp.where(jnp.isnan(logits).any(axis=-1) | of_no_class, jnp.nan, wrong))
 
 
 def entropy(logits: ArrayLike) -> jax.Array:

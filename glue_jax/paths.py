@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from glue_jax.checks import compiled
 from glue_jax.types import PyTree
 
 
@@ -88,7 +89,8 @@ def combine(part: PyTree, rest: PyTree) -> PyTree:
 def matching(tree: PyTree, pattern: str) -> PyTree:
     """Returns `tree` with a bool in place of each leaf: whether the pattern is in its path; refuses one in no path."""
     paths = leaf_paths(tree)
-    found = jax.tree.map(lambda path: re.search(pattern, path) is not None, paths)
+    expression = compiled("the pattern", pattern)
+    found = jax.tree.map(lambda path: expression.search(path) is not None, paths)
     if not any(jax.tree.leaves(found)):
         raise ValueError(f"the pattern {pattern!r} is in no path; the paths are {jax.tree.leaves(paths)}")
     return found
@@ -149,8 +151,9 @@ def check_finite(name: str, tree: PyTree, *, stacked: bool = False) -> None:
         if isinstance(leaf, Tracer) or not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             continue
         # NumPy's are not brought to JAX, which would make float64 float32.
-        finite = np.asarray((jnp if isinstance(leaf, jax.Array) else np).isfinite(leaf))
+        finite = (jnp if isinstance(leaf, jax.Array) else np).isfinite(leaf)
         if not finite.all():
+            finite = np.asarray(finite)
             where = f"expert {np.argwhere(~finite)[0][0]} of {name}" if stacked else name
             raise ValueError(
                 f"{where} holds {np.asarray(leaf)[~finite][0]} at {slashed(path)}; expected finite numbers"

@@ -11,12 +11,12 @@ An axis whose units belong to several permutations, as behind a concatenation or
 tuple of segments `(name, start, stop)` of them, in their order on the axis.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
+from glue_jax.checks import compiled
 from glue_jax.paths import by_path
 from glue_jax.types import Params
 
@@ -66,7 +66,8 @@ def chain_spec(params: Params, layers: Sequence[str], *, kernel_layout: KernelLa
     shapes = {path: np.shape(leaf) for path, leaf in by_path(params).items()}
     layer_of: dict[str, int] = {}
     for index, layer in enumerate(layers):
-        paths = [path for path in shapes if re.search(layer, path)]
+        expression = compiled("an entry of layers", layer)
+        paths = [path for path in shapes if expression.search(path)]
         if not paths:
             raise ValueError(f"the pattern {layer!r} is in no path; the paths are {list(shapes)}")
         for path in paths:
@@ -103,6 +104,8 @@ class Layout:
 
     def __init__(self, spec: PermutationSpec, params: Params):
         """Refuses a spec that does not fit."""
+        if not isinstance(spec, Mapping):
+            raise TypeError(f"spec is a {type(spec).__name__}; expected a mapping from paths to axes (see chain_spec)")
         shapes = {path: np.shape(leaf) for path, leaf in by_path(params).items()}
         self.sizes: dict[str, int] = {}
         self._places: dict[str, list[dict[str, np.ndarray]]] = {}
@@ -121,6 +124,11 @@ class Layout:
 
     def check(self, permutations: Mapping[str, np.ndarray]) -> None:
         """Refuses what is no permutation of the spec's."""
+        if not isinstance(permutations, Mapping):
+            raise TypeError(
+                f"permutations is a {type(permutations).__name__}; expected a mapping from names to permutations "
+                "(those of one model)"
+            )
         for name, permutation in permutations.items():
             if name not in self.sizes:
                 raise ValueError(f"permutations has {name!r}; expected names of the spec, {sorted(self.sizes)}")

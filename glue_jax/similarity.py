@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from glue_jax.blending import blend
+from glue_jax.checks import as_number, as_numbers, check_callable, check_counts
 from glue_jax.experts import num_experts
 from glue_jax.groups import Groups
 from glue_jax.paths import by_path, leaf_paths
@@ -49,19 +50,19 @@ def weight_similarity(experts: Params, groups: Groups | None = None, *, origin: 
     Raises:
         ValueError: an origin that is not of the structure and the shapes of one expert, or groups of another tree or
             with rows that have no name.
-        TypeError: groups that are no `Groups`.
+        TypeError: groups that are no `Groups`, or complex weights.
     """
     k = num_experts(experts)
-    leaves = jax.tree.leaves(experts)
-    rows = [0] * len(leaves) if groups is None else _rows(groups, experts)
+    count = len(jax.tree.leaves(experts))
+    rows = [0] * count if groups is None else _rows(groups, experts)
     names = ("all",) if groups is None else groups.names
     if origin is not None and jax.tree.map(np.shape, origin) != jax.tree.map(lambda leaf: np.shape(leaf)[1:], experts):
         raise ValueError("origin is not of the structure and the shapes of one expert")
-    starts = [None] * len(leaves) if origin is None else jax.tree.leaves(origin)
+    starts = [None] * count if origin is None else jax.tree.leaves(origin)
     inner, moved = np.zeros((2, len(names), k, k))
     length = np.zeros(len(names))
-    for row, leaf, start in zip(rows, leaves, starts, strict=True):
-        weights = np.array(leaf, np.float64).reshape(k, -1)
+    for row, (path, leaf), start in zip(rows, by_path(experts).items(), starts, strict=True):
+        weights = as_numbers(f"experts at {path}", leaf).reshape(k, -1)
         inner[row] += weights @ weights.T
         centre = weights.mean(axis=0) if start is None else np.asarray(start, np.float64).ravel()
         length[row] += centre @ centre
@@ -90,15 +91,17 @@ def loss_barriers(
         `[K, K]`, symmetric, 0 on the diagonal and at least 0.
 
     Raises:
-        ValueError: `num_points` that is no whole number of at least 1.
+        ValueError: `num_points` below 1, or a loss that is no scalar.
+        TypeError: `num_points` that is no integer, or a loss that is no real number.
         FloatingPointError: a loss that is infinite or not a number, with the experts that it lies between.
     """
-    if not isinstance(num_points, int | np.integer) or num_points < 1:
-        raise ValueError(f"num_points is {num_points!r}; expected a whole number of at least 1")
+    check_counts(num_points=num_points)
+    check_callable(loss_fn=loss_fn)
     k = num_experts(experts)
 
     def loss(first: int, second: int, t: float) -> float:
-        value = float(loss_fn(blend(experts, jnp.zeros(k).at[first].add(1 - t).at[second].add(t))))
+        params = blend(experts, jnp.zeros(k).at[first].add(1 - t).at[second].add(t))
+        value = as_number("the value of loss_fn", loss_fn(params))
         if not math.isfinite(value):
             raise FloatingPointError(f"the loss is {value} at {t:.2f} of the way from expert {first} to {second}")
         return value

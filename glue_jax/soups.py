@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 
 from glue_jax.batches import mean_over_batches
 from glue_jax.blending import blend
+from glue_jax.checks import as_number, as_numbers, check_callable, check_positive
 from glue_jax.experts import num_experts
 from glue_jax.paths import by_path, check_finite
 from glue_jax.types import Params, PyTree
@@ -33,8 +34,7 @@ def loss_weights(losses: ArrayLike, *, temperature: float = 1.0) -> jax.Array:
         ValueError: losses that are not a `[K]` of finite numbers, a temperature out of its range.
     """
     array = _checked("losses", losses)
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}; expected a finite number above 0")
+    check_positive("temperature", temperature)
     with np.errstate(over="ignore"):
         weights = np.exp((array.min() - array) / temperature)
     return jnp.asarray(weights / weights.sum(), jnp.float32)
@@ -85,13 +85,18 @@ def greedy_soup(experts: Params, losses: ArrayLike, loss_fn: Callable[[Params], 
         raise ValueError(f"losses have shape {array.shape}; expected [K] with K = {num_experts(experts)}")
     # Even with the coefficient 0, a NaN expert would make every average NaN.
     check_finite("experts", experts, stacked=True)
+    check_callable(loss_fn=loss_fn)
+
+    def loss_of(members: list[int]) -> float:
+        return as_number("the value of loss_fn", loss_fn(blend(experts, _equal(members, len(array)))))
+
     order = np.argsort(array, kind="stable")
     kept = [order[0]]
-    best = float(loss_fn(blend(experts, _equal(kept, len(array)))))
+    best = loss_of(kept)
     if not math.isfinite(best):
         raise FloatingPointError(f"loss_fn returned {best} for expert {kept[0]} alone; expected a finite number")
     for candidate in order[1:]:
-        loss = float(loss_fn(blend(experts, _equal([*kept, candidate], len(array)))))
+        loss = loss_of([*kept, candidate])
         if math.isfinite(loss) and loss <= best:
             kept, best = [*kept, candidate], loss
     return _equal(kept, len(array))
@@ -123,8 +128,7 @@ def fisher_merge(experts: Params, fishers: PyTree, alpha: jax.typing.ArrayLike, 
     k = num_experts(experts)
     if jax.tree.map(jnp.shape, fishers) != jax.tree.map(jnp.shape, experts):
         raise ValueError("fishers are not of the structure and the shapes of experts")
-    if not 0 < epsilon < math.inf:
-        raise ValueError(f"epsilon is {epsilon}; expected a finite number above 0")
+    check_positive("epsilon", epsilon)
     alpha = jnp.asarray(alpha)
     if alpha.shape != (k,) or not (isinstance(alpha, Tracer) or _is_on_simplex(alpha)):
         raise ValueError(f"alpha is {alpha}; expected [K] with K = {k}, none negative and with sum 1")
@@ -221,7 +225,7 @@ def _equal(members: list[int], k: int) -> jax.Array:
 
 def _checked(name: str, values: ArrayLike) -> np.ndarray:
     """The values as `[K]`, finite."""
-    array = np.asarray(values, np.float64)
+    array = as_numbers(name, values)
     if array.ndim != 1 or array.size == 0 or not np.isfinite(array).all():
         raise ValueError(f"{name} are {array.tolist()}; expected [K] finite numbers, one for each expert")
     return array

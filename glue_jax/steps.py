@@ -11,17 +11,18 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.typing import ArrayLike
 
 from glue_jax.blending import blend, merge_for_learning
+from glue_jax.checks import check_callable, check_counts, check_optimizer, check_state
 from glue_jax.coefficients import check_floating
 from glue_jax.directions import Directions
 from glue_jax.estimators import Estimate, Scale, forward_gradient, full_gradient, spsa_gradient
-from glue_jax.links import directions_of, start_of
+from glue_jax.links import apply_link, directions_of, start_of
+from glue_jax.paths import check_finite
 from glue_jax.precision import DEFAULT_RADIUS, SHORT_RADIUS, matmul_precision_of, multiplies_short_floats
-from glue_jax.types import Batch, GlueMetrics, GlueState, LinkFn, LossFn, MergeFn, Params, PyTree
+from glue_jax.types import Batch, GlueMetrics, GlueState, LearnResult, LinkFn, LossFn, MergeFn, Params, PyTree
 
 
 def init(
@@ -45,18 +46,18 @@ def init(
         The state of step 0.
 
     Raises:
-        ValueError: `num_experts` below 1, a beta that is empty, or coefficients of another number of experts.
-        TypeError: a beta that is not floating point, or an optimizer that is none.
+        ValueError: `num_experts` below 1, a beta that is empty or not finite, or coefficients of another number of
+            experts.
+        TypeError: `num_experts` that is no integer, a beta that is not floating point, or an optimizer that is none.
     """
-    if not isinstance(num_experts, int | np.integer) or num_experts < 1:
-        raise ValueError(f"num_experts is {num_experts}; expected an integer of at least 1")
-    if not callable(getattr(optimizer, "init", None)):
-        raise TypeError(f"optimizer is {optimizer!r}; expected an optax optimizer, as optax.adam(1e-2)")
+    check_counts(num_experts=num_experts)
+    check_optimizer(optimizer)
     start: PyTree = start_of(link_fn or jax.nn.softmax, num_experts) if beta is None else beta
     check_floating(start)
+    check_finite("beta", start)
     shapes = jax.tree.map(jnp.shape, jax.eval_shape(link_fn, start) if link_fn else start)
     found = jax.tree.leaves(shapes, is_leaf=lambda node: isinstance(node, tuple) and not hasattr(node, "_fields"))
-    if not found or any(shape and shape[-1] != num_experts for shape in found):
+    if not any(found) or any(shape and shape[-1] != num_experts for shape in found):
         raise ValueError(
             f"beta gives coefficients of shape {shapes}; expected a last axis of num_experts = {num_experts}"
             + ("" if link_fn else " (pass link_fn where it makes the coefficients from a beta of another shape)")
@@ -66,14 +67,19 @@ def init(
     return GlueState(step=jnp.zeros((), jnp.int32), beta=start, opt_state=optimizer.init(start))
 
 
-def alpha(state: GlueState, link_fn: LinkFn = jax.nn.softmax) -> PyTree:
+def alpha(state: GlueState | LearnResult, link_fn: LinkFn = jax.nn.softmax) -> PyTree:
     """Returns the coefficients that blend, `link_fn(state.beta)`.
 
     Args:
-        state: of `init` or a step.
+        state: of `init` or a step; or a result of `learn`, whose best coefficients are returned.
         link_fn: the step's.
+
+    Raises:
+        TypeError: a state that is none, or a beta that the link does not take.
     """
-    return link_fn(state.beta)
+    if not hasattr(state, "beta"):
+        raise TypeError(f"state is a {type(state).__name__}; expected a GlueState or a LearnResult")
+    return apply_link(link_fn, state.beta)
 
 
 def spsa_step(
@@ -125,7 +131,9 @@ def spsa_step(
         The next state, and the metrics of the state that went in.
 
     Raises:
-        ValueError: an argument out of its range, coefficients and experts that do not fit, a loss that is no scalar.
+        ValueError: an argument out of its range, coefficients and experts that do not fit, a loss that is no scalar, a
+            state of another optimizer.
+        TypeError: an argument of another type.
 
     Example:
         >>> from functools import partial
@@ -258,13 +266,16 @@ def _step(
     merge_fn: MergeFn,
 ) -> tuple[GlueState, GlueMetrics]:
     """One update of beta by any estimator."""
+    check_state(state)
+    check_optimizer(optimizer, state)
+    check_callable(loss_fn=loss_fn, link_fn=link_fn, merge_fn=merge_fn)
     merge = merge_for_learning(merge_fn)
 
     def objective(beta: PyTree) -> jax.Array:
-        return loss_fn(merge(experts, link_fn(beta)), batch)
+        return loss_fn(merge(experts, apply_link(link_fn, beta)), batch)
 
     estimate = estimator(jax.random.fold_in(key, state.step), objective, state.beta)
-    return update(estimate, state, optimizer, link_fn(state.beta))
+    return update(estimate, state, optimizer, apply_link(link_fn, state.beta))
 
 
 def _radius(

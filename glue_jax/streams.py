@@ -115,8 +115,8 @@ def check_same_kind(data: Batch, validation_data: Batch) -> None:
     def text(leaf: Any) -> str:
         return f"{leaf.dtype}{['N', *leaf.shape[1:]]}".replace("'", "")
 
-    differences = [f"has no {path}" for path in expected if path not in found]
-    differences += [f"has {path}, which data lacks" for path in found if path not in expected]
+    differences = [f"it has no {path}" for path in expected if path not in found]
+    differences += [f"it has {path}, which data lacks" for path in found if path not in expected]
     differences += [
         f"at {path or 'the root'}: {text(found[path])} against {text(leaf)}"
         for path, leaf in expected.items()
@@ -124,7 +124,7 @@ def check_same_kind(data: Batch, validation_data: Batch) -> None:
     ]
     if differences:
         raise ValueError(
-            f"validation_data differs from data: it {'; it '.join(differences)} (loss_fn judges it where no "
+            f"validation_data differs from data: {'; '.join(differences)} (loss_fn judges it where no "
             "validation_fn is given)"
         )
 

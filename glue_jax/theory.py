@@ -26,6 +26,7 @@ from typing import get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from glue_jax.checks import as_numbers, check_counts
 from glue_jax.directions import DirectionName, dimension
 from glue_jax.estimators import Scale, scale_factor
 
@@ -39,9 +40,10 @@ def spsa_cost(forward: float, blend: float, *, num_directions: int = 1) -> float
     """Returns T_SPSA = 2 m (F + C_mix), Eq. (9) for m directions.
 
     Raises:
-        ValueError: `num_directions` that is no whole number of at least 1.
+        ValueError: `num_directions` below 1.
+        TypeError: `num_directions` that is no integer.
     """
-    _check_counts(num_directions=num_directions)
+    check_counts(num_directions=num_directions)
     return 2 * num_directions * (forward + blend)
 
 
@@ -64,9 +66,9 @@ def relative_variance(d: int, num_directions: int, directions: DirectionName = "
         directions: the distribution's name.
 
     Raises:
-        ValueError: a count that is no whole number of at least 1, or an unknown name.
+        ValueError: a count below 1, or an unknown name.
     """
-    _check_counts(d=d, num_directions=num_directions)
+    check_counts(d=d, num_directions=num_directions)
     _check_name(directions)
     m = num_directions
     if directions in ("orthogonal", "simplex_orthogonal"):
@@ -89,7 +91,7 @@ def estimator_mean(
         ValueError: an unknown name, or a gradient without entries.
     """
     _check_name(directions)
-    d = dimension(np.asarray(gradient), directions)
+    d = dimension(_as_gradient(gradient), directions)
     return _projected(gradient, directions) * (scale_factor(scale, d) / d)
 
 
@@ -109,10 +111,10 @@ def estimator_mean_squared_error(
         scale: `unbiased` or `paper`.
 
     Raises:
-        ValueError: `num_directions` that is no whole number of at least 1, an unknown name, or a gradient without
+        ValueError: `num_directions` below 1, an unknown name, or a gradient without
             entries.
     """
-    g = np.asarray(gradient, np.float64)
+    g = _as_gradient(gradient)
     d = dimension(g, directions)
     bias = estimator_mean(g, directions, scale=scale) - g
     variance = relative_variance(d, num_directions, directions) * np.sum(_projected(g, directions) ** 2)
@@ -123,10 +125,10 @@ def paper_mean_squared_error(gradient: ArrayLike, num_directions: int = 1) -> fl
     """Returns (K - 1)/(m K) ||g||²: Eq. (18) for m = 1, where it is exact, and Eq. (19) for more, where it is not.
 
     Raises:
-        ValueError: `num_directions` that is no whole number of at least 1, or a gradient without entries.
+        ValueError: `num_directions` below 1, or a gradient without entries.
     """
-    g = np.asarray(gradient, np.float64)
-    _check_counts(num_directions=num_directions, **{"the gradient's size": g.size})
+    g = _as_gradient(gradient)
+    check_counts(num_directions=num_directions, **{"the gradient's size": g.size})
     return float((g.size - 1) / (num_directions * g.size) * np.sum(g**2))
 
 
@@ -145,24 +147,25 @@ def proposition_1_bound(
         parameter_gradient_norm: the norm of the loss's gradient for the blended parameters.
 
     Raises:
-        ValueError: a count that is no whole number of at least 1.
+        ValueError: a count below 1.
     """
-    _check_counts(num_experts=num_experts, num_directions=num_directions)
+    check_counts(num_experts=num_experts, num_directions=num_directions)
     k = num_experts
     return (k - 1) / (num_directions * k) * experts_spectral_norm**2 * parameter_gradient_norm**2
 
 
 def _projected(gradient: ArrayLike, directions: DirectionName) -> NDArray[np.float64]:
     """Pg."""
-    g = np.asarray(gradient, np.float64)
+    g = _as_gradient(gradient)
     return g - g.mean(axis=-1, keepdims=True) if directions == "simplex_orthogonal" else g
 
 
-def _check_counts(**counts: int) -> None:
-    """Refuses what is no whole number of at least 1."""
-    for name, count in counts.items():
-        if not isinstance(count, int | np.integer) or count < 1:
-            raise ValueError(f"{name} is {count!r}; expected a whole number of at least 1")
+def _as_gradient(gradient: ArrayLike) -> NDArray[np.float64]:
+    """The gradient as float64 `[K]` or `[G, K]`."""
+    g = as_numbers("gradient", gradient)
+    if not g.ndim:
+        raise ValueError(f"gradient is {gradient}; expected [K] or [G, K]")
+    return g
 
 
 def _check_name(directions: DirectionName) -> None:

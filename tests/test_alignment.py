@@ -354,3 +354,16 @@ def test_experts_whose_heads_differ_share_a_backbone_and_one_of_the_heads():
     model = glue_jax.combine(glue_jax.blend(aligned, glue_jax.uniform(2)), parts[0])
     x = jax.random.normal(jax.random.key(11), (4, 5))
     np.testing.assert_allclose(mlp_logits(model, x), mlp_logits(base, x), rtol=1e-4, atol=1e-5)
+
+
+def test_complex_weights_and_a_check_that_checks_nothing_are_refused():
+    models = [mlp(jax.random.key(seed)) for seed in (20, 21)]
+    with pytest.raises(TypeError, match=r"params or reference is complex at '.*'; expected real weights"):
+        glue_jax.align(jax.tree.map(lambda leaf: leaf * 1j, models[0]), models[1], MLP)
+    experts = glue_jax.stack_experts(models)
+    with pytest.raises(ValueError, match="check_fn returned None; expected outputs"):
+        glue_jax.align_experts(experts, MLP, check_fn=lambda params: None)
+    with pytest.raises(TypeError, match=r"reference is 1.0; expected an integer"):
+        glue_jax.align_experts(experts, MLP, reference=1.0)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="permutations is a list; expected a mapping"):
+        glue_jax.permute(models[0], MLP, [{}])  # pyright: ignore[reportArgumentType]

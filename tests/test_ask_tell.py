@@ -140,3 +140,11 @@ def test_a_hosts_loop_compiles_nothing_after_its_first_step(caplog):
     with compilations(caplog) as names:
         take_a_step(state)
     assert names == []
+
+
+def test_what_is_no_probes_and_another_optimizer_are_refused():
+    state = glue_jax.init(3, OPTIMIZER)
+    with pytest.raises(TypeError, match="probes is a GlueState; expected the Probes"):
+        glue_jax.tell(state, [1.0, 2.0], optimizer=OPTIMIZER)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"state\.opt_state is not of this optimizer"):
+        glue_jax.tell(glue_jax.ask(jax.random.key(8), state), [1.0, 2.0], optimizer=optax.sgd(0.1, momentum=0.9))

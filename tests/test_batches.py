@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import glue_jax
-from glue_jax.batches import check_counts, num_examples
+from glue_jax.batches import num_examples
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -88,16 +88,6 @@ def test_the_examples_are_the_leading_axis_that_all_arrays_share():
 def test_data_without_examples_is_refused(data):
     with pytest.raises(ValueError, match=r"data has shapes .*; expected one common leading axis N"):
         num_examples("data", data)
-
-
-def test_counts_that_are_below_one_or_no_integers_are_refused_by_name():
-    check_counts(batch_size=1, max_steps=np.int64(3))
-    check_counts(at_least=0, first_step=0)
-    with pytest.raises(ValueError, match="patience is -1; expected at least 1"):
-        check_counts(batch_size=1, patience=-1)
-    for count in (2.5, None, "3", float("nan"), jnp.ones(2, jnp.int32)):
-        with pytest.raises(TypeError, match=r"max_steps is .*; expected an integer of at least 1"):
-            check_counts(max_steps=count)
 
 
 @pytest.mark.parametrize(

@@ -125,3 +125,9 @@ def test_coefficients_that_are_not_floating_point_are_refused_by_path(beta, mess
 @pytest.mark.parametrize("beta", [jnp.ones(2, jnp.bfloat16), {"a": 1.0, "b": np.ones(3, np.float32)}, {}])
 def test_floating_point_coefficients_of_any_kind_pass(beta):
     assert check_floating(beta) is None
+
+
+@pytest.mark.parametrize("function", [glue_jax.data_size_weights, glue_jax.weights_to_logits, glue_jax.best_expert])
+def test_complex_weights_keep_no_real_part_in_silence(function):
+    with pytest.raises(TypeError, match="expected real numbers"):
+        function(jnp.array([0.5 + 1j, 0.5]))

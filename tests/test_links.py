@@ -34,6 +34,26 @@ def test_a_box_keeps_its_bounds_and_starts_in_its_middle():
         glue_jax.box(low=1.0, high=1.0)
     with pytest.raises(ValueError, match="expected finite numbers"):
         glue_jax.box(high=np.inf)
+    with pytest.raises(ValueError, match=r"low has shape \(3,\); expected one real number"):
+        glue_jax.box(low=jnp.zeros(3))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("temperature", [jnp.full(2, 2.0), 0.0])
+def test_a_temperature_that_is_no_number_above_0_is_refused(temperature):
+    merge = glue_jax.tempered_merge(glue_jax.blend, head="w")
+    with pytest.raises(ValueError, match="the temperature"):
+        merge({"w": jnp.ones((2, 2))}, glue_jax.Tempered(jnp.ones(2) / 2, temperature))
+
+
+def test_links_that_return_nothing_and_betas_that_are_not_theirs_are_refused():
+    state = glue_jax.init(2, optax.sgd(0.1))
+    with pytest.raises(TypeError, match="link_fn returned None; expected coefficients"):
+        glue_jax.ask(jax.random.key(0), state, link_fn=lambda beta: None)
+    tempered = glue_jax.init(2, optax.sgd(0.1), link_fn=glue_jax.tempered_link())
+    with pytest.raises(TypeError, match="beta is a Tempered; the softmax takes one array"):
+        glue_jax.alpha(tempered)
+    with pytest.raises(TypeError, match="state is a list; expected a GlueState or a LearnResult"):
+        glue_jax.alpha([0.0, 0.0])  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(

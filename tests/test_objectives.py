@@ -52,6 +52,11 @@ def test_logits_that_are_nan_make_the_error_rate_nan():
     assert jnp.isnan(glue_jax.error_rate(jnp.full((4, 2), jnp.nan, jnp.bfloat16), jnp.zeros(4, int)))
 
 
+@pytest.mark.parametrize("label", [-1, 3])
+def test_labels_of_no_class_make_the_error_rate_nan(label):
+    assert jnp.isnan(glue_jax.error_rate(LOGITS, LABELS.at[1].set(label)))
+
+
 def test_masked_classes_add_nothing_to_the_entropy_nor_to_its_gradient():
     masked = jnp.array([[0.0, -jnp.inf], [1.0, -jnp.inf]])
     assert glue_jax.entropy(masked) == 0

@@ -71,10 +71,17 @@ def test_an_origin_of_zeros_is_infinitely_far_and_one_of_other_shapes_refused():
             glue_jax.weight_similarity(experts, origin=origin)
 
 
-@pytest.mark.parametrize("num_points", [0, 2.5])
-def test_points_that_are_no_count_are_refused(num_points):
-    with pytest.raises(ValueError, match=f"num_points is {num_points}; expected a whole number of at least 1"):
+@pytest.mark.parametrize(("num_points", "error"), [(0, ValueError), (2.5, TypeError)])
+def test_points_that_are_no_count_are_refused(num_points, error):
+    with pytest.raises(error, match=f"num_points is {num_points}; expected"):
         glue_jax.loss_barriers(EXPERTS, lambda params: 0.0, num_points=num_points)
+
+
+def test_complex_weights_and_losses_that_are_no_scalar_are_refused():
+    with pytest.raises(TypeError, match=r"experts at w is (.|\n)*; expected real numbers"):
+        glue_jax.weight_similarity({"w": jnp.ones((2, 3)) * 1j})
+    with pytest.raises(ValueError, match=r"the value of loss_fn has shape \(3,\); expected one real number"):
+        glue_jax.loss_barriers({"w": jnp.ones((2, 3))}, lambda params: params["w"])
 
 
 def test_weights_are_compared_leaf_by_leaf():

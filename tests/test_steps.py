@@ -204,6 +204,10 @@ def test_no_experts_and_integer_coefficients_are_refused():
         glue_jax.init(0, SGD)
     with pytest.raises(TypeError, match=r"beta\['a'\] has dtype int32"):
         glue_jax.init(2, SGD, beta={"a": jnp.array([1, 2])})
+    with pytest.raises(ValueError, match=r"beta holds nan at a; expected finite numbers"):
+        glue_jax.init(2, SGD, beta={"a": jnp.array([0.0, jnp.nan])})
+    with pytest.raises(ValueError, match=r"beta gives coefficients of shape \[\(\), \(\)\]; expected a last axis"):
+        glue_jax.init(2, SGD, beta=[0.5, 0.5])
 
 
 @pytest.mark.parametrize(
@@ -492,7 +496,6 @@ def test_coefficients_and_losses_that_do_not_fit_are_refused(step_fn, beta, loss
         ({"radius": lambda step: 0.0}, "radius is 0.0"),
         ({"radius": jnp.ones(3)}, r"radius has shape \(3,\)"),
         ({"radius": 1j}, "dtype complex64"),
-        ({"num_directions": 1.5}, "num_directions is 1.5; expected an integer"),
         ({"directions": "axes"}, "directions is 'axes'"),
         ({"scale": "none"}, "scale is 'none'"),
         ({"probe_batch_size": 0}, "probe_batch_size is 0"),

@@ -133,10 +133,9 @@ G = [1.0, 2.0]
         (lambda: theory.estimator_mean(G, "nope"), "directions is 'nope'; expected one of"),  # pyright: ignore
         (lambda: theory.estimator_mean(G, scale="nope"), "scale is 'nope'; expected one of"),  # pyright: ignore
         (lambda: theory.estimator_mean_squared_error(G, 1, scale="nope"), "scale is 'nope'"),  # pyright: ignore
-        (lambda: theory.relative_variance(0, 1), "d is 0; expected a whole number of at least 1"),
+        (lambda: theory.relative_variance(0, 1), "d is 0; expected at least 1"),
         (lambda: theory.relative_variance(0, 1, "orthogonal"), "d is 0"),
         (lambda: theory.relative_variance(3, 0), "num_directions is 0"),
-        (lambda: theory.relative_variance(3, 2.5), "num_directions is 2.5"),  # pyright: ignore
         (lambda: theory.estimator_mean_squared_error(G, -1), "num_directions is -1"),
         (lambda: theory.estimator_mean_squared_error(G, 0), "num_directions is 0"),
         (lambda: theory.estimator_mean_squared_error([], 1), "nothing to probe"),
@@ -145,8 +144,18 @@ G = [1.0, 2.0]
         (lambda: theory.proposition_1_bound(0, 1, 1.0, 1.0), "num_experts is 0"),
         (lambda: theory.proposition_1_bound(2, 0, 1.0, 1.0), "num_directions is 0"),
         (lambda: theory.spsa_cost(1.0, 1.0, num_directions=-1), "num_directions is -1"),
+        (lambda: theory.estimator_mean(5.0), r"gradient is 5.0; expected \[K\] or \[G, K\]"),
+        (lambda: theory.paper_mean_squared_error(5.0), "gradient is 5.0"),
     ],
 )
 def test_names_and_counts_that_cannot_be_are_refused(function, message):
     with pytest.raises(ValueError, match=message):
         function()
+
+
+def test_gradients_and_counts_of_other_types_are_refused():
+    with pytest.raises(TypeError, match=r"num_directions is 2.5; expected an integer"):
+        theory.relative_variance(3, 2.5)  # pyright: ignore
+    for gradient in (None, np.array([1j, 2])):
+        with pytest.raises(TypeError, match=r"gradient is .*; expected real numbers"):
+            theory.estimator_mean(gradient)  # pyright: ignore
