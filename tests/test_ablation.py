@@ -214,7 +214,8 @@ def test_the_experiments_own_step_of_glue_is_the_one_that_is_measured():
     config = dataclasses.replace(ONE_SEED, num_directions=3, directions="gaussian")
     step = {recipe.name: recipe for recipe in recipes(config)}["4 GLUE"].step_fn
     assert isinstance(step, functools.partial)
-    assert step.keywords == {"radius": config.radius, "num_directions": 3, "directions": "gaussian"}
+    expected = {"radius": config.radius, "num_directions": 3, "directions": "gaussian", "matmul_precision": "highest"}
+    assert step.keywords == expected
 
 
 def test_the_ensemble_is_of_mean_probabilities(tmp_path):
