@@ -79,7 +79,7 @@ def batched_mean(fn: Callable[[Params, Batch], PyTree], params: Params, data: Ba
 
 
 def mean_over_batches(means_of: Callable[[Batch], PyTree], data: Batch, batch_size: int) -> PyTree:
-    """The mean over all examples of arrays of any shape, each a mean over its batch, in the dtypes in which they come."""
+    """The mean over all examples of arrays of any shape, each a mean over its batch, in the dtypes that they have."""
     check_counts(batch_size=batch_size)
     n = num_examples("data", data)
     whole = n // batch_size
