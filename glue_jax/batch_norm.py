@@ -19,7 +19,7 @@ import numpy as np
 from jax.core import Tracer
 
 from glue_jax.batches import num_examples
-from glue_jax.checks import check_callable, check_counts
+from glue_jax.checks import check_callable, check_counts, compiled
 from glue_jax.paths import by_name
 from glue_jax.types import Batch, Params, PyTree
 
@@ -69,6 +69,8 @@ def refresh_statistics(
     if hasattr(batches, "shape") or hasattr(batches, "_fields") or isinstance(batches, Mapping):
         raise TypeError(f"batches is a {type(batches).__name__}; expected an iterable of batches: one batch is [batch]")
     check_callable(statistics_fn=statistics_fn)
+    for name, pattern in {"collection": collection, "mean": mean, "var": var}.items():
+        compiled(name, pattern)
     if num_batches is not None:
         check_counts(num_batches=num_batches)
     pooled: dict[str, jax.Array] = {}

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from glue_jax.experts import num_experts, path_name
@@ -91,7 +92,7 @@ def merge_for_learning(merge_fn: MergeFn) -> MergeFn:
         given = {id(leaf) for leaf in jax.tree.leaves(experts)}
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):
             # What depends on alpha is traced here, and is no leaf of the experts.
-            if isinstance(leaf, jax.core.Tracer) and id(leaf) not in given and is_short(leaf.dtype):
+            if isinstance(leaf, Tracer) and id(leaf) not in given and is_short(leaf.dtype):
                 raise ValueError(
                     f"merge_fn returned {leaf.dtype} at {path_name(path)}; expected at least float32 while the "
                     "coefficients are learned, since two nearby blends are mostly the same in fewer bits: pass "

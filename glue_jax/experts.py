@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from glue_jax.checks import compiled
 from glue_jax.paths import check_finite, slashed
@@ -186,7 +187,7 @@ def _difference(first: Any, other: Any, *, kept: bool) -> str | None:
     if kept or jnp.issubdtype(first.dtype, jnp.inexact):
         return None
     advice = "only floating-point leaves are averaged, so name the path in take_first to keep expert 0's"
-    if isinstance(first, jax.core.Tracer) or isinstance(other, jax.core.Tracer):
+    if isinstance(first, Tracer) or isinstance(other, Tracer):
         return f"{first.dtype} values that are traced, and cannot be compared under jit; {advice}"
     if np.array_equal(first, other):
         return None

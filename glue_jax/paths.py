@@ -156,5 +156,6 @@ def check_finite(name: str, tree: PyTree, *, stacked: bool = False) -> None:
             finite = np.asarray(finite)
             where = f"expert {np.argwhere(~finite)[0][0]} of {name}" if stacked else name
             raise ValueError(
-                f"{where} holds {np.asarray(leaf)[~finite][0]} at {slashed(path)}; expected finite numbers"
+                f"{where} holds {np.asarray(leaf)[~finite][0]} at {slashed(path) or 'the root'}; "
+                "expected finite numbers"
             )

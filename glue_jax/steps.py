@@ -57,7 +57,7 @@ def init(
     check_finite("beta", start)
     shapes = jax.tree.map(jnp.shape, jax.eval_shape(link_fn, start) if link_fn else start)
     found = jax.tree.leaves(shapes, is_leaf=lambda node: isinstance(node, tuple) and not hasattr(node, "_fields"))
-    if not any(found) or any(shape and shape[-1] != num_experts for shape in found):
+    if not found or any(shape and shape[-1] != num_experts for shape in found):
         raise ValueError(
             f"beta gives coefficients of shape {shapes}; expected a last axis of num_experts = {num_experts}"
             + ("" if link_fn else " (pass link_fn where it makes the coefficients from a beta of another shape)")
@@ -150,6 +150,7 @@ def spsa_step(
         >>> bool(jnp.abs(glue_jax.alpha(state)[1] - 0.75) < 0.05)
         True
     """
+    check_callable(loss_fn=loss_fn)
 
     def precise_loss(params: Params, batch: Batch) -> jax.Array:
         with matmul_precision_of(matmul_precision):
