@@ -105,26 +105,32 @@ def digest(*names: str, leaving_out: Collection[str] = ()) -> str:
         module, _, defined = name.partition(":")
         if defined not in _parse(module).definitions:
             raise ValueError(f"{name!r} names no definition; expected 'module:name'")
+    begin, texts = _reached(names, leaving_out)
+    return hashlib.sha256(json.dumps([begin, list(texts.values())]).encode()).hexdigest()[:16]
+
+
+def _reached(names: Collection[str], leaving_out: Collection[str]) -> tuple[list[int], dict[str, list[Any]]]:
+    """The numbers of the definitions to begin with, and by each definition its text and the numbers of its names."""
     numbers: dict[str, int] = {}
-    reached: list[str] = []
+    order: list[str] = []
 
     def number(name: str) -> int:
         name = _origin(name)
         if name not in numbers:
-            numbers[name] = len(reached)
-            reached.append(name)
+            numbers[name] = len(order)
+            order.append(name)
         return numbers[name]
 
-    begin, texts, beside = [number(name) for name in names], [], []
+    begin, texts, beside = [number(name) for name in names], {}, []
     # It grows meanwhile.
-    for name in reached:
+    for name in order:
         found = _Definition("") if name in leaving_out else _definition(name)
-        texts.append([found.text, *map(number, found.names)])
+        texts[name] = [found.text, *map(number, found.names)]
         beside += found.beside
         # Last, and without its number: what an annotation says decides nothing but which methods there are.
-        while beside and len(texts) == len(reached):
+        while beside and len(texts) == len(order):
             number(beside.pop(0))
-    return hashlib.sha256(json.dumps([begin, texts]).encode()).hexdigest()[:16]
+    return begin, texts
 
 
 def _module_of(thing: Any) -> str:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ import pytest
 from rich.console import Console
 
 import glue_jax
-from experiments import checkpoints, data, protocol, sources, stages
+from experiments import checkpoints, data, experts, protocol, sources, stages
 from experiments.config import Config
 from experiments.context import prepare
 from experiments.experts import _stage_of, describe_missing, measurement, train_experts
@@ -238,6 +239,73 @@ def test_changed_source_does_anew_what_it_touches(
     assert {kind for kind, _ in places() - unchanged} == anew
 
 
+def _kind(name):
+    """The kind of a stage, by its name."""
+    first, _, rest = name.partition("/")
+    return rest if first == "experts" else first
+
+
+def _definition_of(code):
+    """The definition of this repository that a piece of code is of, as digests name it; None for other code."""
+    folder = os.path.dirname(os.path.dirname(protocol.__file__)) + os.sep
+    path, line = code.co_filename.removeprefix(folder), code.co_firstlineno
+    if path == code.co_filename or not path.startswith(("experiments", "glue_jax")):
+        return None
+    module = path.removesuffix(".py").replace(os.sep, ".").removesuffix(".__init__")
+    for name, statements in sources._parse(module).definitions.items():
+        for statement in statements:
+            first = min(node.lineno for node in (statement, *getattr(statement, "decorator_list", [])))
+            if name != sources._AT_IMPORT and first <= line <= statement.end_lineno:
+                return f"{module}:{name}"
+    return None
+
+
+def test_all_functions_that_run_in_a_stage_are_of_its_digest(digits, tmp_path, monkeypatch):
+    digest, run, train = sources.digest, Stages.run, experts._train_experts
+    begun, ran = {}, {}
+
+    def recorded(*names, leaving_out=()):
+        found = digest(*names, leaving_out=leaving_out)
+        begun[found] = names, leaving_out
+        return found
+
+    def watched(kind, code, compute):
+        if kind in ran:
+            return compute()
+        # What was traced before runs no more.
+        jax.clear_caches()
+        seen = set()
+        before = sys.gettrace()
+        sys.settrace(lambda frame, *_: seen.add(frame.f_code))
+        try:
+            return compute()
+        finally:
+            sys.settrace(before)
+            ran[kind] = code.partition(",")[0], set(map(_definition_of, seen)) - {None}
+
+    monkeypatch.setattr("experiments.context.digest", recorded)
+    monkeypatch.setattr(
+        Stages,
+        "run",
+        lambda self, name, depends_on, compute: run(
+            self, name, depends_on, lambda: watched(_kind(name), depends_on["code"], compute)
+        ),
+    )
+    monkeypatch.setattr(
+        experts,
+        "_train_experts",
+        lambda context, *rest: watched("experts", context.expert_fields["code"], lambda: train(context, *rest)),
+    )
+    monkeypatch.setattr(protocol, "CONFIGS", (4,))
+    _run(dataclasses.replace(TINY, seeds=(0,)), digits, tmp_path)
+    assert ran.keys() == {"experts", "accuracies", "coefficients", "fine-tuning"}
+    for kind, (code, found) in ran.items():
+        names, leaving_out = begun[code]
+        reached = sources._reached(names, leaving_out)[1].keys() - set(leaving_out)
+        assert len(found) > 10, kind
+        assert {name for name in found if name.partition(":")[0] not in sources._DECIDE_NOTHING} <= reached, kind
+
+
 @pytest.mark.parametrize("change", [{"num_classes": 11}, {"train": (1348, 4, 16, 1)}])
 def test_what_the_checksum_of_the_data_does_not_see_counts(change, digits, tmp_path):
     context = _prepare(TINY, digits, tmp_path)
@@ -363,7 +431,7 @@ def test_a_config_that_does_not_fit_the_data_is_refused_before_training(digits, 
 
 def test_a_loss_that_is_not_finite_stops_with_its_stage_and_step(digits, tmp_path):
     config = dataclasses.replace(TINY, alpha_learning_rate=3e38, patience=100, seeds=(1,))
-    with pytest.raises(FloatingPointError, match=r"coefficients/seed1-config3: the .* is nan at step \d"):
+    with pytest.raises(FloatingPointError, match=r"coefficients/seed1-config3: the .* is (nan|inf) at step \d"):
         _run(config, digits, tmp_path)
 
 
