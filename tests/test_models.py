@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 
 from experiments import models
-from experiments.models.mobilenet import STAGES, InvertedResidual
+from experiments.models.mobilenet import STAGES, InvertedResidual, _BatchNorm, _pointwise
 from experiments.models.resnet import BasicBlock
 
 
@@ -134,6 +134,46 @@ def test_the_vit_sees_where_a_patch_lies():
 def test_a_vit_of_sizes_that_do_not_fit_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         models.build("vit", image_shape=(16, 16, 3), num_classes=10, **options)
+
+
+def _assert_same(ours, theirs, rtol=1e-5):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-5), ours, theirs)
+
+
+def test_mobilenetv2s_1x1_convolution_is_flaxs_and_has_its_gradient():
+    ours = _pointwise(3, 4, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (2, 5, 4, 3))
+
+    def outputs(conv_general_dilated):
+        def loss(x, kernel):
+            y = conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+            return jnp.sum(jnp.sin(y)), y
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(x, ours.kernel[...])
+
+    _assert_same(outputs(ours.conv_general_dilated), outputs(jax.lax.conv_general_dilated))
+    np.testing.assert_allclose(ours(x), jnp.einsum("bhwi,io->bhwo", x, ours.kernel[0, 0]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_running_average", [True, False])
+def test_mobilenetv2s_batch_norm_is_flaxs_in_outputs_gradients_and_statistics(use_running_average):
+    def outputs(kind):
+        norm = kind(3, momentum=0.9, use_running_average=use_running_average, rngs=nnx.Rngs(0))
+        graph, params, statistics = nnx.split(norm, nnx.Param, nnx.BatchStat)
+        params = jax.tree.map(lambda leaf: leaf + jnp.arange(3.0), params)
+        statistics = jax.tree.map(lambda leaf: leaf + jnp.arange(3.0) / 2, statistics)
+        x = 2 * jax.random.normal(jax.random.key(1), (4, 5, 6, 3)) + 1
+
+        def loss(params, x, statistics):
+            module = nnx.merge(graph, params, statistics)
+            y = module(x)
+            return jnp.sum(jnp.sin(y)), (y, nnx.to_pure_dict(nnx.state(module, nnx.BatchStat)))
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(
+            nnx.to_pure_dict(params), x, nnx.to_pure_dict(statistics)
+        )
+
+    _assert_same(outputs(_BatchNorm), outputs(nnx.BatchNorm), rtol=1e-4)
 
 
 def test_other_strides_of_mobilenetv2_are_refused():

@@ -1,7 +1,7 @@
 """MobileNetV2 (Sandler et al., 2018, https://arxiv.org/abs/1801.04381)."""
 
 import functools
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,42 @@ STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3,
 _conv = functools.partial(
     nnx.Conv, use_bias=False, kernel_init=nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
 )
-_batch_norm = functools.partial(nnx.BatchNorm, momentum=0.9)
+
+
+def _pointwise_product(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **options: Any) -> jax.Array:
+    """A 1 x 1 convolution. On a CPU it is a matrix product, whose gradient needs no transposed copy of the images."""
+
+    def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], -1)
+
+    default = functools.partial(jax.lax.conv_general_dilated, window_strides=strides, padding=padding, **options)
+    return jax.lax.platform_dependent(x, kernel, cpu=product, default=default)
+
+
+_pointwise = functools.partial(_conv, kernel_size=(1, 1), conv_general_dilated=_pointwise_product)
+
+
+class _BatchNorm(nnx.BatchNorm):
+    """BatchNorm as one product and one sum, so that XLA:CPU stores no centred copy of the input for the gradient."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Returns the output. If it normalises by the minibatch, it updates the running statistics."""
+        assert self.scale is not None
+        assert self.bias is not None
+        axes = tuple(range(x.ndim - 1))
+        if self.use_running_average:
+            mean, var = self.mean[...], self.var[...]
+        else:
+            mean = jnp.mean(x, axes)
+            var = jnp.maximum(0.0, jnp.mean(jnp.square(x), axes) - jnp.square(mean))
+            for running, value in ((self.mean, mean), (self.var, var)):
+                running[...] = self.momentum * running[...] + (1 - self.momentum) * value
+        factor = self.scale[...] * jax.lax.rsqrt(var + self.epsilon)
+        factor, offset = (jnp.expand_dims(values, axes) for values in (factor, self.bias[...] - mean * factor))
+        return x * factor + offset
+
+
+_batch_norm = functools.partial(_BatchNorm, momentum=0.9)
 
 
 class InvertedResidual(nnx.Module):
@@ -26,11 +61,11 @@ class InvertedResidual(nnx.Module):
         """Builds `[B, H, W, in_features]` to `[B, ceil(H/strides), ceil(W/strides), out_features]`."""
         features = expansion * in_features
         if expansion > 1:
-            self.expand = _conv(in_features, features, (1, 1), rngs=rngs)
+            self.expand = _pointwise(in_features, features, rngs=rngs)
             self.norm1 = _batch_norm(features, rngs=rngs)
         self.depthwise = DepthwiseConv(features, strides=strides, rngs=rngs)
         self.norm2 = _batch_norm(features, rngs=rngs)
-        self.project = _conv(features, out_features, (1, 1), rngs=rngs)
+        self.project = _pointwise(features, out_features, rngs=rngs)
         self.norm3 = _batch_norm(out_features, rngs=rngs)
         self.expands = expansion > 1
         self.adds = strides == 1 and in_features == out_features
@@ -79,7 +114,7 @@ class MobileNetV2(nnx.Module):
                 blocks.append(InvertedResidual(features, channels, expansion=expansion, strides=step, rngs=rngs))
                 features = channels
         self.blocks = nnx.List(blocks)
-        self.last_conv = _conv(features, 1280, (1, 1), rngs=rngs)
+        self.last_conv = _pointwise(features, 1280, rngs=rngs)
         self.norm2 = _batch_norm(1280, rngs=rngs)
         self.head = nnx.Linear(1280, num_classes, rngs=rngs)
 
