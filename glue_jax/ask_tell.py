@@ -133,15 +133,20 @@ def tell(
         raise TypeError(f"probes is a {type(probes).__name__}; expected the Probes that glue_jax.ask returned")
     check_optimizer(optimizer, probes.state)
     count = len(jax.tree.leaves(probes.directions)[0])
-    failed = [loss is None for loss in losses] if isinstance(losses, Sequence) else [False] * np.size(losses)
-    values = np.asarray([np.nan if loss is None else loss for loss in losses] if any(failed) else losses)
+    if isinstance(losses, Sequence):
+        failed = np.array([loss is None for loss in losses], bool)
+        values = np.asarray([np.nan if loss is None else loss for loss in losses])
+    else:
+        values = np.asarray(losses)
+        failed = np.zeros(values.size, bool)
     if values.shape != (2 * count,):
         raise ValueError(f"losses have shape {values.shape}; expected [2m] = ({2 * count},), one for each probe")
-    if values.dtype.kind not in "fiub" or not np.isfinite(values[~np.array(failed)]).all():
+    if values.dtype.kind not in "fiub" or not np.isfinite(values[~failed]).all():
         raise ValueError(f"losses are {values.tolist()}; expected finite real numbers, or None for a probe that failed")
     pairs = values.astype(np.float64).reshape(-1, 2)
-    state, complete = probes.state, np.isfinite(pairs).all(axis=1)
-    slopes = np.where(complete, (pairs[:, 0] - pairs[:, 1]) / (2 * float(probes.radius)), 0.0)
+    state = probes.state
+    complete = np.asarray(np.isfinite(pairs).all(axis=1))
+    slopes = np.where(complete, (pairs[:, 0] - pairs[:, 1]) / (2 * float(np.asarray(probes.radius))), 0.0)
     # The mean over all directions becomes that over the complete ones.
     slopes *= count / max(complete.sum(), 1)
     pairs = np.where(complete[:, None], pairs, np.nan)

@@ -49,7 +49,7 @@ XY = {"x": jnp.ones((50, 3)), "y": jnp.ones(50, jnp.int32)}
         ),
         (
             {"data": XY, "validation_data": {"x": jnp.ones((9, 4)), "y": jnp.ones(9)}},
-            r"at \['x'\]: float32\[N, 4\] against float32\[N, 3\]; it at \['y'\]: float32\[N\] against int32\[N\]",
+            r"at \['x'\]: float32\[N, 4\] against float32\[N, 3\]; at \['y'\]: float32\[N\] against int32\[N\]",
         ),
     ],
 )

@@ -51,7 +51,7 @@ def test_experts_data_and_coefficients_that_are_not_finite_are_named_by_path():
     data = {"x": DATA.at[3].set(jnp.inf)}
     error = failure(data=data, **(SPSA | {"loss_fn": lambda params, batch: squared(params, batch["x"])}))
     assert "not finite: data['x'][3]" in str(error)
-    state = glue_jax.init(2, ADAM, beta=jnp.array([0.0, jnp.nan]))
+    state = glue_jax.init(2, ADAM)._replace(beta=jnp.array([0.0, jnp.nan]))
     assert "(not finite: beta[1])" in str(failure(state=state, **SPSA))
     validation = failure(validation_data=DATA.at[2].set(jnp.nan), **SPSA)
     assert (validation.what, validation.step) == ("validation value", 0)
