@@ -37,6 +37,7 @@ from experiments.rounding import with_rounded_products
 from experiments.session import exit_on, process, session
 from experiments.stages import Stages, machine
 from experiments.training import cross_entropy
+from glue_jax.precision import DEFAULT_RADIUS, SHORT_RADIUS
 
 NEAR = 0.01
 """The distance of experts that are near to one another: from their mean, over its length (root mean square)."""
@@ -244,7 +245,7 @@ def _markdown(results: Mapping[str, Any]) -> str:
                 "over the mean's length.",
                 "The columns of radii and of tangents take the network's products as they come. The last two columns "
                 "are the steps' defaults: `spsa_step` asks for the highest precision of products, and takes the radius "
-                f"{number(glue_jax.precision.DEFAULT_RADIUS)}, or {number(glue_jax.precision.SHORT_RADIUS)} where the "
+                f"{number(DEFAULT_RADIUS)}, or {number(SHORT_RADIUS)} where the "
                 "network has bfloat16 layers.",
                 markdown_table(*_table(results)),
             ]

@@ -71,6 +71,7 @@ def test_a_probe_that_fails_leaves_its_pair_out():
     expected = 2 * (3.0 - 1.0) / 0.2 * np.asarray(probes.directions)[0]
     np.testing.assert_allclose(metrics.gradient_norm, np.linalg.norm(expected), rtol=1e-5)
     assert metrics.loss == 2.0
+    assert metrics.probe_losses is not None
     assert np.isnan(metrics.probe_losses[1]).all()
 
 

@@ -1,6 +1,7 @@
 """Blending experts."""
 
 import functools
+from typing import Any
 
 import hypothesis
 import hypothesis.extra.numpy as hnp
@@ -188,7 +189,8 @@ def network_loss(params, batch):
 
 
 def temporary_bytes(function, *arguments):
-    return jax.jit(function).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+    memory: Any = jax.jit(function).lower(*arguments).compile().memory_analysis()
+    return memory.temp_size_in_bytes
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
