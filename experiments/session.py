@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 
 from experiments.locks import LockedError, locked
@@ -34,8 +35,8 @@ def session(out_dir: Path, console: Console, command: str) -> Iterator[ProgressB
     Raises:
         SystemExit: with one line, for a folder that cannot be made or written, that another process works in, or that
             holds another command's results; for a loss that is not finite, a damaged stage, a full disk or any other
-            file that cannot be read or written; with `INTERRUPTED`, for an interruption, after saying that finished
-            stages are kept.
+            file that cannot be read or written; for too little memory of the device; with `INTERRUPTED`, for an
+            interruption, after saying that finished stages are kept.
     """
     with ProgressBars(console) as progress, exit_on(FloatingPointError, DamagedStageError, LockedError):
         lock = contextlib.ExitStack()
@@ -50,7 +51,12 @@ def session(out_dir: Path, console: Console, command: str) -> Iterator[ProgressB
                 sweep(out_dir)
                 yield progress
         except OSError as error:
-            sys.exit(f"{_words(error, out_dir)}; {_kept(out_dir)}")
+            sys.exit(f"{failure(error, out_dir)}; {_kept(out_dir)}")
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            first_line = next(iter(str(error).splitlines()))
+            sys.exit(f"the device's memory is too small for this ({first_line:.200}); {_kept(out_dir)}")
         except KeyboardInterrupt:
             progress.say(f"interrupted: {_kept(out_dir)}")
             sys.exit(INTERRUPTED)
@@ -85,8 +91,13 @@ def exit_on(*errors: type[Exception]) -> Iterator[None]:
         sys.exit(f"{type(error).__name__}: {error}")
 
 
-def _words(error: OSError, out_dir: Path) -> str:
-    """What to say of a file that cannot be read or written."""
+def failure(error: OSError, out_dir: Path) -> str:
+    """Returns what to say of a file that cannot be read or written.
+
+    Args:
+        error: what came.
+        out_dir: the command's folder.
+    """
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = error.filename or f"into {out_dir}"
         return f"no space is left to write {where}: make room, and give the same command again"
