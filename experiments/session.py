@@ -35,9 +35,10 @@ def session(out_dir: Path, console: Console, command: str) -> Iterator[ProgressB
     Raises:
         SystemExit: with one line, for a folder that cannot be made or written, that another process works in, or that
             holds another command's results; for a loss that is not finite, a damaged stage, a full disk or any other
-            file that cannot be read or written; for too little memory of the device; with `INTERRUPTED`, for an
+            file that cannot be read or written; for no device, or too little memory of it; with `INTERRUPTED`, for an
             interruption, after saying that finished stages are kept.
     """
+    _check_device()
     with ProgressBars(console) as progress, exit_on(FloatingPointError, DamagedStageError, LockedError):
         lock = contextlib.ExitStack()
         try:
@@ -108,6 +109,19 @@ def _kept(out_dir: Path) -> str:
     """What a command that ended early leaves."""
     kept = f"finished stages are kept in {out_dir}, the same command goes on from them"
     return kept if out_dir.is_dir() and any(out_dir.iterdir()) else "no stage was finished yet"
+
+
+def _check_device() -> None:
+    """Ends the command where JAX does not start, as for a platform that is not there."""
+    try:
+        jax.devices()
+    except Exception as error:
+        # A RuntimeError, or an AssertionError without a word.
+        first_line = next(iter(str(error).splitlines()), "")
+        sys.exit(
+            f"JAX finds no device ({type(error).__name__}: {first_line}); JAX_PLATFORMS is "
+            f"{os.environ.get('JAX_PLATFORMS')!r}: expected a platform that is installed and there, or none for any"
+        )
 
 
 def _check_place(out_dir: Path) -> None:

@@ -173,6 +173,18 @@ def test_a_full_disk_ends_with_one_line_and_what_was_finished_is_kept(tmp_path):
     assert f"finished stages are kept in {tmp_path}" in said
 
 
+def test_a_platform_that_is_not_there_ends_with_one_line_before_any_work(tmp_path, monkeypatch):
+    def fail():
+        raise AssertionError
+
+    monkeypatch.setattr(jax, "devices", fail)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    said = r"JAX finds no device \(AssertionError: \); JAX_PLATFORMS is 'cuda'"
+    with pytest.raises(SystemExit, match=said), opened(tmp_path / "run"):
+        pytest.fail("the work began")
+    assert not list(tmp_path.iterdir())
+
+
 def test_too_little_memory_ends_with_one_line_and_other_errors_of_the_device_do_not(tmp_path):
     with pytest.raises(SystemExit) as stopped, opened(tmp_path):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\nBuffers: ...")
