@@ -133,6 +133,9 @@ def calibrated_radius(context: Context, experts: Variables, seed: int, guess: fl
         experts: stacked, each leaf `[K, ...]`.
         seed: of target images and directions.
         guess: in the middle, on a logarithmic axis, of the radii that are tried.
+
+    Raises:
+        FloatingPointError: none of them changes the loss, as where they are so small that it is rounded away.
     """
     batch = take(context.train, context.targets[seed][:_IMAGES])
 
@@ -140,15 +143,21 @@ def calibrated_radius(context: Context, experts: Variables, seed: int, guess: fl
     def loss(beta: jax.Array) -> jax.Array:
         return context.problem.loss(glue_jax.blend(experts, jax.nn.softmax(beta)), batch)
 
-    with jax.default_matmul_precision(context.config.matmul_precision):
-        found = glue_jax.calibrate(
-            jax.random.fold_in(jax.random.key(seed), _CALIBRATION),
-            loss,
-            glue_jax.weights_to_logits(glue_jax.uniform(context.config.num_experts)),
-            radii=[float(radius) for radius in guess * _SEARCH],
-            # A probe is of many images: so many at once fit wherever a step does.
-            probe_batch_size=None if on_cpu(batch) else 2,
-        )
+    config = context.config
+    try:
+        with jax.default_matmul_precision(config.matmul_precision):
+            found = glue_jax.calibrate(
+                jax.random.fold_in(jax.random.key(seed), _CALIBRATION),
+                loss,
+                glue_jax.weights_to_logits(glue_jax.uniform(config.num_experts)),
+                radii=[float(radius) for radius in guess * _SEARCH],
+                # A probe is of many images: so many at once fit wherever a step does.
+                probe_batch_size=None if on_cpu(batch) else 2,
+            )
+    except ValueError as error:
+        raise FloatingPointError(
+            f"--radius is {config.radius:g}, and no radius within three decades of the guess {guess:g} will do: {error}"
+        ) from error
     return found.radius
 
 

@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,19 +106,25 @@ def _plain(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps what orbax's threads log of a failure, a traceback for each array, out of a command's output.
+    """Keeps what orbax's and tensorstore's threads say of a failure, a traceback for each array, out of the output.
 
-    A task logs its failure when it is collected: most are at once, but some last to the process's end, so after a
-    failure the loggers stay quiet.
+    They say some of it later, when a task is collected or a write ends, so after a failure they stay quiet.
     """
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    levels = [logger.level for logger in loggers]
+    levels, hook = [logger.level for logger in loggers], sys.unraisablehook
+
+    def without_closed_loops(unraisable: "sys.UnraisableHookArgs") -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
     for logger in loggers:
         logger.setLevel(logging.CRITICAL + 1)
+    sys.unraisablehook = without_closed_loops
     try:
         yield
     except BaseException:
         gc.collect()
         raise
+    sys.unraisablehook = hook
     for logger, level in zip(loggers, levels, strict=True):
         logger.setLevel(level)

@@ -18,6 +18,8 @@ from glue_jax.directions import DirectionName, dimension
 Initialization = Literal["common", "separate"]
 # JAX makes keys of 32 bits: larger seeds would share their keys with smaller ones.
 _SEEDS = 2**32
+# Its integers have 32 bits, one of them the sign.
+_COUNTS = 2**31
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,7 +154,8 @@ class Config(FineTuningFields, CoefficientFields, NetworkFields, ExpertFields):
             elif field.name.endswith("seed"):
                 valid, expected = 0 <= value < _SEEDS, f"at least 0 and below {_SEEDS}, of 32 bits"
             else:
-                valid, expected = not isinstance(value, int) or value >= 1, "at least 1"
+                valid = not isinstance(value, int) or 1 <= value < _COUNTS
+                expected = f"at least 1 and below {_COUNTS}"
             if not valid:
                 raise ValueError(f"{field.name} is {value!r}; expected {expected}")
         for name, value in part(self, NetworkFields).items():

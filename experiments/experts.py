@@ -138,6 +138,11 @@ def _train_and_keep(context: Context, group: list[int], missing: list[int], stag
     for index, (expert, losses) in zip(group, trained, strict=True):
         if index not in missing:
             continue
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(expert)):
+            raise FloatingPointError(
+                f"experts/{index}: it has weights or statistics that are not finite after training, though its losses "
+                "are: expected finite numbers (a smaller expert_learning_rate may help)"
+            )
         key = _stage_of(context, index)
         result = {
             "training_loss": losses,

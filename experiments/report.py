@@ -25,6 +25,7 @@ from experiments.analysis import CONFIGS
 from experiments.paper import EXPERIMENTS, EXPERT_ACCURACY, experiment_of, is_at_its_scale
 from experiments.presentation import STYLE, markdown_table, png, shortened, unbroken
 from experiments.run_report import config_table, draw_accuracy
+from experiments.session import failure
 from experiments.shapes import check_shape
 from experiments.stages import read_json, write_whole
 
@@ -66,7 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         runs = [read(folder) for folder in parsed.runs] or _found(Path("runs"))
         write(runs, parsed.out_dir)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        sys.exit(failure(error, parsed.out_dir))
+    except ValueError as error:
         sys.exit(f"{type(error).__name__}: {error}")
     print(f"report: {parsed.out_dir / 'report.md'}")
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 
 from experiments.locks import LockedError, locked
@@ -34,9 +35,10 @@ def session(out_dir: Path, console: Console, command: str) -> Iterator[ProgressB
     Raises:
         SystemExit: with one line, for a folder that cannot be made or written, that another process works in, or that
             holds another command's results; for a loss that is not finite, a damaged stage, a full disk or any other
-            file that cannot be read or written; with `INTERRUPTED`, for an interruption, after saying that finished
-            stages are kept.
+            file that cannot be read or written; for no device, or too little memory of it; with `INTERRUPTED`, for an
+            interruption, after saying that finished stages are kept.
     """
+    _check_device()
     with ProgressBars(console) as progress, exit_on(FloatingPointError, DamagedStageError, LockedError):
         lock = contextlib.ExitStack()
         try:
@@ -50,7 +52,12 @@ def session(out_dir: Path, console: Console, command: str) -> Iterator[ProgressB
                 sweep(out_dir)
                 yield progress
         except OSError as error:
-            sys.exit(f"{_words(error, out_dir)}; {_kept(out_dir)}")
+            sys.exit(f"{failure(error, out_dir)}; {_kept(out_dir)}")
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            first_line = next(iter(str(error).splitlines()))
+            sys.exit(f"the device's memory is too small for this ({first_line:.200}); {_kept(out_dir)}")
         except KeyboardInterrupt:
             progress.say(f"interrupted: {_kept(out_dir)}")
             sys.exit(INTERRUPTED)
@@ -85,8 +92,13 @@ def exit_on(*errors: type[Exception]) -> Iterator[None]:
         sys.exit(f"{type(error).__name__}: {error}")
 
 
-def _words(error: OSError, out_dir: Path) -> str:
-    """What to say of a file that cannot be read or written."""
+def failure(error: OSError, out_dir: Path) -> str:
+    """Returns what to say of a file that cannot be read or written.
+
+    Args:
+        error: what came.
+        out_dir: the command's folder.
+    """
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = error.filename or f"into {out_dir}"
         return f"no space is left to write {where}: make room, and give the same command again"
@@ -97,6 +109,19 @@ def _kept(out_dir: Path) -> str:
     """What a command that ended early leaves."""
     kept = f"finished stages are kept in {out_dir}, the same command goes on from them"
     return kept if out_dir.is_dir() and any(out_dir.iterdir()) else "no stage was finished yet"
+
+
+def _check_device() -> None:
+    """Ends the command where JAX does not start, as for a platform that is not there."""
+    try:
+        jax.devices()
+    except Exception as error:
+        # A RuntimeError, or an AssertionError without a word.
+        first_line = next(iter(str(error).splitlines()), "")
+        sys.exit(
+            f"JAX finds no device ({type(error).__name__}: {first_line}); JAX_PLATFORMS is "
+            f"{os.environ.get('JAX_PLATFORMS')!r}: expected a platform that is installed and there, or none for any"
+        )
 
 
 def _check_place(out_dir: Path) -> None:

@@ -3,6 +3,8 @@
 import errno
 import logging
 import shutil
+import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +82,7 @@ def test_damage_is_told_in_one_line_with_the_way_out(damage, saved, copied):
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_what_tasks_log_after_a_failure_is_not_shown(saved, copied, caplog):
+def test_what_tasks_log_after_a_failure_is_not_shown(saved, copied, caplog, monkeypatch):
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels = [logger.level for logger in loggers]
     checkpoints.load(copied, TREE, expected=saved[1])
@@ -91,6 +93,14 @@ def test_what_tasks_log_after_a_failure_is_not_shown(saved, copied, caplog):
     # As asyncio does when a task is collected whose error nobody asked for.
     logging.getLogger("asyncio").error("Task exception was never retrieved")
     assert not caplog.records
+    # As tensorstore's threads do when a write ends after the failure.
+    passed_on = []
+    monkeypatch.setattr("sys.unraisablehook", passed_on.append)
+    with pytest.raises(DamagedStageError):
+        checkpoints.load(copied, TREE, expected=saved[1])
+    for error in (RuntimeError("Event loop is closed"), RuntimeError("another")):
+        sys.unraisablehook(SimpleNamespace(exc_value=error))  # pyright: ignore[reportArgumentType]
+    assert [str(each.exc_value) for each in passed_on] == ["another"]
     for logger, level in zip(loggers, levels, strict=True):
         logger.setLevel(level)
 

@@ -435,10 +435,23 @@ def test_a_loss_that_is_not_finite_stops_with_its_stage_and_step(digits, tmp_pat
         _run(config, digits, tmp_path)
 
 
+def test_an_expert_whose_losses_alone_are_finite_is_named_and_not_kept(digits, tmp_path, monkeypatch):
+    train = experts.train
+
+    def diverged(*arguments, **words):
+        return jax.tree.map(lambda leaf: leaf * jnp.inf, train(*arguments, **words))
+
+    monkeypatch.setattr(experts, "train", diverged)
+    with pytest.raises(FloatingPointError, match="experts/0: it has weights or statistics that are not finite"):
+        _run(TINY, digits, tmp_path)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"num_experts": 0}, "num_experts is 0; expected at least 1"),
+        ({"num_directions": 10**12}, "num_directions is 1000000000000; expected at least 1 and below 2147483648"),
         ({"radius": 0.0}, "radius is 0.0; expected a finite number above 0"),
         ({"radius": float("nan")}, "radius is nan"),
         ({"expert_b1": 1.0}, "expert_b1 is 1.0; expected a number of at least 0 and below 1"),

@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import json
 from pathlib import Path
 
@@ -233,6 +234,16 @@ def test_wrong_content_is_named_in_one_line(tmp_path, content, message):
 @pytest.mark.parametrize("folder", RUNS, ids=lambda folder: folder.name)
 def test_the_runs_that_are_kept_are_what_a_run_writes(folder):
     assert len(report.read(folder)["experts"]) > 1
+
+
+def test_a_full_disk_is_told_in_one_line_with_the_way_out(tmp_path, monkeypatch):
+    def full(path, *_):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(report, "write_whole", full)
+    run = Path(__file__).parents[1] / "experiments" / "results" / "digits"
+    with pytest.raises(SystemExit, match=rf"no space is left to write {tmp_path / 'figure1.png'}: make room"):
+        report.main([str(run), "--out-dir", str(tmp_path)])
 
 
 def test_no_runs_at_all_are_refused(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 from rich.console import Console
 
@@ -162,11 +163,37 @@ def test_two_commands_at_once_in_one_folder_are_refused_with_the_process_that_ho
 
 def test_a_full_disk_ends_with_one_line_and_what_was_finished_is_kept(tmp_path):
     (tmp_path / "stage.json").write_text("{}")
+    with pytest.raises(SystemExit, match=f"no space is left to write into {tmp_path}: "), opened(tmp_path):
+        # As Python raises it for an open file.
+        raise OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(SystemExit) as stopped, opened(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "x"))
     said = str(stopped.value.code)
     assert f"no space is left to write {tmp_path / 'x'}: make room, and give the same command again" in said
     assert f"finished stages are kept in {tmp_path}" in said
+
+
+def test_a_platform_that_is_not_there_ends_with_one_line_before_any_work(tmp_path, monkeypatch):
+    def fail():
+        raise AssertionError
+
+    monkeypatch.setattr(jax, "devices", fail)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    said = r"JAX finds no device \(AssertionError: \); JAX_PLATFORMS is 'cuda'"
+    with pytest.raises(SystemExit, match=said), opened(tmp_path / "run"):
+        pytest.fail("the work began")
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_little_memory_ends_with_one_line_and_other_errors_of_the_device_do_not(tmp_path):
+    with pytest.raises(SystemExit) as stopped, opened(tmp_path):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\nBuffers: ...")
+    said = (
+        "the device's memory is too small for this (RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.); no stage"
+    )
+    assert str(stopped.value.code).startswith(said)
+    with pytest.raises(jax.errors.JaxRuntimeError), opened(tmp_path):
+        raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
 
 
 def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
