@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.models import depthwise
-from experiments.models.depthwise import _grouped, _in_chunks, _scattered, _shifted, depthwise_conv
+from experiments.models.depthwise import _grouped, _in_chunks, _shifted, depthwise_conv
 
 
 def _inputs(height, width, channels=5):
@@ -28,7 +28,7 @@ def _gradient(function, strides):
     return jax.jit(jax.grad(loss, argnums=(0, 1)))
 
 
-@pytest.mark.parametrize("function", [_shifted, _scattered, _in_chunks])
+@pytest.mark.parametrize("function", [_shifted, _in_chunks])
 @pytest.mark.parametrize("strides", [1, 2])
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (7, 5), (1, 2)])
 def test_each_form_is_the_grouped_convolution(height, width, strides, function):

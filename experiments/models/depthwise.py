@@ -65,9 +65,9 @@ def _on_cpu(x: jax.Array, kernel: jax.Array, strides: int) -> jax.Array:
 def _on_cpu_jvp(
     strides: int, primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    """The derivative as two terms, each of which JAX transposes to a fast gradient."""
+    """The derivative, in a form whose transpose, the gradient, is fast."""
     x, kernel = primals
-    of_x, of_kernel = _scattered(tangents[0], kernel, strides=strides), _in_chunks(x, tangents[1], strides=strides)
+    of_x, of_kernel = _shifted(tangents[0], kernel, strides=strides), _in_chunks(x, tangents[1], strides=strides)
     return _on_cpu(x, kernel, strides), of_x + of_kernel
 
 
@@ -81,19 +81,6 @@ def _shifted(x: jax.Array, kernel: jax.Array, *, strides: int) -> jax.Array:
         for column in range(3)
     ]
     return functools.reduce(jnp.add, terms)
-
-
-def _scattered(x: jax.Array, kernel: jax.Array, *, strides: int) -> jax.Array:
-    """As `_shifted`, but shifted after the product, so that the gradient for `x` is a sum like `_shifted`."""
-    height, width = x.shape[1:3]
-    terms = [
-        jnp.pad(x * kernel[row, column][None, None], ((0, 0), (2 - row, row), (2 - column, column), (0, 0)))
-        for row in range(3)
-        for column in range(3)
-    ]
-    # In the gradient, the barrier keeps XLA from computing the gradient for the output once for each of the nine terms.
-    padded = jax.lax.optimization_barrier(functools.reduce(jnp.add, terms))
-    return padded[:, 1 : 1 + height : strides, 1 : 1 + width : strides]
 
 
 def _in_chunks(x: jax.Array, kernel: jax.Array, *, strides: int) -> jax.Array:
