@@ -141,7 +141,7 @@ def calibrated_radius(context: Context, experts: Variables, seed: int, guess: fl
 
     @jax.jit
     def loss(beta: jax.Array) -> jax.Array:
-        return context.problem.loss(glue_jax.blend(experts, jax.nn.softmax(beta)), batch)
+        return context.problem.loss(glue_jax.blend(experts, jax.nn.softmax(beta), min_dtype=jax.numpy.float32), batch)
 
     config = context.config
     try:

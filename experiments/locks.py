@@ -31,9 +31,12 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except filelock.Timeout as error:
-        raise LockedError(
-            f"process {path.read_text().strip()} works in {folder}: wait until it ends, or choose another folder"
-        ) from error
+        holder = ""
+        # The file may be new, or gone by now.
+        with contextlib.suppress(OSError):
+            holder = path.read_text().strip()
+        who = f"process {holder}" if holder else "another process"
+        raise LockedError(f"{who} works in {folder}: wait until it ends, or choose another folder") from error
     try:
         path.write_text(f"{os.getpid()}\n")
         yield

@@ -27,6 +27,7 @@ from rich.console import Console
 
 import glue_jax
 from experiments import data
+from experiments.config import CoefficientFields, part
 from experiments.context import Context, prepare, take
 from experiments.data import Examples
 from experiments.experts import describe_missing, train_experts
@@ -106,7 +107,7 @@ def measure(context: Context, stages: Stages) -> tuple[list[dict[str, Any]], flo
         **context.expert_fields,
         "experts": context.config.num_experts,
         "seed": context.config.seeds[0],
-        "target_examples": context.config.target_examples,
+        **part(context.config, CoefficientFields),
         "code": context.code(_errors, drawn_together),
     }
     bar = context.progress.stage("Number formats", len(banks) * len(DTYPES) * len(ARITHMETIC))
@@ -169,14 +170,18 @@ def _errors(context: Context, experts: Variables, dtype: str, arithmetic: str) -
         return beta - step_fn(key, state, bank, batch, **words)[0].beta
 
     gradient = jax.jit(exact)
-    truth = {case: gradient(None, *case_of(case, points, batches)) for case in _cases(points)}
+    cases = [
+        (jax.random.key(index), beta, batch, gradient(None, beta, batch))
+        for beta in points
+        for index, batch in enumerate(batches)
+    ]
 
     def error(estimator: Callable[..., jax.Array]) -> float:
         compiled = jax.jit(estimator)
-        squares = []
-        for case, right in truth.items():
-            found = compiled(jax.random.key(case[1]), *case_of(case, points, batches))
-            squares.append(float(jnp.sum(jnp.square(found - right)) / jnp.sum(jnp.square(right))))
+        squares = [
+            float(jnp.sum(jnp.square(compiled(key, beta, batch) - right)) / jnp.sum(jnp.square(right)))
+            for key, beta, batch, right in cases
+        ]
         return float(np.sqrt(np.mean(squares)))
 
     with warnings.catch_warnings():
@@ -188,16 +193,6 @@ def _errors(context: Context, experts: Variables, dtype: str, arithmetic: str) -
             "default_spsa": error(functools.partial(of_step, glue_jax.spsa_step)),
             "default_tangents": error(functools.partial(of_step, glue_jax.forward_gradient_step)),
         }
-
-
-def case_of(case: tuple[int, int], points: Sequence[jax.Array], batches: Sequence[Examples]) -> tuple[Any, Any]:
-    """Returns the point and the minibatch of a case."""
-    return points[case[0]], batches[case[1]]
-
-
-def _cases(points: Sequence[jax.Array]) -> list[tuple[int, int]]:
-    """Each point with each minibatch."""
-    return list(itertools.product(range(len(points)), range(BATCHES)))
 
 
 def _loss(context: Context, arithmetic: str) -> Callable[[Variables, Examples], jax.Array]:

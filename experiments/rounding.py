@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Literal
+from jax.extend.core import Literal, jaxprs_in_params
 
 PRODUCTS = ("dot_general", "conv_general_dilated")
 """The primitives whose operands an accelerator rounds."""
@@ -19,11 +19,15 @@ def with_rounded_products(fun: Callable[..., Any], mantissa_bits: int) -> Callab
     `jax.default_matmul_precision("highest")` where the function is traced. The sums of products are float32.
 
     Args:
-        fun: any function that JAX traces, without a product inside a loop or a branch.
+        fun: any function that JAX traces, without a product inside a loop or a branch (as MobileNetV2 has them, whose
+            products are chosen by platform).
         mantissa_bits: 10 for TF32, 7 for bfloat16.
 
     Returns:
         The function. It can be jitted, differentiated and vmapped.
+
+    Raises:
+        ValueError: a product inside a loop or a branch, when the function is called.
     """
 
     def rounded(*arguments: Any) -> Any:
@@ -46,10 +50,21 @@ def _evaluate(jaxpr: Any, consts: Any, arguments: list[Any], mantissa_bits: int)
         else:
             if name in PRODUCTS and not _is_highest(params["precision"]):
                 inputs = [_rounded(value, mantissa_bits) for value in inputs]
+            elif _has_product(params):
+                raise ValueError(f"fun has a product inside {name}, which is not rounded here")
             outputs = equation.primitive.bind(*inputs, **params)
             outputs = outputs if equation.primitive.multiple_results else [outputs]
         values.update(zip(equation.outvars, outputs, strict=True))
     return [atom.val if isinstance(atom, Literal) else values[atom] for atom in jaxpr.outvars]
+
+
+def _has_product(params: Any) -> bool:
+    """Whether a loop or a branch has a product."""
+    return any(
+        equation.primitive.name in PRODUCTS or _has_product(equation.params)
+        for inner in jaxprs_in_params(params)
+        for equation in inner.eqns
+    )
 
 
 def _rounded(value: jax.Array, mantissa_bits: int) -> jax.Array:

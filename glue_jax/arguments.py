@@ -80,12 +80,17 @@ def checked_data(data: Any, batch_size: int, steps_per_call: int | None) -> Any:
     return jax.tree.map(jnp.asarray, as_arrays("data", data))
 
 
-def checked_validation(validation_data: Any, data: Any, validation_fn: Any, patience: int | None) -> Any:
+def checked_validation(
+    validation_data: Any, data: Any, validation_fn: Any, patience: int | None, batch_size: int | None
+) -> Any:
     """The same for what validates, of the kind of data unless a function of its own may want another."""
+    if validation_data is None and (validation_fn is not None or patience not in (None, PATIENCE)):
+        name = "validation_fn" if validation_fn is not None else f"patience={patience}"
+        raise ValueError(f"{name} was given without validation_data, which it needs")
+    if batch_size is not None and (validation_data is None or is_stream(validation_data)):
+        what = "None" if validation_data is None else f"a {type(validation_data).__name__} with batches of its own size"
+        raise ValueError(f"validation_batch_size is {batch_size}, but validation_data is {what}")
     if validation_data is None:
-        if validation_fn is not None or patience not in (None, PATIENCE):
-            name = "validation_fn" if validation_fn is not None else f"patience={patience}"
-            raise ValueError(f"{name} was given without validation_data, which it needs")
         return None
     if is_stream(validation_data):
         check_validation_stream(validation_data)

@@ -96,8 +96,10 @@ def ask(
     check_positive("radius", radius)
     directions = directions or directions_of(link_fn)
     u = sample_directions(jax.random.fold_in(key, state.step), state.beta, num_directions, directions)
+    with jax.default_matmul_precision("highest"):
+        alpha = jax.vmap(functools.partial(apply_link, link_fn))(spsa_probes(state.beta, u, radius))
     return Probes(
-        alpha=jax.vmap(functools.partial(apply_link, link_fn))(spsa_probes(state.beta, u, radius)),
+        alpha=alpha,
         state=state,
         directions=u,
         radius=radius,

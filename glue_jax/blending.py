@@ -82,8 +82,8 @@ def merge_for_learning(merge_fn: MergeFn) -> MergeFn:
         merge_fn: `merge_fn(experts, alpha) -> params`.
 
     Returns:
-        The function. It raises a ValueError, with the path, where a leaf that depends on alpha has fewer bits than
-        float32.
+        The function. It raises a ValueError, with the path, where a leaf that is none of the experts' own has fewer
+        bits than float32.
     """
     words = {"min_dtype": jnp.float32} if _takes_min_dtype(merge_fn) else {}
 
@@ -91,12 +91,13 @@ def merge_for_learning(merge_fn: MergeFn) -> MergeFn:
         params = merge_fn(experts, alpha, **words)
         given = {id(leaf) for leaf in jax.tree.leaves(experts)}
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-            # What depends on alpha is traced here, and is no leaf of the experts.
+            # What depends on alpha is among these.
             if isinstance(leaf, Tracer) and id(leaf) not in given and is_short(leaf.dtype):
                 raise ValueError(
                     f"merge_fn returned {leaf.dtype} at {path_name(path)}; expected at least float32 while the "
                     "coefficients are learned, since two nearby blends are mostly the same in fewer bits: pass "
-                    "min_dtype=jnp.float32 to glue_jax.blend in it, and cast the finished model"
+                    "min_dtype=jnp.float32 to glue_jax.blend in it, and cast the finished model; or, if the leaf does "
+                    "not depend on alpha, widen it by .astype(jnp.float32)"
                 )
         return params
 

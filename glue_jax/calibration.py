@@ -44,7 +44,7 @@ def calibrate(
     *,
     radii: Sequence[float] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0),
     num_directions: int = 4,
-    directions: Directions = "rademacher",
+    directions: Directions = "orthogonal",
     first_step: float = 1e-2,
     step_directions: int = 1,
     probe_batch_size: int | None = None,
@@ -58,10 +58,13 @@ def calibrate(
     Args:
         key: a `jax.random.key`.
         fun: `fun(beta) -> scalar`, the objective on one batch, a large one if the metric counts.
+            Let it blend by `glue_jax.blend(..., min_dtype=jnp.float32)`, and wrap it in
+            `jax.default_matmul_precision("highest")` on an accelerator, as `spsa_step` does: rounding hides the
+            difference of two probes otherwise.
         beta: where learning starts.
         radii: to try, at least three, ascending.
         num_directions: m.
-        directions: as for `spsa_gradient`.
+        directions: those of the step, as for `spsa_gradient`.
         first_step: the root mean square that the first step is to have, in units of beta.
         step_directions: m of the steps that the learning rate is for; their directions are of the same distribution,
             their scale is `unbiased`.

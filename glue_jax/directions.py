@@ -62,7 +62,10 @@ def dimension(beta: PyTree, directions: Directions = "rademacher") -> int:
     d = sum(math.prod(np.shape(leaf)) for leaf in jax.tree.leaves(probed))
     if d == 0:
         shapes = jax.tree.map(np.shape, beta)
-        raise ValueError(f"beta of shape {shapes} leaves {directions} directions nothing to probe")
+        raise ValueError(
+            f"beta of shape {shapes} leaves {directions} directions nothing to probe (with one expert a softmax has "
+            "nothing to learn)"
+        )
     return d
 
 

@@ -59,6 +59,9 @@ def spsa_gradient(
     Args:
         key: a `jax.random.key`.
         fun: `fun(beta) -> scalar`.
+            Let it blend by `glue_jax.blend(..., min_dtype=jnp.float32)`, and wrap it in
+            `jax.default_matmul_precision("highest")` on an accelerator, as `spsa_step` does: rounding hides the
+            difference of two probes otherwise.
         beta: where to estimate, any pytree of floating-point coefficients.
         radius: the (root mean square) length of a probe's step, above 0, in the units of beta.
         num_directions: m.

@@ -79,6 +79,8 @@ def stack_experts(
         raise ValueError("stack_experts got no experts: expected at least one pytree")
     if differences:
         raise ValueError("\n".join(differences))
+    # The last of an iterator's experts is freed with the others.
+    expert = flat = leaves = None
     shardings = [None] * len(paths) if sharding is None else _broadcast(sharding, treedef)
     stacked = []
     for (path, column), place in zip(columns.items(), shardings, strict=True):

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -80,7 +81,9 @@ def learn(
             `minibatch_indices(jax.random.fold_in(key, 0), ...)` (an epoch leaves out the examples that fill no whole
             minibatch); or an iterator of batches, read once, which may end before `max_steps` and then ends the run;
             or a loader, each epoch a new iteration of it, which may be endless. A batch of a new shape compiles anew.
-        loss_fn: `loss_fn(params, batch) -> scalar`, the mean over a batch of `data`.
+            A list is a pytree: for a list of batches pass `iter(batches)`.
+        loss_fn: `loss_fn(params, batch) -> scalar`, the mean over a batch of `data`. The params are at least float32,
+            whatever the experts' dtype.
         optimizer: of beta.
         state: where to go on from. The default is `init(K, optimizer, link_fn=link_fn)`: the link's own start. From a
             `LearnResult`, learning goes on with its best coefficients, its patience and its history: stopped runs
@@ -117,7 +120,7 @@ def learn(
         NonFiniteLossError: a loss, a gradient, a validation value or beta that is infinite or not a number.
 
     Warns:
-        UserWarning: the first gradients are all exactly 0.
+        UserWarning: the first gradients are all exactly 0, or `state` is a result that had run out of patience.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -143,10 +146,18 @@ def learn(
     arguments.check_key_and_trees(key, experts, data, validation_data, state)
     arguments.check_numbers(max_steps, validate_every, batch_size, validation_batch_size, patience, steps_per_call)
     data = arguments.checked_data(data, batch_size, steps_per_call)
-    validation_data = arguments.checked_validation(validation_data, data, validation_fn, patience)
+    validation_data = arguments.checked_validation(
+        validation_data, data, validation_fn, patience, validation_batch_size
+    )
     experts = jax.tree.map(jnp.asarray, experts)
     run = _begin(state, experts, data, validation_data, functions, validate_every)
     steps = _steps(key, experts, data, functions, run.step, batch_size, steps_per_call, min(validate_every, max_steps))
+    if run.out_of_patience(patience):
+        warnings.warn(
+            "state is a result that had run out of patience, so no step is taken: pass a larger patience, or None, or "
+            "state=result.state, which begins anew from its last coefficients",
+            stacklevel=2,
+        )
     judge = make_judge(
         experts, validation_data, validation_fn or loss_fn, functions, validation_batch_size or batch_size
     )

@@ -5,6 +5,7 @@ the statistics out of the blend there, by `partition(experts, "^batch_stats/")`.
 minibatch does not need them, and `refresh_statistics` gives the result its own.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -13,10 +14,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from glue_jax.blending import merge_for_learning
 from glue_jax.checks import as_number, check_callable, check_positive
+from glue_jax.coefficients import uniform
 from glue_jax.directions import DirectionName
 from glue_jax.paths import matching
 from glue_jax.types import LinkFn, MergeFn, Params, PyTree
@@ -47,7 +50,17 @@ def start_of(link_fn: LinkFn, num_experts: int) -> PyTree:
     """Returns the beta that learning starts from: the link's own, or zeros, float32 `[K]`."""
     if isinstance(link_fn, Link):
         return link_fn.start(num_experts)
-    return jnp.zeros((num_experts,), jnp.float32)
+    zeros = jnp.zeros((num_experts,), jnp.float32)
+    # A link of betas of another kind says so where it is used.
+    with contextlib.suppress(Exception), jax.ensure_compile_time_eval():
+        if not any(np.any(leaf) for leaf in jax.tree.leaves(link_fn(zeros))):
+            zeros = None
+    if zeros is None:
+        raise ValueError(
+            "link_fn makes every coefficient 0 of its start, zeros [K], which blends a network of zeros: pass beta, or "
+            "use glue_jax.unconstrained for alpha = beta"
+        )
+    return zeros
 
 
 def directions_of(link_fn: LinkFn) -> DirectionName:
@@ -58,7 +71,9 @@ def directions_of(link_fn: LinkFn) -> DirectionName:
     """
     if isinstance(link_fn, Link):
         return link_fn.directions
-    inner = link_fn.func if isinstance(link_fn, functools.partial) else link_fn
+    inner = link_fn
+    if isinstance(link_fn, functools.partial) and link_fn.keywords.get("axis", -1) == -1:
+        inner = link_fn.func
     return "simplex_orthogonal" if inner is jax.nn.softmax else "orthogonal"
 
 
@@ -78,12 +93,7 @@ def _identity(beta: PyTree) -> PyTree:
     return beta
 
 
-def _uniform(num_experts: int) -> jax.Array:
-    """1/K for each expert."""
-    return jnp.full((num_experts,), 1 / num_experts, jnp.float32)
-
-
-unconstrained = Link(_identity, _uniform)
+unconstrained = Link(_identity, uniform)
 """The `link_fn` of Eq. (7), which updates alpha without the softmax: alpha is beta. It starts at 1/K."""
 
 

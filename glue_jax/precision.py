@@ -5,7 +5,8 @@ SPSA subtracts two losses of nearby models. `experiments.numerics` measures what
 - A float32 network at the highest precision of products gives slopes within 2 % at `DEFAULT_RADIUS`, for experts that
   are far from one another and for experts that are 1 % apart.
 - A network that multiplies bfloat16 or float16 by itself rounds the difference away at that radius. At `SHORT_RADIUS`
-  the slopes of experts that are far apart are usable. Forward-mode slopes (`forward_gradient_step`) are right for all.
+  the slopes of experts that are far apart are usable. Forward-mode slopes (`forward_gradient_step`) are as exact as the
+  network's own number format.
 """
 
 import contextlib

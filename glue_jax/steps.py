@@ -55,11 +55,12 @@ def init(
     start: PyTree = start_of(link_fn or jax.nn.softmax, num_experts) if beta is None else beta
     check_floating(start)
     check_finite("beta", start)
-    shapes = jax.tree.map(jnp.shape, jax.eval_shape(link_fn, start) if link_fn else start)
-    found = jax.tree.leaves(shapes, is_leaf=lambda node: isinstance(node, tuple) and not hasattr(node, "_fields"))
+    given = jax.eval_shape(link_fn, start) if link_fn else start
+    found = [jnp.shape(leaf) for leaf in jax.tree.leaves(given)]
     if not found or any(shape and shape[-1] != num_experts for shape in found):
         raise ValueError(
-            f"beta gives coefficients of shape {shapes}; expected a last axis of num_experts = {num_experts}"
+            f"beta gives coefficients of shape {jax.tree.map(jnp.shape, given)}; expected a last axis of num_experts = "
+            f"{num_experts}"
             + ("" if link_fn else " (pass link_fn where it makes the coefficients from a beta of another shape)")
         )
     # A copy, since steps may donate their state; of no weak type, which would change in the first step and retrace.
@@ -71,12 +72,14 @@ def alpha(state: GlueState | LearnResult, link_fn: LinkFn = jax.nn.softmax) -> P
     """Returns the coefficients that blend, `link_fn(state.beta)`.
 
     Args:
-        state: of `init` or a step; or a result of `learn`, whose best coefficients are returned.
-        link_fn: the step's.
+        state: of `init` or a step; or a result of `learn`, whose own alpha is returned.
+        link_fn: the step's. A result of `learn` needs none.
 
     Raises:
         TypeError: a state that is none, or a beta that the link does not take.
     """
+    if isinstance(state, LearnResult):
+        return state.alpha
     if not hasattr(state, "beta"):
         raise TypeError(f"state is a {type(state).__name__}; expected a GlueState or a LearnResult")
     return apply_link(link_fn, state.beta)
@@ -107,7 +110,8 @@ def spsa_step(
         state: of `init` or the step before.
         experts: stacked experts, each leaf `[K, ...]`.
         batch: a pytree of arrays `[B, ...]`. Both probes of a pair see it.
-        loss_fn: `loss_fn(params, batch) -> scalar`, deterministic (no dropout; BatchNorm by its running statistics, or
+        loss_fn: `loss_fn(params, batch) -> scalar`, of params that are at least float32, whatever the experts' dtype;
+            deterministic (no dropout; BatchNorm by its running statistics, or
             by the minibatch: see `glue_jax.batch_norm`). It is never differentiated.
         optimizer: of beta, the one given to `init`.
         link_fn: `link_fn(beta) -> alpha`. The softmax over the last axis keeps the blend in the experts' convex hull;
@@ -120,11 +124,11 @@ def spsa_step(
             not see a common change of all coefficients, and `orthogonal` for others.
         scale: see `spsa_gradient`.
         probe_batch_size: see `spsa_gradient`.
-        matmul_precision: of the products in `loss_fn` that name no precision of their own, a value of
-            `jax.default_matmul_precision`. An accelerator's default rounds the weights of both probes to bfloat16 or
-            TF32, and most of their difference with them. The highest precision costs several times as much per
-            product. None leaves JAX's setting as it is. A network that computes in bfloat16 by itself is not helped:
-            see `forward_gradient_step`.
+        matmul_precision: of the products in `loss_fn`, `merge_fn` and `link_fn` that name no precision of their own, a
+            value of `jax.default_matmul_precision`. An accelerator's default rounds the weights of both probes to
+            bfloat16 or TF32, and most of their difference with them. The highest precision costs several times as much
+            per product. None leaves JAX's setting as it is. A network that computes in bfloat16 by itself is not
+            helped: see `forward_gradient_step`.
         diagnostics: whether the metrics have `diagnostics`, for 2m + 1 forward passes more.
 
     Returns:
@@ -150,18 +154,17 @@ def spsa_step(
         >>> bool(jnp.abs(glue_jax.alpha(state)[1] - 0.75) < 0.05)
         True
     """
-    check_callable(loss_fn=loss_fn)
-
-    def precise_loss(params: Params, batch: Batch) -> jax.Array:
-        with matmul_precision_of(matmul_precision):
-            return loss_fn(params, batch)
 
     def estimator(key: jax.Array, objective: Callable[[PyTree], jax.Array], beta: PyTree) -> Estimate:
+        def precise(beta: PyTree) -> jax.Array:
+            with matmul_precision_of(matmul_precision):
+                return objective(beta)
+
         return spsa_gradient(
             key,
-            objective,
+            precise,
             beta,
-            radius=_radius(radius, state.step, objective, beta),
+            radius=_radius(radius, state.step, precise, beta),
             num_directions=num_directions,
             directions=directions or directions_of(link_fn),
             scale=scale,
@@ -169,7 +172,7 @@ def spsa_step(
             diagnostics=diagnostics,
         )
 
-    return _step(estimator, key, state, experts, batch, precise_loss, optimizer, link_fn, merge_fn)
+    return _step(estimator, key, state, experts, batch, loss_fn, optimizer, link_fn, merge_fn)
 
 
 def forward_gradient_step(
@@ -291,7 +294,7 @@ def _radius(
         "loss_fn multiplies bfloat16 or float16 arrays, which rounds away most of the difference of two nearby models. "
         f"spsa_step takes the radius {SHORT_RADIUS}, whose slopes are off by several percent at least. "
         "forward_gradient_step is right there. Or compute in float32, or give a radius (glue_jax.calibrate finds one).",
-        stacklevel=4,
+        stacklevel=5,
     )
     return SHORT_RADIUS
 
