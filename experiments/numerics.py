@@ -171,16 +171,14 @@ def _errors(context: Context, experts: Variables, dtype: str, arithmetic: str) -
 
     gradient = jax.jit(exact)
     cases = [
-        (jax.random.key(index), beta, batch, gradient(None, beta, batch))
-        for beta in points
-        for index, batch in enumerate(batches)
+        (index, beta, batch, gradient(None, beta, batch)) for beta in points for index, batch in enumerate(batches)
     ]
 
     def error(estimator: Callable[..., jax.Array]) -> float:
         compiled = jax.jit(estimator)
         squares = [
-            float(jnp.sum(jnp.square(compiled(key, beta, batch) - right)) / jnp.sum(jnp.square(right)))
-            for key, beta, batch, right in cases
+            float(jnp.sum(jnp.square(compiled(jax.random.key(seed), beta, batch) - right)) / jnp.sum(jnp.square(right)))
+            for seed, beta, batch, right in cases
         ]
         return float(np.sqrt(np.mean(squares)))
 

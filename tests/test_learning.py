@@ -187,9 +187,9 @@ def test_the_best_coefficients_are_kept_where_a_stop_between_two_validations_fou
 
 def test_going_on_where_patience_has_ended_takes_no_step():
     result = learn(validation_data=DATA, validation_fn=blend_value, patience=2)
-    chex.assert_trees_all_equal(
-        learn(validation_data=DATA, validation_fn=blend_value, patience=2, state=result), result
-    )
+    with pytest.warns(UserWarning, match="had run out of patience, so no step is taken"):
+        again = learn(validation_data=DATA, validation_fn=blend_value, patience=2, state=result)
+    chex.assert_trees_all_equal(again, result)
 
 
 def test_a_result_of_other_metrics_is_refused_and_nothing_is_lost():

@@ -152,3 +152,19 @@ def test_a_temperature_is_learned_beside_the_coefficients(step_fn, grouped):
     # Reported with the coefficients.
     assert metrics is not None
     assert metrics.alpha.temperature.shape == ()
+
+
+def test_the_directions_of_a_softmax_over_another_axis_are_not_zero_sum_over_the_experts():
+    over_rows = functools.partial(jax.nn.softmax, axis=0)
+    experts, start = {"w": jnp.arange(2.0)}, glue_jax.init(2, optax.sgd(1.0), beta=jnp.zeros((2, 2)))
+    step = functools.partial(
+        glue_jax.spsa_step,
+        loss_fn=lambda params, _: params["w"],
+        optimizer=optax.sgd(1.0),
+        link_fn=over_rows,
+        merge_fn=lambda experts, alpha: {"w": alpha[0] @ experts["w"]},
+        num_directions=4,
+    )
+    after, _ = step(jax.random.key(0), start, experts, None)
+    # alpha[0, 1] falls with beta[0, 1] and rises with beta[1, 1], a direction that is not zero-sum over the experts.
+    np.testing.assert_allclose(after.beta, [[0, -0.25], [0, 0.25]], atol=2e-3)

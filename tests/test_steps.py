@@ -190,6 +190,56 @@ def test_the_products_of_the_loss_have_the_highest_precision_unless_another_is_a
     assert seen == expected
 
 
+def test_the_products_of_a_merge_and_of_a_link_have_the_highest_precision_too():
+    basis, seen = jnp.eye(4)[:, :3], set()
+
+    def note(function, *arguments):
+        for equation in jax.make_jaxpr(function)(*arguments).jaxpr.eqns:
+            if equation.primitive.name == "dot_general":
+                seen.add((equation.params["precision"] or ("None",))[0])
+        return function(*arguments)
+
+    glue_jax.spsa_step(
+        jax.random.key(0),
+        glue_jax.init(4, SGD, beta=jnp.zeros(3), link_fn=lambda beta: basis @ beta),
+        {"w": jnp.ones((4, 5))},
+        None,
+        loss_fn=lambda params, _: jnp.sum(params["w"] ** 2),
+        optimizer=SGD,
+        link_fn=lambda beta: note(lambda b: basis @ b, beta),
+        merge_fn=lambda experts, alpha: {"w": note(lambda a, w: a @ w, alpha, experts["w"])},
+        directions="sphere",
+    )
+    assert jax.lax.Precision.HIGHEST in seen
+    # What the step reports of its state is computed as it comes.
+    assert seen <= {jax.lax.Precision.HIGHEST, "None"}
+
+
+def test_an_unnamed_link_of_zeros_is_refused_where_it_would_start():
+    with pytest.raises(ValueError, match=r"every coefficient 0 of its start.*glue_jax\.unconstrained"):
+        glue_jax.init(3, SGD, link_fn=lambda beta: beta)
+    assert glue_jax.init(3, SGD, link_fn=lambda beta: beta + 1).beta.shape == (3,)
+
+
+def test_the_alpha_of_a_result_is_its_own_whatever_the_link():
+    experts = {"w": jnp.arange(3.0)}
+    result = glue_jax.learn(
+        jax.random.key(0),
+        experts,
+        jnp.zeros(8),
+        loss_fn=lambda params, batch: jnp.mean((params["w"] - batch) ** 2),
+        optimizer=SGD,
+        link_fn=glue_jax.unconstrained,
+        batch_size=8,
+        max_steps=3,
+    )
+    np.testing.assert_array_equal(glue_jax.alpha(result), result.alpha)
+
+
+def test_coefficients_may_be_a_tuple():
+    assert len(glue_jax.init(3, SGD, beta=(jnp.zeros(3), jnp.zeros(3))).beta) == 2
+
+
 @pytest.mark.parametrize("step_fn", STEPS[1:])
 def test_a_loss_that_counts_is_not_differentiated_to_zero_in_silence(step_fn):
     experts, batch = linear_problem()

@@ -336,8 +336,8 @@ def test_a_run_says_first_how_many_experts_are_to_be_trained(done, tmp_path, mon
         with pytest.raises(SystemExit):
             _main(tmp_path, "--run-dir", str(run_dir))
         printed.append(capsys.readouterr().out)
-    assert "experts to train" not in printed[0]
-    assert "experts to train first: 3 of 3, " in printed[1]
+    assert "experts to train first: 0 of " in printed[0]
+    assert "experts to train first: 3 of 3" in printed[1]
 
 
 def test_the_report_has_its_files_and_says_what_was_measured(done):
