@@ -55,8 +55,8 @@ def test_every_recipe_gives_a_model_of_the_experts_architecture(tmp_path):
     assert rows["best expert"]["forward_passes"] == 2 * 20
     assert rows["greedy soup"]["forward_passes"] == 2 * 20 + 2 * 20
     assert rows["Fisher-weighted"]["forward_passes"] == 2 * 20
-    # Three starts, which two experts' losses gave, judged once more in the end.
-    assert rows["GLUE from three starts"]["forward_passes"] == 2 * 20 + 3 * (5 * 2 * 16 + 5 * 20)
+    # Three starts, which two experts' losses gave.
+    assert rows["GLUE from three starts"]["forward_passes"] == 2 * 20 + 3 * (5 * 2 * 16 + 4 * 20)
     assert rows["GLUE, refreshed"]["alpha"] == rows["4 GLUE"]["alpha"]
     assert np.shape(rows["GLUE, by layer"]["alpha"]) == (5, 2)
     assert rows["GLUE, temperature"]["temperature"] != 1
