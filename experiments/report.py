@@ -30,6 +30,7 @@ from experiments.shapes import check_shape
 from experiments.stages import read_json, write_whole
 
 _NUMBER = int | float
+_AGAIN = "the experiment's own command, given again, writes it from the stages that are kept"
 # What the page needs of a run's results.
 _SHAPE = {
     "title": str,
@@ -87,7 +88,7 @@ def read(folder: Path) -> dict[str, Any]:
     try:
         results = read_json(path)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise ValueError(f"{path} is damaged: {error}; {_AGAIN}") from error
     if not isinstance(results, dict) or not {"config", "experts", "runs"} <= results.keys():
         holds = list(results) if isinstance(results, dict) else f"{results!r:.40}"
         raise ValueError(f"{path} holds {holds}, not the results of the four Configs: {expected}")
@@ -95,7 +96,7 @@ def read(folder: Path) -> dict[str, Any]:
         check_shape(results, _SHAPE, "it")
         _check_runs(results)
     except ValueError as error:
-        raise ValueError(f"{path} is not what a run writes: {error}") from error
+        raise ValueError(f"{path} is not what a run writes: {error}; {_AGAIN}") from error
     return results
 
 
