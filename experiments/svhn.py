@@ -4,10 +4,11 @@
     python -m experiments.svhn --preset quick                       # the same protocol, small, on a CPU
     python -m experiments.svhn --preset quick --dataset cifar10     # its network on CIFAR-10
 
-The paper's scale has not been run, nor has SVHN. On CIFAR-10 the quick preset takes under half an hour of one CPU
-core, which is slow at the gradient of depthwise convolutions, and shows that all runs: experts 18 to 22 % (test
-accuracy), blends 18 to 19 %, after fine-tuning 24 to 26 %. 33 minutes of one core give experts of 20 to 25 %, blends
-of 16 to 19 %, and 29 to 30 % after fine-tuning (`experiments/results/mobilenetv2`, whose report has the options).
+The paper's scale has not been run, nor has SVHN. On CIFAR-10 the quick preset shows that all runs: experts 18 to 22 %
+(test accuracy), blends 18 to 19 %, after fine-tuning 24 to 26 %. A longer run gives experts of 20 to 25 %, blends of 16
+to 19 %, and 29 to 30 % after fine-tuning (`experiments/results/mobilenetv2`, whose report has the options). By version
+0.1, the first took under half an hour of one CPU core, and the second 33 minutes. A training step takes 0.6 of the time
+since then.
 
 SVHN comes through tensorflow-datasets (`svhn_cropped`), from `--data-dir` or `TFDS_DATA_DIR`; where it is not prepared,
 it is downloaded and prepared, which needs `pip install -e '.[experiments,prepare]'` once.
