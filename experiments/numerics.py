@@ -6,8 +6,9 @@
 Experts are read from `--run-dir`, where the experiment's own command keeps them (give it the same options); those that
 are missing are trained. They are measured as they were trained, and drawn together to 1 % of their mean's length; in
 float32, bfloat16 and float16; in a network of float32 products, of products that are rounded to TF32 and to bfloat16
-(emulated, unless they ask for the highest precision), and of bfloat16 layers. The estimates are of all K - 1 zero-sum
-directions, so that an exact one is the gradient. The run takes about 3 minutes on 2 CPU cores.
+(emulated, unless they ask for the highest precision), and of bfloat16 layers; under a softmax, and as free
+coefficients, alpha itself. The estimates are of all directions that the link sees, so that an exact one is the
+gradient.
 """
 
 import dataclasses
@@ -38,7 +39,8 @@ from experiments.rounding import with_rounded_products
 from experiments.session import exit_on, process, session
 from experiments.stages import Stages, machine
 from experiments.training import cross_entropy
-from glue_jax.precision import DEFAULT_RADIUS, SHORT_RADIUS
+from glue_jax.links import directions_of
+from glue_jax.precision import DEFAULT_RADIUS, SHORT_FACTOR, SOFTMAX_RADIUS
 
 NEAR = 0.01
 """The distance of experts that are near to one another: from their mean, over its length (root mean square)."""
@@ -48,8 +50,10 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float
 """Of the experts."""
 ARITHMETIC = ("float32", "TF32 products", "bfloat16 products", "bfloat16 layers")
 """Of the network."""
+LINKS = {"softmax": jax.nn.softmax, "free": glue_jax.unconstrained}
+"""From beta to alpha."""
 BATCHES = 3
-"""Minibatches at each of two points: the uniform average, and logits drawn from a normal distribution."""
+"""Minibatches at each of two points: the uniform average, and the softmax of normally distributed logits."""
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -60,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
     Returns:
         The results: `title`, `command`, `machine`, `distance` (of the experts as they were trained, as `NEAR`), `rows`
-        (each with `experts`, `dtype`, `arithmetic`, `spsa`, the relative error by radius, `tangents`,
+        (each with `link`, `experts`, `dtype`, `arithmetic`, `spsa`, the relative error by radius, `tangents`,
         `default_spsa` and `default_tangents`, of the steps' own defaults).
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
@@ -110,12 +114,19 @@ def measure(context: Context, stages: Stages) -> tuple[list[dict[str, Any]], flo
         **part(context.config, CoefficientFields),
         "code": context.code(_errors, drawn_together),
     }
-    bar = context.progress.stage("Number formats", len(banks) * len(DTYPES) * len(ARITHMETIC))
+    cases = [("softmax", *case) for case in itertools.product(banks, DTYPES, ARITHMETIC)]
+    # What the number format does, it does under any link.
+    cases += [
+        ("free", experts, next(iter(DTYPES)), arithmetic)
+        for experts, arithmetic in itertools.product(banks, ARITHMETIC)
+    ]
+    bar = context.progress.stage("Number formats", len(cases))
     rows = []
-    for (experts, bank), dtype, arithmetic in itertools.product(banks.items(), DTYPES, ARITHMETIC):
-        case = {"experts": experts, "dtype": dtype, "arithmetic": arithmetic}
-        name = f"numerics/{experts}-{dtype}-{arithmetic}".replace(" ", "_").replace("%", "percent")
-        row = stages.run(name, {**fields, **case}, functools.partial(_errors, context, bank, dtype, arithmetic))
+    for link, experts, dtype, arithmetic in cases:
+        case = {"link": link, "experts": experts, "dtype": dtype, "arithmetic": arithmetic}
+        name = f"numerics/{link}-{experts}-{dtype}-{arithmetic}".replace(" ", "_").replace("%", "percent")
+        compute = functools.partial(_errors, context, banks[experts], dtype, arithmetic, link)
+        row = stages.run(name, {**fields, **case}, compute)
         rows.append({**case, **row})
         bar.advance()
     return rows, distance
@@ -135,25 +146,29 @@ def drawn_together(experts: Variables, distance: float) -> tuple[Variables, floa
     return jax.tree.map(lambda centre, leaf: centre + distance / found * leaf, mean, away), found
 
 
-def _errors(context: Context, experts: Variables, dtype: str, arithmetic: str) -> dict[str, Any]:
+def _errors(context: Context, experts: Variables, dtype: str, arithmetic: str, link: str) -> dict[str, Any]:
     """The relative errors of the estimates for one case, root mean squares over points and minibatches."""
     config = context.config
     bank = jax.tree.map(lambda leaf: leaf.astype(DTYPES[dtype]), experts)
     exact_bank = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), bank)
     target, size = take(context.train, context.targets[config.seeds[0]]), config.alpha_batch_size
     batches = [jax.tree.map(lambda leaf, at=index: leaf[at * size :][:size], target) for index in range(BATCHES)]
-    points = [jnp.zeros(config.num_experts), jax.random.normal(jax.random.key(0), (config.num_experts,))]
+    k, link_fn = config.num_experts, LINKS[link]
+    points = [jnp.zeros(k), jax.random.normal(jax.random.key(0), (k,))]
+    if link == "free":
+        points = [jax.nn.softmax(point) for point in points]
+    num_directions = k - 1 if link == "softmax" else k
     rounded_loss = _loss(context, arithmetic)
 
     def objective(loss: Callable[..., jax.Array], experts: Variables, batch: Examples, beta: jax.Array) -> jax.Array:
-        return loss(glue_jax.blend(experts, jax.nn.softmax(beta), min_dtype=jnp.float32), batch)
+        return loss(glue_jax.blend(experts, link_fn(beta), min_dtype=jnp.float32), batch)
 
     def exact(key: jax.Array, beta: jax.Array, batch: Examples) -> jax.Array:
         del key
         with jax.default_matmul_precision("highest"):
             return jax.grad(functools.partial(objective, context.problem.loss, exact_bank, batch))(beta)
 
-    directions = {"directions": "simplex_orthogonal", "num_directions": config.num_experts - 1}
+    directions = {"directions": directions_of(link_fn), "num_directions": num_directions}
 
     def spsa(radius: float, key: jax.Array, beta: jax.Array, batch: Examples) -> jax.Array:
         fun = functools.partial(objective, rounded_loss, bank, batch)
@@ -165,8 +180,8 @@ def _errors(context: Context, experts: Variables, dtype: str, arithmetic: str) -
 
     def of_step(step_fn: Callable[..., Any], key: jax.Array, beta: jax.Array, batch: Examples) -> jax.Array:
         optimizer = optax.sgd(1.0)
-        state = glue_jax.init(config.num_experts, optimizer, beta=beta)
-        words = {"loss_fn": rounded_loss, "optimizer": optimizer, "num_directions": config.num_experts - 1}
+        state = glue_jax.init(k, optimizer, beta=beta)
+        words = {"loss_fn": rounded_loss, "optimizer": optimizer, "link_fn": link_fn, "num_directions": num_directions}
         return beta - step_fn(key, state, bank, batch, **words)[0].beta
 
     gradient = jax.jit(exact)
@@ -211,9 +226,16 @@ def _loss(context: Context, arithmetic: str) -> Callable[[Variables, Examples], 
 
 def _table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """A row for each case."""
-    headers = ["experts", "their dtype", "the network's arithmetic", *(f"radius {number(radius)}" for radius in RADII)]
+    headers = [
+        "coefficients",
+        "experts",
+        "their dtype",
+        "the network's arithmetic",
+        *(f"radius {number(radius)}" for radius in RADII),
+    ]
     return [*headers, "tangents", "`spsa_step`", "`forward_gradient_step`"], [
         [
+            row["link"],
             row["experts"],
             row["dtype"],
             row["arithmetic"],
@@ -234,12 +256,13 @@ def _markdown(results: Mapping[str, Any]) -> str:
                 f"Run on {results['machine']}. Rounded products and bfloat16 layers are emulated there.",
                 "The error of an estimate of the gradient for the coefficients, over the length of the exact gradient "
                 f"in float32: root mean squares over {BATCHES} minibatches at each of two points. An estimate probes "
-                f"all K - 1 zero-sum directions. The experts as trained are {results['distance']:.2f} from their mean, "
+                "all directions that the coefficients have: K - 1 zero-sum ones under a softmax, K of free "
+                f"coefficients (alpha itself). The experts as trained are {results['distance']:.2f} from their mean, "
                 "over the mean's length.",
                 "The columns of radii and of tangents take the network's products as they come. The last two columns "
                 "are the steps' defaults: `spsa_step` asks for the highest precision of products, and takes the radius "
-                f"{number(DEFAULT_RADIUS)}, or {number(SHORT_RADIUS)} where the "
-                "network has bfloat16 layers.",
+                f"{number(SOFTMAX_RADIUS)} under a softmax and {number(DEFAULT_RADIUS)} for free coefficients, "
+                f"{number(SHORT_FACTOR)} times as much where the network has bfloat16 layers.",
                 markdown_table(*_table(results)),
             ]
         )

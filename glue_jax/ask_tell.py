@@ -25,8 +25,7 @@ from glue_jax.estimators import (
     scale_factor,
     spsa_probes,
 )
-from glue_jax.links import apply_link, directions_of
-from glue_jax.precision import DEFAULT_RADIUS
+from glue_jax.links import apply_link, directions_of, radius_of
 from glue_jax.steps import update
 from glue_jax.types import GlueMetrics, GlueState, LinkFn, PyTree
 
@@ -56,7 +55,7 @@ def ask(
     state: GlueState,
     *,
     link_fn: LinkFn = jax.nn.softmax,
-    radius: ArrayLike | optax.Schedule = DEFAULT_RADIUS,
+    radius: ArrayLike | optax.Schedule | None = None,
     num_directions: int = 1,
     directions: Directions | None = None,
     scale: Scale = "unbiased",
@@ -92,6 +91,7 @@ def ask(
         True
     """
     check_state(state)
+    radius = radius_of(link_fn) if radius is None else radius
     radius = radius(state.step) if callable(radius) else radius
     check_positive("radius", radius)
     directions = directions or directions_of(link_fn)

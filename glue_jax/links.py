@@ -22,12 +22,13 @@ from glue_jax.checks import as_number, check_callable, check_positive
 from glue_jax.coefficients import uniform
 from glue_jax.directions import DirectionName
 from glue_jax.paths import matching
+from glue_jax.precision import DEFAULT_RADIUS, SOFTMAX_RADIUS
 from glue_jax.types import LinkFn, MergeFn, Params, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
 class Link:
-    """A `link_fn` that brings its own start and its own directions.
+    """A `link_fn` that brings its own start, directions and radius.
 
     `box` and `tempered_link` return the same link for the same arguments, so that nothing is compiled twice.
 
@@ -35,11 +36,13 @@ class Link:
         fn: `fn(beta) -> alpha`.
         start: `start(num_experts) -> beta`, where `init` starts.
         directions: what `spsa_step` and `forward_gradient_step` probe along by default.
+        radius: how far `spsa_step` probes by default, in units of beta.
     """
 
     fn: LinkFn
     start: Callable[[int], PyTree]
     directions: DirectionName = "orthogonal"
+    radius: float = DEFAULT_RADIUS
 
     def __call__(self, beta: PyTree, /) -> PyTree:
         """Returns alpha."""
@@ -51,11 +54,11 @@ def start_of(link_fn: LinkFn, num_experts: int) -> PyTree:
     if isinstance(link_fn, Link):
         return link_fn.start(num_experts)
     zeros = jnp.zeros((num_experts,), jnp.float32)
+    is_zero = False
     # A link of betas of another kind says so where it is used.
     with contextlib.suppress(Exception), jax.ensure_compile_time_eval():
-        if not any(np.any(leaf) for leaf in jax.tree.leaves(link_fn(zeros))):
-            zeros = None
-    if zeros is None:
+        is_zero = not any(np.any(leaf) for leaf in jax.tree.leaves(link_fn(zeros)))
+    if is_zero:
         raise ValueError(
             "link_fn makes every coefficient 0 of its start, zeros [K], which blends a network of zeros: pass beta, or "
             "use glue_jax.unconstrained for alpha = beta"
@@ -71,10 +74,21 @@ def directions_of(link_fn: LinkFn) -> DirectionName:
     """
     if isinstance(link_fn, Link):
         return link_fn.directions
-    inner = link_fn
+    return "simplex_orthogonal" if _is_softmax(link_fn) else "orthogonal"
+
+
+def radius_of(link_fn: LinkFn) -> float:
+    """Returns how far to probe beta under a link, by the measurements of `glue_jax.precision`."""
+    if isinstance(link_fn, Link):
+        return link_fn.radius
+    return SOFTMAX_RADIUS if _is_softmax(link_fn) else DEFAULT_RADIUS
+
+
+def _is_softmax(link_fn: LinkFn) -> bool:
+    """Whether a link is the softmax over the experts."""
     if isinstance(link_fn, functools.partial) and link_fn.keywords.get("axis", -1) == -1:
-        inner = link_fn.func
-    return "simplex_orthogonal" if inner is jax.nn.softmax else "orthogonal"
+        link_fn = link_fn.func
+    return link_fn is jax.nn.softmax
 
 
 def apply_link(link_fn: LinkFn, beta: PyTree) -> PyTree:
@@ -199,6 +213,7 @@ def _tempered_link(link_fn: LinkFn) -> Link:
         functools.partial(_tempered, link_fn=link_fn),
         functools.partial(_tempered_start, link_fn=link_fn),
         directions_of(link_fn),
+        radius_of(link_fn),
     )
 
 

@@ -2,11 +2,11 @@
 
 SPSA subtracts two losses of nearby models. `experiments.numerics` measures what rounding leaves of the difference:
 
-- A float32 network at the highest precision of products gives slopes within 2 % at `DEFAULT_RADIUS`, for experts that
+- A float32 network at the highest precision of products gives slopes within 2 % at the link's radius, for experts that
   are far from one another and for experts that are 1 % apart.
-- A network that multiplies bfloat16 or float16 by itself rounds the difference away at that radius. At `SHORT_RADIUS`
-  the slopes of experts that are far apart are usable. Forward-mode slopes (`forward_gradient_step`) are as exact as the
-  network's own number format.
+- A network that multiplies bfloat16 or float16 by itself rounds the difference away at that radius. At `SHORT_FACTOR`
+  times the radius, the slopes of experts that are far apart are usable. Forward-mode slopes (`forward_gradient_step`)
+  are as exact as the network's own number format.
 """
 
 import contextlib
@@ -19,11 +19,14 @@ from jax.extend.core import jaxprs_in_params
 from glue_jax.blending import is_short
 from glue_jax.types import PyTree
 
-DEFAULT_RADIUS = 0.1
-"""The length of a probe's step in beta, where the loss is computed in float32 or float64."""
+DEFAULT_RADIUS = 0.01
+"""The length of a probe's step in beta, where beta is alpha or nothing is known of the link."""
 
-SHORT_RADIUS = 1.0
-"""The length of a probe's step in beta, where the loss multiplies arrays of fewer bits."""
+SOFTMAX_RADIUS = 0.1
+"""The length of a probe's step in beta under a softmax, which moves alpha by a tenth as much with ten experts."""
+
+SHORT_FACTOR = 10.0
+"""What multiplies these radii where the loss multiplies arrays of fewer bits than float32."""
 
 
 def multiplies_short_floats(fun: Callable[[PyTree], Any], beta: PyTree) -> bool:

@@ -19,9 +19,9 @@ from glue_jax.checks import check_callable, check_counts, check_optimizer, check
 from glue_jax.coefficients import check_floating
 from glue_jax.directions import Directions
 from glue_jax.estimators import Estimate, Scale, forward_gradient, full_gradient, spsa_gradient
-from glue_jax.links import apply_link, directions_of, start_of
+from glue_jax.links import apply_link, directions_of, radius_of, start_of
 from glue_jax.paths import check_finite
-from glue_jax.precision import DEFAULT_RADIUS, SHORT_RADIUS, matmul_precision_of, multiplies_short_floats
+from glue_jax.precision import SHORT_FACTOR, matmul_precision_of, multiplies_short_floats
 from glue_jax.types import Batch, GlueMetrics, GlueState, LearnResult, LinkFn, LossFn, MergeFn, Params, PyTree
 
 
@@ -117,8 +117,9 @@ def spsa_step(
         link_fn: `link_fn(beta) -> alpha`. The softmax over the last axis keeps the blend in the experts' convex hull;
             `unconstrained` is the literal Eq. (7).
         merge_fn: `merge_fn(experts, alpha) -> params`.
-        radius: the length of a probe's step in beta, or a schedule of it, `radius(step)`. None is 0.1. It is 1, with a
-            warning, where `loss_fn` multiplies bfloat16 or float16 arrays (see `glue_jax.precision`).
+        radius: the length of a probe's step in beta, or a schedule of it, `radius(step)`. None is what suits the link:
+            0.1 for the softmax, 0.01 for others. Where `loss_fn` multiplies bfloat16 or float16 arrays, None is ten
+            times that, with a warning (see `glue_jax.precision`).
         num_directions: m.
         directions: see `spsa_gradient`. None is what suits the link: `simplex_orthogonal` for the softmax, which does
             not see a common change of all coefficients, and `orthogonal` for others.
@@ -164,7 +165,7 @@ def spsa_step(
             key,
             precise,
             beta,
-            radius=_radius(radius, state.step, precise, beta),
+            radius=_radius(radius, state.step, precise, beta, link_fn),
             num_directions=num_directions,
             directions=directions or directions_of(link_fn),
             scale=scale,
@@ -283,20 +284,25 @@ def _step(
 
 
 def _radius(
-    radius: ArrayLike | optax.Schedule | None, step: jax.Array, objective: Callable[[PyTree], jax.Array], beta: PyTree
+    radius: ArrayLike | optax.Schedule | None,
+    step: jax.Array,
+    objective: Callable[[PyTree], jax.Array],
+    beta: PyTree,
+    link_fn: LinkFn,
 ) -> ArrayLike:
     """The radius of one step."""
     if radius is not None:
         return radius(step) if callable(radius) else radius
+    suited = radius_of(link_fn)
     if not multiplies_short_floats(objective, beta):
-        return DEFAULT_RADIUS
+        return suited
     warnings.warn(
         "loss_fn multiplies bfloat16 or float16 arrays, which rounds away most of the difference of two nearby models. "
-        f"spsa_step takes the radius {SHORT_RADIUS}, whose slopes are off by several percent at least. "
+        f"spsa_step takes the radius {SHORT_FACTOR * suited:g}, whose slopes are off by several percent at least. "
         "forward_gradient_step is right there. Or compute in float32, or give a radius (glue_jax.calibrate finds one).",
         stacklevel=5,
     )
-    return SHORT_RADIUS
+    return SHORT_FACTOR * suited
 
 
 def update(

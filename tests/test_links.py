@@ -168,3 +168,20 @@ def test_the_directions_of_a_softmax_over_another_axis_are_not_zero_sum_over_the
     after, _ = step(jax.random.key(0), start, experts, None)
     # alpha[0, 1] falls with beta[0, 1] and rises with beta[1, 1], a direction that is not zero-sum over the experts.
     np.testing.assert_allclose(after.beta, [[0, -0.25], [0, 0.25]], atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("link", "radius"),
+    [
+        (jax.nn.softmax, 0.1),
+        (functools.partial(jax.nn.softmax, axis=-1), 0.1),
+        (glue_jax.tempered_link(), 0.1),
+        (glue_jax.unconstrained, 0.01),
+        (glue_jax.tempered_link(glue_jax.unconstrained), 0.01),
+        (lambda beta: beta + 0.25, 0.01),
+    ],
+)
+def test_a_link_brings_its_own_radius(link, radius):
+    # Alpha itself moves ten times as far as under a softmax of ten experts.
+    state = glue_jax.init(4, optax.sgd(0.1), link_fn=link)
+    assert glue_jax.ask(jax.random.key(0), state, link_fn=link).radius == radius

@@ -64,10 +64,11 @@ def test_the_report_has_the_error_of_each_number_format(tmp_path, monkeypatch):
     results = numerics.main([*words, str(tmp_path / "run"), "--out-dir", str(tmp_path / "out")])
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == json.loads(json.dumps(results))
     exact, short = results["rows"][:2]
-    assert [row["experts"] for row in results["rows"]] == ["as trained"] * 2 + ["1 % apart"] * 2
+    assert [row["experts"] for row in results["rows"]] == 2 * (["as trained"] * 2 + ["1 % apart"] * 2)
+    assert [row["link"] for row in results["rows"]] == ["softmax"] * 4 + ["free"] * 4
     assert exact["spsa"][0]["error"] < 0.1 < short["spsa"][0]["error"]
     # The steps' defaults ask for products that are not rounded, or take no difference.
     assert max(row["default_spsa"] for row in results["rows"]) < 0.1
     assert max(row["default_tangents"] for row in results["rows"]) < 0.1
     report = (tmp_path / "out" / "report.md").read_text()
-    assert "| 1 % apart | bfloat16 | bfloat16 products |" in report
+    assert "| softmax | 1 % apart | bfloat16 | bfloat16 products |" in report
