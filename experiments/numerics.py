@@ -261,8 +261,8 @@ def _markdown(results: Mapping[str, Any]) -> str:
                 "over the mean's length.",
                 "The columns of radii and of tangents take the network's products as they come. The last two columns "
                 "are the steps' defaults: `spsa_step` asks for the highest precision of products, and takes the radius "
-                f"{number(SOFTMAX_RADIUS)} under a softmax and {number(DEFAULT_RADIUS)} for free coefficients, "
-                f"{number(SHORT_FACTOR)} times as much where the network has bfloat16 layers.",
+                f"{number(SOFTMAX_RADIUS)} under a softmax, {number(SHORT_FACTOR)} times as much where the network has "
+                f"bfloat16 layers, and {number(DEFAULT_RADIUS)} for free coefficients.",
                 markdown_table(*_table(results)),
             ]
         )

@@ -4,9 +4,9 @@ SPSA subtracts two losses of nearby models. `experiments.numerics` measures what
 
 - A float32 network at the highest precision of products gives slopes within 2 % at the link's radius, for experts that
   are far from one another and for experts that are 1 % apart.
-- A network that multiplies bfloat16 or float16 by itself rounds the difference away at that radius. At `SHORT_FACTOR`
-  times the radius, the slopes of experts that are far apart are usable. Forward-mode slopes (`forward_gradient_step`)
-  are as exact as the network's own number format.
+- A network that multiplies bfloat16 or float16 by itself rounds the difference away under a softmax, at that radius. At
+  `SHORT_FACTOR` times the radius, the slopes of experts that are far apart are usable. Free coefficients move the blend
+  further, and need nothing. Forward-mode slopes (`forward_gradient_step`) are as exact as the network's number format.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ SOFTMAX_RADIUS = 0.1
 """The length of a probe's step in beta under a softmax, which moves alpha by a tenth as much with ten experts."""
 
 SHORT_FACTOR = 10.0
-"""What multiplies these radii where the loss multiplies arrays of fewer bits than float32."""
+"""What multiplies the softmax's radius where the loss multiplies arrays of fewer bits than float32."""
 
 
 def multiplies_short_floats(fun: Callable[[PyTree], Any], beta: PyTree) -> bool:

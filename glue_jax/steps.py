@@ -118,8 +118,8 @@ def spsa_step(
             `unconstrained` is the literal Eq. (7).
         merge_fn: `merge_fn(experts, alpha) -> params`.
         radius: the length of a probe's step in beta, or a schedule of it, `radius(step)`. None is what suits the link:
-            0.1 for the softmax, 0.01 for others. Where `loss_fn` multiplies bfloat16 or float16 arrays, None is ten
-            times that, with a warning (see `glue_jax.precision`).
+            0.1 for the softmax, 0.01 for others. Under a softmax, None is 1, with a warning, where `loss_fn` multiplies
+            bfloat16 or float16 arrays (see `glue_jax.precision`).
         num_directions: m.
         directions: see `spsa_gradient`. None is what suits the link: `simplex_orthogonal` for the softmax, which does
             not see a common change of all coefficients, and `orthogonal` for others.
@@ -294,7 +294,7 @@ def _radius(
     if radius is not None:
         return radius(step) if callable(radius) else radius
     suited = radius_of(link_fn)
-    if not multiplies_short_floats(objective, beta):
+    if directions_of(link_fn) != "simplex_orthogonal" or not multiplies_short_floats(objective, beta):
         return suited
     warnings.warn(
         "loss_fn multiplies bfloat16 or float16 arrays, which rounds away most of the difference of two nearby models. "
