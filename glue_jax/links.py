@@ -244,7 +244,7 @@ def tempered_merge(merge_fn: MergeFn, *, head: str) -> MergeFn:
 
     Returns:
         The `merge_fn`. It raises a ValueError where no path has `head` in it, and a TypeError for coefficients that
-        are not `Tempered`.
+        are not `Tempered`. With any `min_dtype` it keeps at least float32.
     """
 
     def merge(experts: Params, alpha: PyTree, *, min_dtype: DTypeLike | None = None) -> Params:

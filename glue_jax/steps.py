@@ -127,9 +127,9 @@ def spsa_step(
         probe_batch_size: see `spsa_gradient`.
         matmul_precision: of the products in `loss_fn`, `merge_fn` and `link_fn` that name no precision of their own, a
             value of `jax.default_matmul_precision`. An accelerator's default rounds the weights of both probes to
-            bfloat16 or TF32, and most of their difference with them. The highest precision costs several times as much
-            per product. None leaves JAX's setting as it is. A network that computes in bfloat16 by itself is not
-            helped: see `forward_gradient_step`.
+            bfloat16 or TF32, and most of their difference with them. The highest precision costs more. None leaves
+            JAX's setting as it is. A network that computes in bfloat16 by itself is not helped: see
+            `forward_gradient_step`.
         diagnostics: whether the metrics have `diagnostics`, for 2m + 1 forward passes more.
 
     Returns:
