@@ -6,7 +6,7 @@ The method is of Park, Chaudhari, Pranav, Joe-Wong and Moura, "GLUE: Gradient-fr
 
 from glue_jax import theory
 from glue_jax.alignment import Alignment, Permutations, align, align_experts, permute
-from glue_jax.ask_tell import Probes, ask, tell
+from glue_jax.ask_tell import OutputProbes, Probes, ask, ask_outputs, tell, tell_outputs
 from glue_jax.batch_norm import refresh_statistics
 from glue_jax.batches import batched_mean, minibatch_indices
 from glue_jax.blending import blend
@@ -20,10 +20,11 @@ from glue_jax.coefficients import (
 from glue_jax.directions import Directions, sample_directions
 from glue_jax.estimators import Estimate, forward_gradient, full_gradient, spsa_gradient
 from glue_jax.experts import num_experts, stack_experts
+from glue_jax.gauss_newton import gauss_newton_step
 from glue_jax.groups import Groups, by_layer, group_by_path
 from glue_jax.learning import NonFiniteLossError, learn
 from glue_jax.links import Link, Tempered, box, task_vector_weights, tempered_link, tempered_merge, unconstrained
-from glue_jax.objectives import entropy, error_rate
+from glue_jax.objectives import OutputLoss, entropy, error_rate
 from glue_jax.paths import combine, leaf_paths, partition
 from glue_jax.permutation_specs import PermutationSpec, chain_spec
 from glue_jax.similarity import Similarity, loss_barriers, weight_similarity
@@ -61,6 +62,8 @@ __all__ = [
     "LossFn",
     "MergeFn",
     "NonFiniteLossError",
+    "OutputLoss",
+    "OutputProbes",
     "PermutationSpec",
     "Permutations",
     "Probes",
@@ -72,6 +75,7 @@ __all__ = [
     "align_experts",
     "alpha",
     "ask",
+    "ask_outputs",
     "batched_mean",
     "best_expert",
     "blend",
@@ -89,6 +93,7 @@ __all__ = [
     "forward_gradient_step",
     "full_gradient",
     "full_gradient_step",
+    "gauss_newton_step",
     "greedy_soup",
     "group_by_path",
     "init",
@@ -109,6 +114,7 @@ __all__ = [
     "stack_experts",
     "task_vector_weights",
     "tell",
+    "tell_outputs",
     "tempered_link",
     "tempered_merge",
     "theory",

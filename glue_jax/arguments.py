@@ -1,6 +1,8 @@
 """What `learn` refuses before any work."""
 
 import functools
+import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -10,6 +12,7 @@ from jax.core import Tracer
 
 from glue_jax.batches import num_examples
 from glue_jax.checks import check_callable, check_counts, check_optimizer
+from glue_jax.gauss_newton import gauss_newton_step
 from glue_jax.streams import as_arrays, check_same_kind, check_validation_stream, is_stream
 from glue_jax.types import PyTree
 
@@ -21,18 +24,50 @@ _OWN = ("loss_fn", "optimizer", "link_fn", "merge_fn")
 
 def check_functions(functions: dict[str, Any], **optional: Any) -> None:
     """Refuses what cannot be called, and functions of `learn` that are hidden in its `step_fn`."""
-    check_optimizer(functions["optimizer"])
     given = {name: function for name, function in optional.items() if function is not None}
     check_callable(**{name: function for name, function in functions.items() if name != "optimizer"}, **given)
-    step_fn: Any = functions["step_fn"]
-    while isinstance(step_fn, functools.partial) or hasattr(step_fn, "__wrapped__"):
+    for step_fn in _unwrapped(functions["step_fn"]):
         hidden = [name for name in getattr(step_fn, "keywords", {}) if name in _OWN]
         if hidden:
             raise ValueError(
                 f"step_fn is a functools.partial that holds {', '.join(hidden)}, which learn would overwrite: "
                 f"pass {', '.join(f'{name}=' for name in hidden)} to learn itself"
             )
+    _check_optimizer(functions.get("optimizer"), functions["step_fn"])
+
+
+def validate_every_of(step_fn: Any) -> int:
+    """The steps between two validations by default: few of Gauss-Newton's go as far as many others."""
+    return 5 if list(_unwrapped(step_fn))[-1] is gauss_newton_step else 50
+
+
+def _check_optimizer(optimizer: Any, step_fn: Any) -> None:
+    """Refuses what is no optimizer, and an optimizer that the step does not take, or takes and was not given."""
+    name = getattr(list(_unwrapped(step_fn))[-1], "__name__", repr(step_fn))
+    try:
+        words = inspect.signature(step_fn).parameters
+    except ValueError:
+        # A function that does not say what it takes.
+        words = {}
+    if optimizer is None:
+        if "optimizer" in words:
+            raise TypeError(
+                f"optimizer is None; expected an optax.GradientTransformation, for instance optax.adam(1e-2), which "
+                f"step_fn, {name}, takes (gauss_newton_step takes none)"
+            )
+        return
+    check_optimizer(optimizer)
+    takes_any = not words or any(word.kind is inspect.Parameter.VAR_KEYWORD for word in words.values())
+    if "optimizer" not in words and not takes_any:
+        raise ValueError(f"optimizer was given, but step_fn, {name}, takes none: leave it out")
+
+
+def _unwrapped(step_fn: Any) -> Iterator[Any]:
+    """A step, and what it is a partial or a jitted version of, one after another."""
+    yield step_fn
+    while isinstance(step_fn, functools.partial) or hasattr(step_fn, "__wrapped__"):
         step_fn = step_fn.func if isinstance(step_fn, functools.partial) else step_fn.__wrapped__
+        yield step_fn
 
 
 def check_numbers(

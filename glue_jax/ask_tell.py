@@ -4,6 +4,8 @@ for _ in range(100):
     probes = glue_jax.ask(key, state)
     losses = [evaluate(alpha) for alpha in np.asarray(probes.alpha)]  # anything, lower is better
     state, metrics = glue_jax.tell(probes, losses, optimizer=optimizer)
+
+`ask_outputs` and `tell_outputs` are the same for Gauss-Newton, which wants the outputs in place of their losses.
 """
 
 import functools
@@ -16,7 +18,8 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from glue_jax.checks import check_optimizer, check_positive, check_state
+from glue_jax import gauss_newton
+from glue_jax.checks import check_callable, check_optimizer, check_positive, check_state
 from glue_jax.directions import Directions, dimension, sample_directions
 from glue_jax.estimators import (
     Estimate,
@@ -26,8 +29,9 @@ from glue_jax.estimators import (
     spsa_probes,
 )
 from glue_jax.links import apply_link, directions_of, radius_of
+from glue_jax.objectives import LossOfOutputs
 from glue_jax.steps import update
-from glue_jax.types import GlueMetrics, GlueState, LinkFn, PyTree
+from glue_jax.types import Batch, GlueMetrics, GlueState, LinkFn, PyTree
 
 
 class Probes(NamedTuple):
@@ -159,3 +163,105 @@ def tell(
     )
     next_state, metrics = update(estimate, state, optimizer, probes.alpha_of_state)
     return (next_state if complete.any() else state._replace(step=state.step + 1)), metrics
+
+
+class OutputProbes(NamedTuple):
+    """What `ask_outputs` wants to know the outputs of, and all that `tell_outputs` needs beside them.
+
+    Attributes:
+        alpha: of each blend, leaves `[d + 2, ...]`: at beta, at the proposed step, and around the proposed step along
+            each of the d directions.
+        state: the state that was given to `ask_outputs`.
+        radius: of the differences, `[]`.
+        link_fn: of the coefficients.
+    """
+
+    alpha: PyTree
+    state: GlueState
+    radius: ArrayLike
+    link_fn: LinkFn
+
+
+def ask_outputs(state: GlueState, *, link_fn: LinkFn = jax.nn.softmax, radius: ArrayLike | None = None) -> OutputProbes:
+    """Returns the coefficients whose outputs `tell_outputs` wants: the first half of `gauss_newton_step`.
+
+    Args:
+        state: of `init(num_experts, link_fn=link_fn)` or `tell_outputs`.
+        link_fn: as for `gauss_newton_step`.
+        radius: as for `gauss_newton_step`. Outputs of few digits want a larger one.
+
+    Returns:
+        The probes, for `tell_outputs`. The first two are the same where nothing is proposed yet.
+
+    Raises:
+        ValueError: an argument out of its range, or a state of another link.
+        TypeError: a state that is none, or of an optimizer.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpy as np
+        >>> import glue_jax
+        >>> state, batch = glue_jax.init(2), np.array([0.2, 0.3])
+        >>> for _ in range(15):
+        ...     probes = glue_jax.ask_outputs(state)
+        ...     outputs = [np.full(2, alpha[1]) for alpha in probes.alpha]
+        ...     state, metrics = glue_jax.tell_outputs(
+        ...         probes, outputs, batch, loss=lambda outputs, batch: jnp.mean((outputs - batch) ** 2)
+        ...     )
+        >>> bool(abs(glue_jax.alpha(state)[1] - 0.25) < 0.01)
+        True
+    """
+    model = gauss_newton.check_gauss_newton_state(state, link_fn)
+    radius = radius_of(link_fn) if radius is None else radius
+    check_positive("radius", radius)
+    with jax.default_matmul_precision("highest"):
+        points = gauss_newton.probe_points(state.beta, model, link_fn, radius)
+        alpha = jax.vmap(functools.partial(apply_link, link_fn))(points)
+    return OutputProbes(alpha=alpha, state=state, radius=radius, link_fn=link_fn)
+
+
+def tell_outputs(
+    probes: OutputProbes, outputs: PyTree, batch: Batch, *, loss: LossOfOutputs
+) -> tuple[GlueState, GlueMetrics]:
+    """Takes the step that the outputs of the probes say: the second half of `gauss_newton_step`.
+
+    Args:
+        probes: of `ask_outputs`.
+        outputs: of the probes in their order, on one minibatch: an array `[d + 2, B, ...]`, or a list of d + 2 outputs,
+            in which None is a blend that could not be evaluated. Without one of the directions, the step learns nothing
+            new. Without the proposal's, it turns the proposal down.
+        batch: for `loss`, such as the labels.
+        loss: `loss(outputs, batch) -> scalar`, as that of an `OutputLoss`; build it once, or each step compiles anew.
+
+    Returns:
+        The next state, and the metrics of the state that went in.
+
+    Raises:
+        ValueError: outputs of another number, shape or dtype, or none of beta itself; a loss that is no scalar.
+        TypeError: probes that are none.
+    """
+    if not isinstance(probes, OutputProbes):
+        raise TypeError(f"probes is a {type(probes).__name__}; expected what glue_jax.ask_outputs returned")
+    check_callable(loss=loss)
+    count = len(jax.tree.leaves(probes.alpha)[0])
+    if isinstance(outputs, Sequence):
+        known = next((given for given in outputs if given is not None), None)
+        if known is None or outputs[0] is None:
+            raise ValueError("the outputs of beta itself, outputs[0], are None: evaluate it again")
+        missing = jax.tree.map(lambda leaf: np.full(np.shape(leaf), np.nan, np.float32), known)
+        outputs = jax.tree.map(lambda *leaves: np.stack(leaves), *[missing if o is None else o for o in outputs])
+    shapes = jax.tree.map(np.shape, outputs)
+    leaves = jax.tree.leaves(outputs)
+    if not leaves or any(
+        np.ndim(leaf) < 2 or len(leaf) != count or jnp.result_type(leaf).kind != "f" for leaf in leaves
+    ):
+        raise ValueError(f"outputs have shape {shapes}; expected floating point [d + 2, B, ...] with d + 2 = {count}")
+    return _tell(probes.state, outputs, batch, probes.radius, link_fn=probes.link_fn, loss=loss)
+
+
+@functools.partial(jax.jit, static_argnames=("link_fn", "loss"))
+def _tell(
+    state: GlueState, outputs: PyTree, batch: Batch, radius: ArrayLike, *, link_fn: LinkFn, loss: LossOfOutputs
+) -> tuple[GlueState, GlueMetrics]:
+    """The step, of outputs in at least float32."""
+    outputs = jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), outputs)
+    return gauss_newton.move(state, outputs, batch, radius, link_fn=link_fn, loss=loss)

@@ -105,7 +105,32 @@ def sample_directions(
     return _flat_like(sample, key, beta, num_directions)
 
 
-def _flat_like(sample: Any, key: jax.Array, tree: PyTree, num_directions: int) -> PyTree:
+def basis(beta: PyTree, directions: DirectionName = "orthogonal") -> PyTree:
+    """Returns an orthonormal basis of the space that `directions` probe around `beta`, always the same one.
+
+    Args:
+        beta: any pytree of floating-point coefficients.
+        directions: a name of the module's table.
+
+    Returns:
+        A pytree of beta's structure and dtypes with leaves `[d, ...]`, d by `dimension`.
+
+    Raises:
+        ValueError: an unknown name, or nothing to probe.
+        TypeError: coefficients that are not floating point.
+    """
+    check_floating(beta)
+    d = dimension(beta, directions)
+
+    def unit_vectors(key: None, m: int, d: int, dtype: Any) -> jax.Array:
+        return jnp.eye(m, d, dtype=dtype)
+
+    if directions == "simplex_orthogonal":
+        return jax.tree.map(_to_zero_sum, _flat_like(unit_vectors, None, _without_last(beta), d), beta)
+    return _flat_like(unit_vectors, None, beta, d)
+
+
+def _flat_like(sample: Any, key: Any, tree: PyTree, num_directions: int) -> PyTree:
     """Directions drawn as rows `[m, d]`, given the structure and dtypes of `tree`."""
     flat, unravel = ravel_pytree(tree)
     dtype = jnp.promote_types(flat.dtype, jnp.float32)

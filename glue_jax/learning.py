@@ -50,7 +50,7 @@ def learn(
     data: Batch | Iterable[Batch],
     *,
     loss_fn: LossFn,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation | None = None,
     state: GlueState | LearnResult | None = None,
     step_fn: StepFn = spsa_step,
     link_fn: LinkFn = jax.nn.softmax,
@@ -60,7 +60,7 @@ def learn(
     batch_size: int = arguments.BATCH_SIZE,
     validation_batch_size: int | None = None,
     max_steps: int = 1000,
-    validate_every: int = 50,
+    validate_every: int | None = None,
     patience: int | None = arguments.PATIENCE,
     steps_per_call: int | None = None,
     callback: Callable[[Progress], bool | None] | None = None,
@@ -84,14 +84,14 @@ def learn(
             A list is a pytree: for a list of batches pass `iter(batches)`.
         loss_fn: `loss_fn(params, batch) -> scalar`, the mean over a batch of `data`. The params are at least float32,
             whatever the experts' dtype.
-        optimizer: of beta.
+        optimizer: of beta. None is for `gauss_newton_step`, which has none.
         state: where to go on from. The default is `init(K, optimizer, link_fn=link_fn)`: the link's own start. From a
             `LearnResult`, learning goes on with its best coefficients, its patience and its history: stopped runs
             return what one long run returns. (If `max_steps` stopped a run between two validations, the run was
             validated there once more, and these coefficients are kept if they are the best.) An iterator goes on
             where it is, a loader begins an epoch.
-        step_fn: the step, hence the estimator: `spsa_step`, `full_gradient_step`, `forward_gradient_step`, or a
-            `functools.partial` of one, for instance with its `radius`.
+        step_fn: the step, hence the estimator: `spsa_step`, `gauss_newton_step`, `full_gradient_step`,
+            `forward_gradient_step`, or a `functools.partial` of one, for instance with its `radius`.
         link_fn: `link_fn(beta) -> alpha`.
         merge_fn: `merge_fn(experts, alpha) -> params`.
         validation_data: what judges the unperturbed blend: arrays `[M, ...]`, or a loader that ends, each of whose
@@ -102,7 +102,8 @@ def learn(
         validation_batch_size: the same for validation; the default is `batch_size`. A last smaller batch counts by its
             size.
         max_steps: the most steps of this call.
-        validate_every: steps between two validations, and between two callbacks.
+        validate_every: steps between two validations, and between two callbacks. None is 50, and 5 for
+            `gauss_newton_step`.
         patience: validations without a new best after which to stop; None never stops before `max_steps`.
         steps_per_call: the most steps in one call of a compiled program. The default is 1 where the data lies on a
             CPU (in a loop, XLA:CPU runs the backward pass of a convolution many times slower) or is read batch after
@@ -140,9 +141,10 @@ def learn(
         >>> bool(jnp.abs(result.alpha[1] - 0.25) < 0.05)
         True
     """
-    functions: dict[str, Any] = {"step_fn": step_fn, "loss_fn": loss_fn, "optimizer": optimizer}
-    functions |= {"link_fn": link_fn, "merge_fn": merge_fn}
+    functions: dict[str, Any] = {"step_fn": step_fn, "loss_fn": loss_fn, "link_fn": link_fn, "merge_fn": merge_fn}
+    functions |= {} if optimizer is None else {"optimizer": optimizer}
     arguments.check_functions(functions, callback=callback, validation_fn=validation_fn)
+    validate_every = arguments.validate_every_of(step_fn) if validate_every is None else validate_every
     arguments.check_key_and_trees(key, experts, data, validation_data, state)
     arguments.check_numbers(max_steps, validate_every, batch_size, validation_batch_size, patience, steps_per_call)
     data = arguments.checked_data(data, batch_size, steps_per_call)
@@ -193,7 +195,7 @@ def _begin(
     validate_every: int,
 ) -> Run:
     """The run before this call's first step."""
-    optimizer = functions["optimizer"]
+    optimizer = functions.get("optimizer")
     before = state if isinstance(state, LearnResult) else None
     if before is not None and len(before.history.validation_steps) and validation_data is None:
         raise ValueError(
@@ -209,7 +211,8 @@ def _begin(
             ) from error
     current = state.state if isinstance(state, LearnResult) else state
     check_state(current)
-    check_optimizer(optimizer, current)
+    if optimizer is not None:
+        check_optimizer(optimizer, current)
     inputs = {"experts": experts, "data": data, "validation_data": validation_data}
     inputs = {name: tree for name, tree in inputs.items() if tree is not None and not is_stream(tree)}
     run = Run(functions["link_fn"], functions["step_fn"], inputs, _beside(current, (experts, inputs.get("data"))))

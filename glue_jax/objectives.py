@@ -6,9 +6,69 @@ A metric that counts has no slope at a small radius: give `spsa_step` one at whi
 finds it), or learn on a surrogate and validate on the metric (`validation_fn`).
 """
 
+import dataclasses
+from typing import Any, Protocol
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+
+from glue_jax.checks import check_callable
+from glue_jax.types import Batch, Params
+
+
+class OutputsFn(Protocol):
+    """`outputs_fn(params, batch) -> outputs`: what a network computes of each example."""
+
+    def __call__(self, params: Params, batch: Batch, /) -> Any:
+        """Returns one array `[B, ...]`, or a pytree of them."""
+        ...
+
+
+class LossOfOutputs(Protocol):
+    """`loss(outputs, batch) -> scalar`: what the outputs of a minibatch are worth."""
+
+    def __call__(self, outputs: Any, batch: Batch, /) -> jax.Array:
+        """Returns the mean loss over the minibatch, `[]`."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputLoss:
+    """A `loss_fn` in two parts that can be had apart: what a network computes, and what that is worth.
+
+    It is a `loss_fn` for every step and for `learn`. `gauss_newton_step` needs it.
+
+    Attributes:
+        outputs_fn: `outputs_fn(params, batch) -> outputs`, an array `[B, ...]` or a pytree of them, such as logits.
+        loss: `loss(outputs, batch) -> scalar`, the mean over the minibatch, twice differentiable by JAX. It should be
+            convex in the outputs, as the cross-entropy of logits and the squared error are.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import glue_jax
+        >>> loss_fn = glue_jax.OutputLoss(
+        ...     lambda params, batch: batch["x"] @ params["w"],
+        ...     lambda outputs, batch: jnp.mean((outputs - batch["y"]) ** 2),
+        ... )
+        >>> float(loss_fn({"w": jnp.ones(2)}, {"x": jnp.eye(2), "y": jnp.array([1.0, 3.0])}))
+        2.0
+    """
+
+    outputs_fn: OutputsFn
+    loss: LossOfOutputs
+
+    def __post_init__(self) -> None:
+        """Refuses parts that cannot be called.
+
+        Raises:
+            TypeError: with the part.
+        """
+        check_callable(outputs_fn=self.outputs_fn, loss=self.loss)
+
+    def __call__(self, params: Params, batch: Batch, /) -> jax.Array:
+        """Returns the mean loss of `params` on `batch`, `[]`."""
+        return self.loss(self.outputs_fn(params, batch), batch)
 
 
 def error_rate(logits: ArrayLike, labels: ArrayLike) -> jax.Array:

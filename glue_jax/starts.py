@@ -14,7 +14,7 @@ from glue_jax.blending import blend
 from glue_jax.coefficients import check_floating
 from glue_jax.failures import NonFiniteLossError
 from glue_jax.learning import learn
-from glue_jax.steps import spsa_step
+from glue_jax.steps import opt_state_of, spsa_step
 from glue_jax.streams import as_arrays, is_stream
 from glue_jax.types import Batch, GlueState, LearnResult, LinkFn, LossFn, MergeFn, Params, PyTree, StepFn
 
@@ -26,8 +26,8 @@ def learn_from_starts(
     *,
     starts: PyTree,
     loss_fn: LossFn,
-    optimizer: optax.GradientTransformation,
     validation_data: Batch | Iterable[Batch],
+    optimizer: optax.GradientTransformation | None = None,
     validation_fn: LossFn | None = None,
     step_fn: StepFn = spsa_step,
     link_fn: LinkFn = jax.nn.softmax,
@@ -45,8 +45,8 @@ def learn_from_starts(
         data: as for `learn`, but for an iterator, which only one start could read.
         starts: beta of each, leaves `[S, ...]`; `jnp.stack([weights_to_logits(w) for w in ...])`, for instance.
         loss_fn: as for `learn`.
-        optimizer: as for `learn`.
         validation_data: as for `learn`.
+        optimizer: as for `learn`.
         validation_fn: as for `learn`.
         step_fn: as for `learn`.
         link_fn: as for `learn`.
@@ -81,8 +81,8 @@ def learn_from_starts(
     if isinstance(starts, jax.Array) and starts.ndim < 2:
         raise ValueError(f"starts have shape {starts.shape}; expected [S, K] or [S, ...], one beta for each start")
     check_floating(starts)
-    functions = {"loss_fn": loss_fn, "optimizer": optimizer, "step_fn": step_fn}
-    functions |= {"link_fn": link_fn, "merge_fn": merge_fn}
+    functions: dict[str, Any] = {"step_fn": step_fn, "loss_fn": loss_fn, "link_fn": link_fn, "merge_fn": merge_fn}
+    functions |= {} if optimizer is None else {"optimizer": optimizer}
     arguments.check_functions(functions, validation_fn=validation_fn)
     # Put on the device once, not for each start.
     experts = jax.tree.map(jnp.asarray, experts)
@@ -96,7 +96,7 @@ def learn_from_starts(
                 key,
                 experts,
                 data,
-                state=GlueState(step=jnp.zeros((), jnp.int32), beta=beta, opt_state=optimizer.init(beta)),
+                state=GlueState(jnp.zeros((), jnp.int32), beta, opt_state_of(beta, optimizer, link_fn)),
                 validation_data=validation_data,
                 validation_fn=validation_fn,
                 **functions,

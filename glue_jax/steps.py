@@ -8,12 +8,14 @@ randomness from `fold_in(key, state.step)`: one key serves a whole run.
 import functools
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from glue_jax import gauss_newton
 from glue_jax.blending import blend, merge_for_learning
 from glue_jax.checks import check_callable, check_counts, check_optimizer, check_state
 from glue_jax.coefficients import check_floating
@@ -27,7 +29,7 @@ from glue_jax.types import Batch, GlueMetrics, GlueState, LearnResult, LinkFn, L
 
 def init(
     num_experts: int,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation | None = None,
     *,
     beta: PyTree | None = None,
     link_fn: LinkFn | None = None,
@@ -36,7 +38,8 @@ def init(
 
     Args:
         num_experts: K.
-        optimizer: of beta; the paper's is `optax.adam(1e-2, b1=0.9, b2=0.99)`.
+        optimizer: of beta; the paper's is `optax.adam(1e-2, b1=0.9, b2=0.99)`. None is for `gauss_newton_step`, which
+            has none.
         beta: the start, any pytree of floating-point coefficients. None is the link's own start: zeros `[K]` for the
             softmax, which are the uniform average, and for a function that is not known. `weights_to_logits` gives a
             start anywhere inside the simplex.
@@ -51,7 +54,8 @@ def init(
         TypeError: `num_experts` that is no integer, a beta that is not floating point, or an optimizer that is none.
     """
     check_counts(num_experts=num_experts)
-    check_optimizer(optimizer)
+    if optimizer is not None:
+        check_optimizer(optimizer)
     start: PyTree = start_of(link_fn or jax.nn.softmax, num_experts) if beta is None else beta
     check_floating(start)
     check_finite("beta", start)
@@ -65,7 +69,12 @@ def init(
         )
     # A copy, since steps may donate their state; of no weak type, which would change in the first step and retrace.
     start = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.result_type(leaf)), start)
-    return GlueState(step=jnp.zeros((), jnp.int32), beta=start, opt_state=optimizer.init(start))
+    return GlueState(jnp.zeros((), jnp.int32), start, opt_state_of(start, optimizer, link_fn or jax.nn.softmax))
+
+
+def opt_state_of(beta: PyTree, optimizer: optax.GradientTransformation | None, link_fn: LinkFn) -> Any:
+    """Returns what learning carries on beside beta, at its start; without an optimizer, Gauss-Newton's."""
+    return gauss_newton.start(beta, link_fn) if optimizer is None else optimizer.init(beta)
 
 
 def alpha(state: GlueState | LearnResult, link_fn: LinkFn = jax.nn.softmax) -> PyTree:

@@ -1,10 +1,10 @@
 """The types that the library's functions share."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import numpy as np
-import optax
 
 PyTree: TypeAlias = Any
 """Any pytree of arrays."""
@@ -49,12 +49,12 @@ class GlueState(NamedTuple):
     Attributes:
         step: steps taken, int32 `[]`.
         beta: the learned coefficients, `[K]` or any pytree.
-        opt_state: the state of the optimizer of `beta`.
+        opt_state: the state of the optimizer of `beta`; for `gauss_newton_step` its `GaussNewtonState`.
     """
 
     step: jax.Array
     beta: PyTree
-    opt_state: optax.OptState
+    opt_state: Any
 
 
 class Diagnostics(NamedTuple):
@@ -80,7 +80,8 @@ class GlueMetrics(NamedTuple):
         loss: the loss on the minibatch, `[]`; for SPSA the mean of its probes, for the others the loss of the
             unperturbed blend.
         alpha: the blend's coefficients, `[K]` or any pytree.
-        gradient_norm: the Euclidean norm of the estimated gradient for `beta`, `[]`.
+        gradient_norm: the Euclidean norm of the estimated gradient for `beta`, `[]`; for Gauss-Newton that of its model
+            of the loss.
         probe_losses: `[m, 2]`, the losses `L+` and `L-` of each direction (Eq. 3); None for the other estimators.
         diagnostics: how good SPSA's estimate is; None but from `spsa_step(..., diagnostics=True)`.
     """
@@ -92,24 +93,12 @@ class GlueMetrics(NamedTuple):
     diagnostics: Diagnostics | None = None
 
 
-class StepFn(Protocol):
-    """`spsa_step`, `full_gradient_step`, `forward_gradient_step`, or one of them with some words filled in."""
+StepFn: TypeAlias = Callable[..., tuple[GlueState, GlueMetrics]]
+"""One of the steps, perhaps with some words filled in.
 
-    def __call__(
-        self,
-        key: jax.Array,
-        state: GlueState,
-        experts: Params,
-        batch: Batch,
-        /,
-        *,
-        loss_fn: LossFn,
-        optimizer: optax.GradientTransformation,
-        link_fn: LinkFn,
-        merge_fn: MergeFn,
-    ) -> tuple[GlueState, GlueMetrics]:
-        """Returns the next state, and the metrics of the state that went in."""
-        ...
+`learn` calls it as `step_fn(key, state, experts, batch, loss_fn=, link_fn=, merge_fn=)`, and with `optimizer=` where it
+was given one.
+"""
 
 
 class History(NamedTuple):

@@ -67,7 +67,10 @@ def test_bad_values_are_refused_before_any_work(words, message):
         ({"validate_every": "5"}, "validate_every is '5'; expected an integer"),
         ({"batch_size": 16.0}, r"batch_size is 16\.0; expected an integer"),
         ({"patience": 1.5, "validation_data": DATA}, r"patience is 1\.5; expected an integer"),
-        ({"optimizer": None}, r"optimizer is None; expected an optax\.GradientTransformation"),
+        (
+            {"optimizer": None, "step_fn": glue_jax.spsa_step},
+            r"optimizer is None; expected an optax\.GradientTransformation",
+        ),
         ({"optimizer": optax.adam}, r"optimizer is <function adam.*for instance optax\.adam\(1e-2\)"),
         ({"key": 0}, r"key is 0; expected one key, for instance jax\.random\.key\(0\)"),
         ({"key": jnp.zeros((2, 2), jnp.uint32)}, "expected one key"),

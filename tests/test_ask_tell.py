@@ -1,6 +1,7 @@
 """The step cut in two gives the step."""
 
 import functools
+from typing import Any
 
 import chex
 import jax
@@ -149,3 +150,66 @@ def test_what_is_no_probes_and_another_optimizer_are_refused():
         glue_jax.tell(state, [1.0, 2.0], optimizer=OPTIMIZER)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"state\.opt_state is not of this optimizer"):
         glue_jax.tell(glue_jax.ask(jax.random.key(8), state), [1.0, 2.0], optimizer=optax.sgd(0.1, momentum=0.9))
+
+
+def outputs_problem():
+    """Three linear models, the outputs of a blend computed by NumPy, and the same as an `OutputLoss`."""
+    rng = np.random.default_rng(0)
+    experts, x, y = rng.normal(size=(3, 5)), rng.normal(size=(20, 5)), rng.normal(size=20)
+
+    def loss(outputs, batch):
+        return jnp.mean((outputs - batch) ** 2)
+
+    def outputs(probes):
+        return [x @ (np.asarray(alpha, np.float64) @ experts) for alpha in probes.alpha]
+
+    stacked = {"w": jnp.asarray(experts, jnp.float32)}
+    inputs = jnp.asarray(x, jnp.float32)
+    loss_fn = glue_jax.OutputLoss(lambda params, batch: inputs @ params["w"], loss)
+    return stacked, outputs, loss, jnp.asarray(y, jnp.float32), loss_fn
+
+
+@pytest.mark.parametrize("link_fn", [jax.nn.softmax, glue_jax.unconstrained], ids=["softmax", "unconstrained"])
+def test_told_outputs_take_the_step_of_gauss_newton(link_fn):
+    experts, outputs, loss, batch, loss_fn = outputs_problem()
+    told = stepped = glue_jax.init(3, link_fn=link_fn)
+    for _ in range(6):
+        probes = glue_jax.ask_outputs(told, link_fn=link_fn)
+        told, metrics = glue_jax.tell_outputs(probes, outputs(probes), batch, loss=loss)
+        stepped, expected = glue_jax.gauss_newton_step(
+            None, stepped, experts, batch, loss_fn=loss_fn, link_fn=link_fn, tangents="differences"
+        )
+        np.testing.assert_allclose(told.beta, stepped.beta, rtol=2e-3, atol=1e-4)
+        np.testing.assert_allclose(metrics.loss, expected.loss, rtol=1e-4)
+    assert float(jnp.linalg.norm(told.beta)) > 0.1
+
+
+def test_outputs_that_could_not_be_had_do_not_end_a_run():
+    _, outputs, loss, batch, _ = outputs_problem()
+    state, losses = glue_jax.init(3), []
+    for failed in (3, 1, 2, None, None, None, 3, None):
+        probes = glue_jax.ask_outputs(state)
+        found = [None if index == failed else out for index, out in enumerate(outputs(probes))]
+        before, (state, metrics) = state, glue_jax.tell_outputs(probes, found, batch, loss=loss)
+        losses.append(float(metrics.loss))
+        if failed == 1:
+            np.testing.assert_array_equal(state.beta, before.beta)
+        if failed is not None:
+            np.testing.assert_array_equal(state.opt_state.curvature, before.opt_state.curvature)
+    assert losses[-1] < losses[0]
+
+
+def test_outputs_that_do_not_fit_are_refused():
+    _, outputs, loss, batch, _ = outputs_problem()
+    probes = glue_jax.ask_outputs(glue_jax.init(3))
+    tell: Any = functools.partial(glue_jax.tell_outputs, batch=batch, loss=loss)
+    with pytest.raises(ValueError, match=r"outputs have shape \(3, 20\); expected .* d \+ 2 = 4"):
+        tell(probes, outputs(probes)[:3])
+    with pytest.raises(ValueError, match=r"outputs have shape \(4,\)"):
+        tell(probes, np.zeros(4))
+    with pytest.raises(ValueError, match="outputs\\[0\\], are None"):
+        tell(probes, [None, *outputs(probes)[1:]])
+    with pytest.raises(TypeError, match=r"expected what glue_jax\.ask_outputs returned"):
+        tell(3, outputs(probes))
+    with pytest.raises(TypeError, match="without an optimizer"):
+        glue_jax.ask_outputs(glue_jax.init(3, optax.adam(0.1)))
