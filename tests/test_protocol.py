@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 import glue_jax
-from experiments import checkpoints, data, experts, protocol, sources, stages
+from experiments import checkpoints, data, experts, passes, protocol, sources, stages
 from experiments.analysis import CONFIGS
 from experiments.config import Config
 from experiments.context import prepare
@@ -108,10 +108,10 @@ def test_the_learned_configs_keep_their_best_by_validation(done):
 def test_the_prior_of_each_config_has_its_passes_and_seconds(done):
     results, _ = done
     # 2 experts, 20 validation images; 5 steps of 16 images, validated 4 times, by Config 5 twice.
-    passes = {1: (0, 0), 2: (2 * 20, 0), 3: (5 * 16 + 4 * 20, 5 * 16), 4: (2 * 5 * 16 + 4 * 20, 0)}
-    passes[5] = (3 * 5 * 16 + 2 * 20, 0)
+    took = {1: (0, 0), 2: (2 * 20, 0), 3: (5 * 16 + 4 * 20, 5 * 16), 4: (2 * 5 * 16 + 4 * 20, 0)}
+    took[5] = (3 * 5 * 16 + 2 * 20, 0)
     for run in results["runs"]:
-        assert (run["forward_passes"], run["backward_passes"]) == passes[run["config"]]
+        assert (run["forward_passes"], run["backward_passes"]) == took[run["config"]]
     for number in (3, 4, 5):
         total = sum(run["prior_seconds"] for run in results["runs"] if run["config"] == number)
         assert total == pytest.approx(results["seconds"][f"Coefficients, Config {number}"])
@@ -120,19 +120,22 @@ def test_the_prior_of_each_config_has_its_passes_and_seconds(done):
     assert _of(results, 2)["prior_seconds"] == pytest.approx(results["seconds"]["Experts' accuracies"] * 20 / 114)
 
 
-def test_more_directions_are_more_passes_of_config_4_alone(done, digits):
-    _, folder = done
-    results = _run(dataclasses.replace(TINY, num_directions=3, seeds=(0,)), digits, folder)
-    assert [_of(results, number)["forward_passes"] for number in (3, 4, 5)] == [160, 6 * 80 + 80, 3 * 80 + 40]
+def test_more_directions_are_more_passes_of_config_4_alone():
+    config, weights = dataclasses.replace(TINY, num_directions=3), {"validation_steps": [0, 2, 4, 5]}
+    forward = [passes._passes(config, 20, number, weights)[0] for number in (3, 4, 5)]
+    assert forward == [80 + 80, 6 * 80 + 80, 3 * 80 + 80]
 
 
-def test_gauss_newton_comes_lower_than_the_others_in_as_many_steps(digits, tmp_path):
-    config = dataclasses.replace(TINY, num_experts=4, alpha_steps=20, alpha_batch_size=64, patience=100)
+def test_gauss_newton_falls_further_than_the_others_in_as_many_steps(digits, tmp_path):
+    experts = {"num_experts": 4, "expert_examples": 60, "expert_epochs": 20, "validation_examples": 200}
+    config = dataclasses.replace(TINY, **experts, alpha_steps=20, alpha_batch_size=64, patience=100, seeds=(0,))
     results = _run(config, digits, tmp_path)
-    for seed in (0, 1):
-        least = {number: min(_of(results, number, seed)["validation_loss"]) for number in (3, 4, 5)}
-        start = _of(results, 5, seed)["validation_loss"][0]
-        assert least[5] < min(least[3], least[4]) < start
+    falls = {}
+    for number in (3, 4, 5):
+        losses = _of(results, number)["validation_loss"]
+        falls[number] = losses[0] - min(losses)
+    # 0.030, 0.019 and 0.106 nats.
+    assert falls[5] > 2 * max(falls[3], falls[4]) > 0
 
 
 def test_the_learned_configs_differ_by_their_step_and_its_settings_alone_and_learn_in_full_precision(
