@@ -1,4 +1,4 @@
-"""What a run's results say: by how much GLUE leads, and whether its coefficients mix or select."""
+"""What a run's results say: by how much a Config leads, and whether its coefficients mix or select."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -6,14 +6,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-CONFIGS: Mapping[int, str] = {1: "Data size", 2: "Proxy accuracy", 3: "Full gradient", 4: "GLUE (SPSA)"}
+PAPER_CONFIGS: Mapping[int, str] = {1: "Data size", 2: "Proxy accuracy", 3: "Full gradient", 4: "GLUE (SPSA)"}
 """The paper's four ways to coefficients, by its numbers."""
+
+CONFIGS: Mapping[int, str] = {**PAPER_CONFIGS, 5: "Gauss-Newton (ours)"}
+"""All ways to coefficients: the paper's, and one of ours, `glue_jax.gauss_newton_step`."""
+
+_LEARNED = (3, 4, 5)
 
 _CONFIDENCE = 0.95
 
 
 class Lead(NamedTuple):
-    """By how much GLUE (Config 4) leads another Config.
+    """By how much one Config leads another.
 
     Attributes:
         points: of test accuracy, seed by seed (their seeds are the same), at each fine-tuning epoch, the prior first,
@@ -34,7 +39,7 @@ class Lead(NamedTuple):
 
     @property
     def signs(self) -> np.ndarray:
-        """At each epoch, whether GLUE is clearly ahead (1), clearly behind (-1) or neither (0), `[epochs + 1]`."""
+        """At each epoch, whether it is clearly ahead (1), clearly behind (-1) or neither (0), `[epochs + 1]`."""
         return np.array([clear_sign(points) for points in self.points.T])
 
     def at(self, epoch: int) -> str:
@@ -42,15 +47,38 @@ class Lead(NamedTuple):
         return signed(self.points[:, epoch])
 
 
+def configs_of(results: Mapping[str, Any]) -> list[int]:
+    """Returns the numbers of the Configs that a run has: an older one has the paper's four alone."""
+    found = {run["config"] for run in results["runs"]}
+    return [number for number in CONFIGS if number in found]
+
+
+def learned_configs_of(results: Mapping[str, Any]) -> list[int]:
+    """Returns the numbers of the Configs of a run whose coefficients are learned."""
+    return [number for number in configs_of(results) if number in _LEARNED]
+
+
+def name_of(number: int) -> str:
+    """Returns how tables and figures call a Config, as `3 Full gradient`."""
+    return f"{number} {CONFIGS[number]}"
+
+
 def by_config(results: Mapping[str, Any], field: str) -> dict[int, np.ndarray]:
-    """Returns a field of the runs, `[seeds, ...]` by Config."""
-    return {number: np.array([run[field] for run in results["runs"] if run["config"] == number]) for number in CONFIGS}
+    """Returns a field of the runs, `[seeds, ...]` by Config, of the Configs that the run has."""
+    numbers = configs_of(results)
+    return {number: np.array([run[field] for run in results["runs"] if run["config"] == number]) for number in numbers}
 
 
-def lead(results: Mapping[str, Any], number: int) -> Lead:
-    """Returns GLUE's lead over a Config."""
+def lead(results: Mapping[str, Any], number: int, *, of: int = 4) -> Lead:
+    """Returns the lead of a Config over another.
+
+    Args:
+        results: of a run.
+        number: of the other Config.
+        of: the Config that leads, or does not; the default is GLUE.
+    """
     accuracy = by_config(results, "test_accuracy")
-    return Lead(100 * (accuracy[4] - accuracy[number]))
+    return Lead(100 * (accuracy[of] - accuracy[number]))
 
 
 def clear_sign(values: np.ndarray) -> int:

@@ -12,6 +12,7 @@ import tyro
 from rich.console import Console
 
 from experiments import data, protocol, run_report
+from experiments.analysis import CONFIGS
 from experiments.config import Config
 from experiments.context import Context, prepare
 from experiments.estimate import describe, estimate
@@ -63,6 +64,8 @@ def main(
     config, console = parsed.config, Console(markup=False)
     with session(parsed.out_dir, console, f"python -m experiments.{name}") as progress:
         with exit_on(ValueError, OSError, data.DatasetNotFoundError):
+            if config.num_experts < 2:
+                raise ValueError(f"num_experts is {config.num_experts}; expected at least 2 to blend")
             dataset = data.load(config.dataset, parsed.data_dir, config.image_size)
             stages = parsed.out_dir / "stages"
             context = prepare(config, dataset, stages, progress, accept_stages=parsed.accept_stages)
@@ -97,8 +100,9 @@ def _plan(context: Context) -> str:
         note += f"\ntarget_examples is {config.target_examples}, of which {target} are left and used"
     return (
         f"{dataset.name}, {images}; {machine()}{note}\n{describe_missing(context)}\n"
-        f"training steps: {config.num_experts} experts x {expert_steps}; coefficients: 2 Configs x {len(config.seeds)} "
-        f"seeds x at most {config.alpha_steps}; fine-tuning: 4 Configs x {len(config.seeds)} seeds x {tuning_steps}"
+        f"training steps: {config.num_experts} experts x {expert_steps}; coefficients: "
+        f"{len(context.step_fns)} Configs x {len(config.seeds)} seeds x at most {config.alpha_steps}; fine-tuning: "
+        f"{len(CONFIGS)} Configs x {len(config.seeds)} seeds x {tuning_steps}"
     )
 
 

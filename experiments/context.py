@@ -44,7 +44,7 @@ class Context(NamedTuple):
         training: of the experts.
         tuning: of the blends.
         alpha_optimizer: of the coefficients.
-        step_fns: the steps of Configs 3 and 4.
+        step_fns: the steps of Configs 3, 4 and 5.
         evaluate: `evaluate(variables, examples) -> {"loss", "accuracy"}`.
         stages: the results that are kept on disk.
         progress: what is shown meanwhile.
@@ -169,8 +169,9 @@ def prepare(
 
 
 def make_steps(config: Config) -> Mapping[int, Any]:
-    """Returns the steps of Configs 3 and 4, by number."""
-    return {3: glue_jax.full_gradient_step, 4: glue_step(config)}
+    """Returns the steps of Configs 3, 4 and 5, by number."""
+    gauss_newton = functools.partial(glue_jax.gauss_newton_step, matmul_precision=config.matmul_precision)
+    return {3: glue_jax.full_gradient_step, 4: glue_step(config), 5: gauss_newton}
 
 
 def glue_step(config: Config) -> Any:

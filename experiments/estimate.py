@@ -1,5 +1,6 @@
 """How long what is left of a run will take on this backend, measured on a few steps."""
 
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -52,10 +53,9 @@ def estimate(context: Context) -> dict[str, float]:
     if left["coefficients"]:
         experts = jax.tree.map(lambda leaf: jnp.stack([leaf] * config.num_experts), variables)
         target = take(context.train, context.targets[config.seeds[0]])
-        validations = 1 + config.alpha_steps // config.validate_every
         step = {number: _alpha_step(context, number, experts, target) for number in set(left["coefficients"])}
         seconds["coefficients, at most"] = sum(
-            config.alpha_steps * step[number] + validations * num_validation * per_image
+            config.alpha_steps * step[number] + _most_validations(context, number) * num_validation * per_image
             for number in left["coefficients"]
         )
     if left["fine-tuning"]:
@@ -110,10 +110,15 @@ def _training_step(
     return _second_call(epoch) / (count // batch_size)
 
 
+def _most_validations(context: Context, number: int) -> int:
+    """How often one Config's coefficients are validated at most: at the start, and after each chunk of steps."""
+    return 1 + math.ceil(context.config.alpha_steps / protocol.validate_every(context, number))
+
+
 def _alpha_step(context: Context, number: int, experts: Any, target: Any) -> float:
     """Seconds of a step of one Config's coefficients, without validation."""
-    config = context.config
-    steps = min(_STEPS if on_cpu(context.train) else config.validate_every, config.alpha_steps)
+    steps = _STEPS if on_cpu(context.train) else protocol.validate_every(context, number)
+    steps = min(steps, context.config.alpha_steps)
 
     def learn() -> Any:
         unjudged = context._replace(validation=None)

@@ -70,8 +70,8 @@ def ends(values: Iterable[float]) -> str:
 
 def spread(values: np.ndarray, digits: int) -> str:
     """Returns mean and standard deviation; no deviation where all are equal, as where nothing depends on the seed."""
-    deviation = f" ± {values.std(ddof=1):.{digits}f}" if np.ptp(values) > 0 else ""
-    return f"{values.mean():.{digits}f}{deviation}"
+    deviation = f" ± {values.std(ddof=1):,.{digits}f}" if np.ptp(values) > 0 else ""
+    return f"{values.mean():,.{digits}f}{deviation}"
 
 
 def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

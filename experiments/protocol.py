@@ -1,6 +1,6 @@
-"""The paper's section 5: experts, coefficients (Configs 1 to 4), the prior, the fine-tuned model.
+"""The paper's section 5: experts, coefficients (Configs 1 to 4), the prior, the fine-tuned model; and our Config 5.
 
-Each stage's result is kept on disk (`experiments.stages`). Configs 3 and 4 see the same minibatches, and so do the four
+Each stage's result is kept on disk (`experiments.stages`). Configs 3, 4 and 5 see the same minibatches, and so do the
 fine-tunings of a seed.
 """
 
@@ -19,11 +19,17 @@ from experiments.context import Context, counts, take
 from experiments.data import Examples
 from experiments.experts import measure_experts, measurement, train_experts
 from experiments.models.network import Variables
+from experiments.passes import prior_cost
 from experiments.progress import Stage
-from experiments.training import train
+from experiments.training import output_loss, train
 
 # Of the coefficients by step, so many at most are kept, evenly spaced.
 _MOST_ALPHAS = 201
+# Of Config 5: a few of its steps go as far as many others. It is `glue_jax.learn`'s own default.
+_GAUSS_NEWTON_VALIDATES_EVERY = 5
+_ONLY_OF_SPSA = ("radius", "num_directions", "directions")
+# The fields of `CoefficientFields` that a Config does not use: its coefficients do not depend on them.
+_NOT_USED = {3: _ONLY_OF_SPSA, 5: (*_ONLY_OF_SPSA, "alpha_learning_rate", "alpha_b1", "alpha_b2", "validate_every")}
 # What a seed's key is folded with, so that no two uses share one.
 _COEFFICIENTS, _FINE_TUNING = range(2, 4)
 
@@ -36,8 +42,9 @@ def run(context: Context) -> dict[str, Any]:
 
     Returns:
         A dict that JSON holds: `config`, `data` (names and the counts drawn), `experts` (a row each, with how many of
-        the first seed's target images it was trained on), `runs` (a row for each seed and Config), `seconds` (of each
-        stage), `machine` (all that the stages were made on).
+        the first seed's target images it was trained on), `runs` (a row for each seed and Config, with what
+        `experiments.passes.prior_cost` returns), `seconds` (of each stage), `machine` (all that the stages were made
+        on).
 
     Raises:
         FloatingPointError: a loss that is infinite or not a number, with its stage and step.
@@ -49,7 +56,7 @@ def run(context: Context) -> dict[str, Any]:
     stacked = glue_jax.stack_experts(experts)
     machines = {record["machine"] for record in (*training, measured)}
     seconds = {"Experts": sum(record["seconds"] for record in training), "Experts' accuracies": measured["seconds"]}
-    coefficients = progress.stage("Coefficients", 2 * len(config.seeds) * config.alpha_steps)
+    coefficients = progress.stage("Coefficients", len(context.step_fns) * len(config.seeds) * config.alpha_steps)
     learned = {}
     for seed in config.seeds:
         target = take(context.train, context.targets[seed])
@@ -59,11 +66,12 @@ def run(context: Context) -> dict[str, Any]:
     runs = []
     for (seed, number), weights in learned.items():
         tuned = _fine_tune(context, number, seed, stacked, weights["alpha"], tuning)
+        took = prior_cost(context, number, weights, measured)
         for what, record in (("Coefficients", weights), ("Fine-tuning", tuned)):
             name = f"{what}, Config {number}"
             seconds[name] = seconds.get(name, 0.0) + record.pop("seconds", 0.0)
             machines |= {record.pop("machine")} if "machine" in record else set()
-        runs.append({"seed": seed, "config": number, **weights, **tuned})
+        runs.append({"seed": seed, "config": number, **weights, **took, **tuned})
         progress.say(
             f"seed {seed}, Config {number}: test accuracy {100 * tuned['test_accuracy'][0]:.1f} % before "
             f"fine-tuning, {100 * tuned['test_accuracy'][-1]:.1f} % after"
@@ -105,6 +113,11 @@ def kept(context: Context, number: int, seed: int) -> tuple[dict[str, Any] | Non
     return weights, tuned
 
 
+def validate_every(context: Context, number: int) -> int:
+    """Returns the steps between two validations of Config 3, 4 or 5."""
+    return _GAUSS_NEWTON_VALIDATES_EVERY if number == 5 else context.config.validate_every
+
+
 def coefficients_key(seed: int) -> jax.Array:
     """Returns what decides a seed's minibatches and directions while the coefficients are learned."""
     return jax.random.fold_in(jax.random.key(seed), _COEFFICIENTS)
@@ -120,12 +133,12 @@ def learn_coefficients(
     max_steps: int,
     callback: Callable[[glue_jax.Progress], None] | None = None,
 ) -> glue_jax.LearnResult:
-    """Learns the coefficients of Config 3 or 4.
+    """Learns the coefficients of Config 3, 4 or 5.
 
     Args:
         context: of `experiments.context.prepare`; its validation images, if any, judge the plateau.
-        number: 3 or 4.
-        key: decides the minibatches, the same for both Configs, and the directions.
+        number: 3, 4 or 5.
+        key: decides the minibatches, the same for these Configs, and the directions.
         experts: stacked, each leaf `[K, ...]`.
         target: the images to learn on.
         max_steps: the most steps.
@@ -143,13 +156,13 @@ def learn_coefficients(
             key,
             experts,
             target,
-            loss_fn=context.problem.loss,
-            optimizer=context.alpha_optimizer,
+            loss_fn=output_loss(context.problem),
+            optimizer=None if number == 5 else context.alpha_optimizer,
             step_fn=context.step_fns[number],
             validation_data=context.validation,
             batch_size=config.alpha_batch_size,
             max_steps=max_steps,
-            validate_every=config.validate_every,
+            validate_every=validate_every(context, number),
             patience=None if context.validation is None else config.patience,
             callback=callback,
         )
@@ -213,16 +226,12 @@ def _target_images_seen(context: Context) -> list[int]:
 def _coefficients_stage(context: Context, number: int, seed: int) -> tuple[str, dict[str, Any]]:
     """The name of a stage that learns coefficients, and all that it depends on."""
     fields = part(context.config, CoefficientFields)
-    if number == 3:
-        for only_of_spsa in ("radius", "num_directions", "directions"):
-            del fields[only_of_spsa]
-    code = context.code(_coefficients)
     depends_on = {
         **context.expert_fields,
-        **fields,
+        **{name: value for name, value in fields.items() if name not in _NOT_USED.get(number, ())},
         "experts": context.config.num_experts,
         "seed": seed,
-        "code": code,
+        "code": context.code(_coefficients),
     }
     return f"coefficients/seed{seed}-config{number}", depends_on
 

@@ -21,16 +21,17 @@ import tyro
 from matplotlib.figure import Figure
 
 from experiments import claims
-from experiments.analysis import CONFIGS
+from experiments.analysis import CONFIGS, PAPER_CONFIGS, configs_of
 from experiments.paper import EXPERIMENTS, EXPERT_ACCURACY, experiment_of, is_at_its_scale
 from experiments.presentation import STYLE, markdown_table, png, shortened, unbroken
-from experiments.run_report import config_table, draw_accuracy
+from experiments.run_report import OURS, PASSES, config_table, cost_table, draw_accuracy
 from experiments.session import failure
 from experiments.shapes import check_shape
 from experiments.stages import read_json, write_whole
 
 _NUMBER = int | float
 _AGAIN = "the experiment's own command, given again, writes it from the stages that are kept"
+_EITHER = (PAPER_CONFIGS, CONFIGS)
 # What the page needs of a run's results.
 _SHAPE = {
     "title": str,
@@ -91,7 +92,7 @@ def read(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: {error}; {_AGAIN}") from error
     if not isinstance(results, dict) or not {"config", "experts", "runs"} <= results.keys():
         holds = list(results) if isinstance(results, dict) else f"{results!r:.40}"
-        raise ValueError(f"{path} holds {holds}, not the results of the four Configs: {expected}")
+        raise ValueError(f"{path} holds {holds}, not the results of an experiment's Configs: {expected}")
     try:
         check_shape(results, _SHAPE, "it")
         _check_runs(results)
@@ -103,8 +104,13 @@ def read(folder: Path) -> dict[str, Any]:
 def _check_runs(results: Mapping[str, Any]) -> None:
     """Refuses runs that are not one for each seed and Config, of one length, with accuracies that are fractions."""
     found = sorted((run["seed"], run["config"]) for run in results["runs"])
-    if found != sorted((seed, number) for seed in results["config"]["seeds"] for number in CONFIGS):
-        raise ValueError(f"it has runs of (seed, Config) {found}; expected each Config for each seed once")
+    # Older runs have the paper's alone.
+    each = (sorted((seed, number) for seed in results["config"]["seeds"] for number in of) for of in _EITHER)
+    if found not in each:
+        raise ValueError(
+            f"it has runs of (seed, Config) {found}; expected each Config for each seed once, the paper's "
+            f"{list(PAPER_CONFIGS)} or all {list(CONFIGS)}"
+        )
     lengths = {len(run[field]) for run in results["runs"] for field in ("test_accuracy", "test_loss")}
     if len(lengths) > 1:
         raise ValueError(
@@ -144,9 +150,9 @@ def figure1(runs: Sequence[Mapping[str, Any]]) -> Figure:
             title = f"{shortened(results['title'], 80)}; {seeds} seed{'s' if seeds > 1 else ''}"
             name = textwrap.fill(unbroken(title), 48)
             axes.set_title(f"{_data_and_network(results)}\n{name}", fontsize=10)
-        handles, labels = figure.axes[0].get_legend_handles_labels()
-        title = "mean and standard deviation over seeds"
-        figure.legend(handles, labels, loc="outside lower center", ncols=4 if len(runs) > 1 else 2, title=title)
+        lines = {str(line.get_label()): line for axes in figure.axes for line in axes.lines}
+        title, columns = "mean and standard deviation over seeds", len(lines) if len(runs) > 2 else len(runs) + 1
+        figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=columns, title=title)
     return figure
 
 
@@ -175,8 +181,13 @@ def table1(runs: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]
 
 
 def configs(runs: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Returns the four Configs, headers and rows, run by run: the test split before fine-tuning and after."""
+    """Returns the Configs, headers and rows, run by run: the test split before fine-tuning and after."""
     return _by_run(runs, config_table)
+
+
+def costs(runs: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Returns what each Config's prior took, headers and rows, run by run."""
+    return _by_run(runs, cost_table)
 
 
 def leads(runs: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -219,7 +230,14 @@ def _page(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
         "their standard deviation:"
     )
     yield markdown_table(*configs(runs))
-    yield "GLUE (Config 4) against the others, points of test accuracy, means over seeds ± their standard deviation:"
+    if any(5 in configs_of(results) for results in runs):
+        yield OURS
+    yield f"What each prior took, means over seeds ± their standard deviation; '-' where a run did not count. {PASSES}"
+    yield markdown_table(*costs(runs))
+    yield (
+        "GLUE (Config 4) against the paper's other Configs, points of test accuracy, means over seeds ± their standard "
+        "deviation:"
+    )
     yield markdown_table(*leads(runs))
     yield "## Table 1"
     yield (

@@ -13,13 +13,20 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 
-from experiments.analysis import CONFIGS, by_config, num_mixed
-from experiments.claims import leads
+from experiments.analysis import CONFIGS, by_config, configs_of, learned_configs_of, name_of, num_mixed
+from experiments.claims import leads, leads_of_ours
 from experiments.paper import EXPERT_ACCURACY, experiment_of, is_at_its_scale
 from experiments.presentation import STYLE, markdown_table, rich_table, spread, unbroken, write_report
 from experiments.stages import write_json
 
-_COLORS = {1: "#999999", 2: "#e69f00", 3: "#0072b2", 4: "#d55e00"}
+_COLORS = {1: "#999999", 2: "#e69f00", 3: "#0072b2", 4: "#d55e00", 5: "#009e73"}
+PASSES = (
+    "A pass is of one model on one image, validations included. The seconds are until the coefficients are known, with "
+    "the compilation that fell into them."
+)
+"""What `cost_table` counts."""
+OURS = "Configs 1 to 4 are the paper's. Config 5, Gauss-Newton, is ours: the paper does not have it."
+"""Whose the Configs are, where Config 5 is there."""
 
 
 def write(results: Mapping[str, Any], folder: Path) -> None:
@@ -41,7 +48,7 @@ def draw_accuracy(axes: Axes, results: Mapping[str, Any]) -> None:
         mean, deviation = 100 * values.mean(axis=0), 100 * values.std(axis=0, ddof=min(1, len(values) - 1))
         epochs = np.arange(len(mean))
         color = _COLORS[number]
-        axes.plot(epochs, mean, color=color, marker="o", markersize=4, label=f"{number} {CONFIGS[number]}")
+        axes.plot(epochs, mean, color=color, marker="o", markersize=4, label=name_of(number))
         axes.fill_between(epochs, mean - deviation, mean + deviation, color=color, alpha=0.2, linewidth=0)
     axes.set_xlabel("fine-tuning epoch (0: the prior)")
     axes.set_ylabel("test accuracy, %")
@@ -49,7 +56,7 @@ def draw_accuracy(axes: Axes, results: Mapping[str, Any]) -> None:
 
 
 def config_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Returns headers and rows of the four Configs: accuracy and loss on the test split, before fine-tuning and after.
+    """Returns headers and rows of the Configs: accuracy and loss on the test split, before fine-tuning and after.
 
     Args:
         results: of a run.
@@ -57,18 +64,37 @@ def config_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
     accuracy, loss = by_config(results, "test_accuracy"), by_config(results, "test_loss")
     headers = ["Config", "prior, %", "prior, loss", "tuned, %", "tuned, loss"]
     rows = []
-    for number, name in CONFIGS.items():
-        row = [f"{number} {name}"]
+    for number in configs_of(results):
+        row = [name_of(number)]
         for epoch in (0, -1):
             row += [spread(100 * accuracy[number][:, epoch], 1), spread(loss[number][:, epoch], 3)]
         rows.append(row)
     return headers, rows
 
 
+def cost_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Returns headers and rows of what each Config's prior took: a run of an older version does not say.
+
+    Args:
+        results: of a run.
+    """
+    fields = ("forward_passes", "backward_passes", "prior_seconds")
+    rows = []
+    for number in configs_of(results):
+        runs = [run for run in results["runs"] if run["config"] == number]
+        cells = [
+            spread(np.array([run[field] for run in runs]), digits) if all(field in run for run in runs) else "-"
+            for field, digits in zip(fields, (0, 0, 1), strict=True)
+        ]
+        rows.append([name_of(number), *cells])
+    return ["Config", "forward passes", "backward passes", "seconds"], rows
+
+
 def print_table(results: Mapping[str, Any], folder: Path, console: Console) -> None:
-    """Prints the table of the four Configs, and where the report lies."""
-    table = rich_table(results["title"], *config_table(results), caption=_caption(results))
-    console.print(table)
+    """Prints the tables of the Configs, and where the report lies."""
+    caption = f"{_caption(results)}. {OURS}" if 5 in configs_of(results) else _caption(results)
+    console.print(rich_table(results["title"], *config_table(results), caption=caption))
+    console.print(rich_table("what the prior took", *cost_table(results), caption=PASSES))
     console.print(f"report: {folder / 'report.md'}", highlight=False, soft_wrap=True)
 
 
@@ -86,6 +112,9 @@ def _markdown(results: Mapping[str, Any]) -> str:
     """The report."""
     config, data, machine = results["config"], results["data"], results["machine"]
     test = np.array([row["test_accuracy"] for row in results["experts"]])
+    has_ours = 5 in configs_of(results)
+    *first, last = map(str, learned_configs_of(results))
+    learned = f"Configs {', '.join(first)} and {last}"
     sections = [
         f"# {results['title']}",
         f"{data['name']}, {config['network']}, {config['num_experts']} experts of {config['expert_examples']} images "
@@ -93,21 +122,25 @@ def _markdown(results: Mapping[str, Any]) -> str:
         f"{data['target']} target images, {data['validation']} validation images, {data['test']} test images.",
         f"> {' '.join(data['description'].split())}",
         f"Run on {machine}.",
-        "## The four Configs",
+        "## The Configs",
+        *([OURS] if has_ours else []),
         f"{_caption(results)[0].upper()}{_caption(results)[1:]}.",
         markdown_table(*config_table(results)),
         f"The experts' own test accuracy: {100 * test.mean():.1f} % on average, {100 * test.max():.1f} % the best. All "
-        "experts have as many images, so Config 1 is the uniform average, where Configs 3 and 4 start.",
+        f"experts have as many images, so Config 1 is the uniform average, where {learned} start.",
+        f"What each prior took, means over seeds ± their standard deviation. {PASSES}",
+        markdown_table(*cost_table(results)),
         "![test accuracy by fine-tuning epoch](figure1.png)",
-        "GLUE (Config 4) against the others, points of test accuracy, means over seeds ± their standard deviation; "
-        "epoch 0 is the prior:",
+        "GLUE (Config 4) against the paper's other Configs, points of test accuracy, means over seeds ± their standard "
+        "deviation; epoch 0 is the prior:",
         markdown_table(*leads(results)),
+        *_ours(results),
         "## The experts (Table 1)",
         f"Accuracy in percent and loss in nats. {_target_note(results)} {_paper_note(config)}",
         markdown_table(*_expert_table(results)),
         "## The coefficients",
-        "Means over seeds. Configs 3 and 4 keep their best by validation loss: at which of how many steps, for each "
-        "seed. 'Limit' is a run that reached the most steps before its plateau.",
+        f"Means over seeds. {learned} keep their best by validation loss: at which of how many steps, for each seed. "
+        "'Limit' is a run that reached the most steps before its plateau.",
         markdown_table(*_alpha_table(results)),
         *_mixing(results),
         "![coefficients by step](alpha.png)",
@@ -119,13 +152,20 @@ def _markdown(results: Mapping[str, Any]) -> str:
     return "\n\n".join(sections) + "\n"
 
 
+def _ours(results: Mapping[str, Any]) -> Iterable[str]:
+    """How Config 5 does against the paper's, where it is there."""
+    if 5 in configs_of(results):
+        yield "Gauss-Newton (Config 5, ours) against each of the paper's Configs, in the same units:"
+        yield markdown_table(*leads_of_ours(results))
+
+
 def _mixing(results: Mapping[str, Any]) -> Iterable[str]:
     """Whether the learned coefficients mix or select, and what their loss gains in accuracy."""
     accuracy, loss, alpha = (by_config(results, field) for field in ("test_accuracy", "test_loss", "alpha"))
     tested = np.array([row["test_accuracy"] for row in results["experts"]])
     rows = [
         [
-            f"{number} {CONFIGS[number]}",
+            name_of(number),
             spread(num_mixed(alpha[number]), 1),
             spread(alpha[number].max(axis=-1), 2),
             ", ".join(map(str, alpha[number].argmax(axis=-1))),
@@ -133,7 +173,7 @@ def _mixing(results: Mapping[str, Any]) -> Iterable[str]:
             f"{100 * (accuracy[number] - accuracy[1])[:, 0].mean():+.1f}",
             f"{100 * (accuracy[number][:, 0].mean() - tested.max()):+.1f}",
         ]
-        for number in (3, 4)
+        for number in learned_configs_of(results)
     ]
     yield (
         "Whether the learned coefficients mix or select: how many experts they mix, exp(entropy) (all if uniform, 1 if "
@@ -194,7 +234,7 @@ def _alpha_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
     for number, alpha in by_config(results, "alpha").items():
         learned = [run for run in results["runs"] if run["config"] == number and "validation_steps" in run]
         ends = ", ".join(_end(run, results["config"]) for run in learned) or "-"
-        rows.append([f"{number} {CONFIGS[number]}", *(f"{value:.3f}" for value in alpha.mean(axis=0)), ends])
+        rows.append([name_of(number), *(f"{value:.3f}" for value in alpha.mean(axis=0)), ends])
     return headers, rows
 
 
@@ -214,17 +254,17 @@ def _accuracy_figure(results: Mapping[str, Any]) -> Figure:
         axes.set_title(textwrap.fill(unbroken(results["title"]), 76), fontsize=11)
         handles, labels = axes.get_legend_handles_labels()
         title = "mean and standard deviation over seeds" if len(results["config"]["seeds"]) > 1 else None
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=10, title=title)
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=10, title=title)
     return figure
 
 
 def _alpha_figure(results: Mapping[str, Any]) -> Figure:
-    """The learned coefficients by step, a panel for each of Configs 3 and 4."""
-    colors = mpl.colormaps["tab10"]
+    """The learned coefficients by step, a panel for each Config that learns them."""
+    colors, numbers = mpl.colormaps["tab10"], learned_configs_of(results)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(9, 4.2), layout="constrained")
-        panels = figure.subplots(1, 2, sharey=True)
-        for axes, number in zip(panels, (3, 4), strict=True):
+        figure = Figure(figsize=(4.0 * len(numbers) + 1, 4.2), layout="constrained")
+        panels = figure.subplots(1, len(numbers), sharey=True)
+        for axes, number in zip(panels, numbers, strict=True):
             for index, run in enumerate(run for run in results["runs"] if run["config"] == number):
                 steps, alphas = np.array(run["alpha_steps"]), np.array(run["alphas"])
                 best = run["validation_steps"][int(np.argmin(run["validation_loss"]))]

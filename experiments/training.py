@@ -1,6 +1,7 @@
 """Supervised training of a network and its evaluation, an epoch at a time under one jit."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -113,6 +114,22 @@ class Problem:
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Returns the mean cross-entropy in nats, `[]`, of logits `[B, C]` and labels `[B]`."""
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+
+@functools.cache
+def output_loss(problem: Problem) -> glue_jax.OutputLoss:
+    """Returns `problem.loss` in two parts, the logits and their mean cross-entropy.
+
+    A problem has one of them, so nothing that takes it as a static argument compiles twice.
+    """
+
+    def outputs_fn(variables: Variables, batch: Examples) -> jax.Array:
+        return problem.logits(variables, batch.images)
+
+    def loss(logits: jax.Array, batch: Examples) -> jax.Array:
+        return cross_entropy(logits, batch.labels)
+
+    return glue_jax.OutputLoss(outputs_fn, loss)
 
 
 def make_trainer(

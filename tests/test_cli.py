@@ -20,10 +20,14 @@ def test_a_run_ends_with_its_report_and_says_where_it_lies(tmp_path, capsys):
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
     assert json.loads((tmp_path / "config.json").read_text())["seeds"] == [0]
     report = (tmp_path / "report.md").read_text()
-    assert "| 4 GLUE (SPSA) |" in report
-    assert "nan" not in report
     printed = capsys.readouterr().out
-    assert "4 GLUE (SPSA)" in printed
+    for name in ("4 GLUE (SPSA)", "5 Gauss-Newton (ours)"):
+        assert f"| {name} |" in report
+        assert name in printed
+    assert "nan" not in report
+    assert "Config 5, Gauss-Newton, is ours" in report
+    assert "coefficients: 3 Configs x 1 seeds x at most 5; fine-tuning: 5 Configs x 1 seeds x 4" in printed
+    assert "forward passes" in printed
     assert re.search(
         r"time, from a few steps measured here: \d.*experts \d.*coefficients, at most \d.*tuning \d", printed
     )
@@ -61,6 +65,7 @@ def test_a_bad_command_line_is_refused_by_name(arguments, message, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--num-experts", "1"], "num_experts is 1; expected at least 2"),
         (["--dataset", "mnist"], "dataset is 'mnist'"),
         (["--network", "vgg"], "network is 'vgg'"),
         (["--test-examples", "5000"], "test_examples is 5000, but the test split has"),

@@ -30,10 +30,10 @@ def test_a_fresh_run_is_the_sum_of_its_steps(digits, tmp_path, steady):
     seconds = estimate.estimate(_prepare(ONE_SEED, digits, tmp_path))
     # 2 experts of 2 epochs of 3 steps, measured on 20 validation, 64 target and 30 test images each.
     assert seconds["experts"] == pytest.approx(2 * 2 * 3 * 1 + 2 * (20 + 64 + 30) / 100)
-    # Configs 3 and 4: 5 steps, validated at step 0, 2, 4 on 20 images.
-    assert seconds["coefficients, at most"] == pytest.approx(2 * (5 * 10 + 3 * 20 / 100))
-    # 4 Configs of 2 epochs of 2 steps and a test on 30 images.
-    assert seconds["fine-tuning"] == pytest.approx(4 * 2 * (2 * 1 + 30 / 100))
+    # 5 steps, validated on 20 images: Configs 3 and 4 at step 0, 2, 4, 5, Config 5 at step 0, 5.
+    assert seconds["coefficients, at most"] == pytest.approx(3 * 5 * 10 + (4 + 4 + 2) * 20 / 100)
+    # 5 Configs of 2 epochs of 2 steps and a test on 30 images.
+    assert seconds["fine-tuning"] == pytest.approx(5 * 2 * (2 * 1 + 30 / 100))
 
 
 def test_a_step_of_the_coefficients_is_measured_once_a_config_and_without_validation(digits, tmp_path, monkeypatch):
@@ -47,7 +47,7 @@ def test_a_step_of_the_coefficients_is_measured_once_a_config_and_without_valida
     monkeypatch.setattr(protocol, "learn_coefficients", learn)
     estimate.estimate(_prepare(TINY, digits, tmp_path))
     # Two seeds; the first call of each compiles.
-    assert sorted(measured) == [3, 3, 4, 4]
+    assert sorted(measured) == [3, 3, 4, 4, 5, 5]
 
 
 def test_a_step_is_what_a_call_takes_once_it_is_compiled(monkeypatch):
@@ -66,8 +66,8 @@ def test_neither_estimate_nor_run_compiles_a_step_twice(digits, tmp_path, caplog
         estimate.estimate(context)
         protocol.run(context)
     assert names.count("jit(steps)") == 1
-    # One for each of Configs 3 and 4.
-    assert names.count("jit(_run_step)") == 2
+    # One for each of Configs 3, 4 and 5.
+    assert names.count("jit(_run_step)") == 3
     assert names.count("jit(_validate)") == 1
     # One for each number of images: validation, target, test.
     assert names.count("jit(measures)") == 3
@@ -79,7 +79,7 @@ def test_what_is_done_is_not_counted(digits, tmp_path, steady):
     assert not missing_experts(context)
     assert estimate.estimate(context) == {}
     two_seeds = _prepare(TINY, digits, tmp_path)
-    assert protocol.remaining(two_seeds) == {"coefficients": [3, 4], "fine-tuning": [1, 2, 3, 4]}
+    assert protocol.remaining(two_seeds) == {"coefficients": [3, 4, 5], "fine-tuning": [1, 2, 3, 4, 5]}
     assert estimate.estimate(two_seeds).keys() == {"coefficients, at most", "fine-tuning"}
 
 

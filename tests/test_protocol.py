@@ -15,7 +15,8 @@ import pytest
 from rich.console import Console
 
 import glue_jax
-from experiments import checkpoints, data, experts, protocol, sources, stages
+from experiments import checkpoints, data, experts, passes, protocol, sources, stages
+from experiments.analysis import CONFIGS
 from experiments.config import Config
 from experiments.context import prepare
 from experiments.experts import _stage_of, describe_missing, measurement, train_experts
@@ -63,6 +64,8 @@ def _run(config, dataset, folder):
 def _without_times(results):
     results = copy.deepcopy(results)
     del results["seconds"]
+    for run in results["runs"]:
+        del run["prior_seconds"]
     return results
 
 
@@ -78,7 +81,7 @@ def _of(results, number, seed=0):
 
 def test_results_hold_each_seed_and_config_and_are_json(done):
     results, _ = done
-    assert [(run["seed"], run["config"]) for run in results["runs"]] == [(s, c) for s in (0, 1) for c in (1, 2, 3, 4)]
+    assert [(run["seed"], run["config"]) for run in results["runs"]] == [(s, c) for s in (0, 1) for c in CONFIGS]
     assert json.loads(json.dumps(results)) == results | {"config": results["config"] | {"seeds": [0, 1]}}
     for run in results["runs"]:
         assert len(run["test_accuracy"]) == len(run["test_loss"]) == 1 + TINY.fine_tuning_epochs
@@ -92,17 +95,52 @@ def test_config_1_is_uniform_and_config_2_proportional_to_validation_accuracy(do
     np.testing.assert_allclose(_of(results, 2)["alpha"], accuracy / accuracy.sum(), rtol=1e-6)
 
 
-def test_configs_3_and_4_keep_their_best_by_validation(done):
+def test_the_learned_configs_keep_their_best_by_validation(done):
     results, _ = done
     for seed in (0, 1):
-        for number in (3, 4):
+        for number, steps in {3: [0, 2, 4, 5], 4: [0, 2, 4, 5], 5: [0, 5]}.items():
             run = _of(results, number, seed)
-            assert run["validation_steps"][:2] == [0, 2]
+            assert run["validation_steps"] == steps
             best = run["validation_steps"][int(np.argmin(run["validation_loss"]))]
             np.testing.assert_allclose(run["alpha"], run["alphas"][run["alpha_steps"].index(best)])
 
 
-def test_configs_3_and_4_differ_by_their_step_alone_and_learn_in_full_precision(digits, tmp_path, monkeypatch):
+def test_the_prior_of_each_config_has_its_passes_and_seconds(done):
+    results, _ = done
+    # 2 experts, 20 validation images; 5 steps of 16 images, validated 4 times, by Config 5 twice.
+    took = {1: (0, 0), 2: (2 * 20, 0), 3: (5 * 16 + 4 * 20, 5 * 16), 4: (2 * 5 * 16 + 4 * 20, 0)}
+    took[5] = (3 * 5 * 16 + 2 * 20, 0)
+    for run in results["runs"]:
+        assert (run["forward_passes"], run["backward_passes"]) == took[run["config"]]
+    for number in (3, 4, 5):
+        total = sum(run["prior_seconds"] for run in results["runs"] if run["config"] == number)
+        assert total == pytest.approx(results["seconds"][f"Coefficients, Config {number}"])
+    assert _of(results, 1)["prior_seconds"] == 0
+    # Of 20 + 64 + 30 images that the experts are measured on.
+    assert _of(results, 2)["prior_seconds"] == pytest.approx(results["seconds"]["Experts' accuracies"] * 20 / 114)
+
+
+def test_more_directions_are_more_passes_of_config_4_alone():
+    config, weights = dataclasses.replace(TINY, num_directions=3), {"validation_steps": [0, 2, 4, 5]}
+    forward = [passes._passes(config, 20, number, weights)[0] for number in (3, 4, 5)]
+    assert forward == [80 + 80, 6 * 80 + 80, 3 * 80 + 80]
+
+
+def test_gauss_newton_falls_further_than_the_others_in_as_many_steps(digits, tmp_path):
+    experts = {"num_experts": 4, "expert_examples": 60, "expert_epochs": 20, "validation_examples": 200}
+    config = dataclasses.replace(TINY, **experts, alpha_steps=20, alpha_batch_size=64, patience=100, seeds=(0,))
+    results = _run(config, digits, tmp_path)
+    falls = {}
+    for number in (3, 4, 5):
+        losses = _of(results, number)["validation_loss"]
+        falls[number] = losses[0] - min(losses)
+    # 0.030, 0.019 and 0.106 nats.
+    assert falls[5] > 2 * max(falls[3], falls[4]) > 0
+
+
+def test_the_learned_configs_differ_by_their_step_and_its_settings_alone_and_learn_in_full_precision(
+    digits, tmp_path, monkeypatch
+):
     calls = []
     learn = glue_jax.learn
 
@@ -114,12 +152,16 @@ def test_configs_3_and_4_differ_by_their_step_alone_and_learn_in_full_precision(
 
     monkeypatch.setattr(glue_jax, "learn", spy)
     _run(dataclasses.replace(TINY, seeds=(5,)), digits, tmp_path)
-    (precision, key, first, data, words), (_, other_key, second, other_data, other_words) = calls
-    assert precision == "highest"
-    assert key == other_key
-    assert first != second
-    assert words == other_words
-    np.testing.assert_array_equal(data.images, other_data.images)
+    (_, key, full_gradient, data, words), (_, _, spsa, _, spsa_words), (_, _, gauss_newton, _, own_words) = calls
+    assert {precision for precision, *_ in calls} == {"highest"}
+    assert [other for _, other, *_ in calls] == [key] * 3
+    for _, _, _, others, _ in calls:
+        np.testing.assert_array_equal(data.images, others.images)
+    assert full_gradient is glue_jax.full_gradient_step
+    assert (spsa.func, gauss_newton.func) == (glue_jax.spsa_step, glue_jax.gauss_newton_step)
+    assert gauss_newton.keywords == {"matmul_precision": "highest"}
+    assert words == spsa_words
+    assert own_words == words | {"optimizer": None, "validate_every": 5}
 
 
 def test_the_prior_is_the_blend_tested_before_fine_tuning(done, digits):
@@ -208,6 +250,10 @@ ALL = {"experts", "accuracies", "coefficients", "fine-tuning"}
     [
         ("experiments.protocol", "_MOST_ALPHAS", "201", "101", {"coefficients"}),
         ("glue_jax.steps", "spsa_step", "step", "stop", {"coefficients"}),
+        ("glue_jax.gauss_newton", "_quadratic", "curved", "bent", {"coefficients"}),
+        ("experiments.context", "make_steps", "5", "6", {"coefficients"}),
+        ("experiments.training", "output_loss", "loss", "worth", {"coefficients"}),
+        ("experiments.passes", "_passes", "2", "3", set()),
         ("experiments.protocol", "fine_tune", "append", "extend", {"fine-tuning"}),
         ("experiments.training", "_EVALUATION_BATCH", "256", "255", {"accuracies", "coefficients", "fine-tuning"}),
         ("experiments.training", "_MINIBATCHES", "2", "3", ALL),
@@ -260,7 +306,8 @@ def _definition_of(code):
     return None
 
 
-def test_all_functions_that_run_in_a_stage_are_of_its_digest(digits, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [4, 5])
+def test_all_functions_that_run_in_a_stage_are_of_its_digest(digits, tmp_path, monkeypatch, number):
     digest, run, train = sources.digest, Stages.run, experts._train_experts
     begun, ran = {}, {}
 
@@ -296,7 +343,7 @@ def test_all_functions_that_run_in_a_stage_are_of_its_digest(digits, tmp_path, m
         "_train_experts",
         lambda context, *rest: watched("experts", context.expert_fields["code"], lambda: train(context, *rest)),
     )
-    monkeypatch.setattr(protocol, "CONFIGS", (4,))
+    monkeypatch.setattr(protocol, "CONFIGS", (number,))
     _run(dataclasses.replace(TINY, seeds=(0,)), digits, tmp_path)
     assert ran.keys() == {"experts", "accuracies", "coefficients", "fine-tuning"}
     for kind, (code, found) in ran.items():
@@ -330,7 +377,7 @@ def test_experts_that_other_source_trained_are_taken_where_they_are_accepted(
     assert describe_missing(accepting) == "experts to train first: 0 of 2"
     assert output.getvalue().count("is taken for this source's") == 2
     # Nothing else is.
-    assert protocol.remaining(accepting)["coefficients"] == [3, 4, 3, 4]
+    assert protocol.remaining(accepting)["coefficients"] == [3, 4, 5, 3, 4, 5]
     monkeypatch.setattr("experiments.experts.train", None)
     assert (
         train_experts(_prepare(TINY, digits, copied))[1][0]["training_loss"] == results["experts"][0]["training_loss"]
@@ -392,6 +439,41 @@ def test_another_radius_does_anew_what_the_radius_touches(done, digits, monkeypa
     _run(dataclasses.replace(TINY, radius=0.5, seeds=(0,)), digits, folder)
     # The fine-tuning is of new coefficients, unless the best ones are the start as before.
     assert set(written) - {"fine-tuning/seed0-config4"} == {"coefficients/seed0-config4"}
+
+
+@pytest.mark.parametrize(
+    ("change", "numbers"),
+    [
+        ({"radius": 0.5}, {4}),
+        ({"num_directions": 2}, {4}),
+        ({"directions": "rademacher"}, {4}),
+        ({"alpha_learning_rate": 0.1}, {3, 4}),
+        ({"alpha_b1": 0.5}, {3, 4}),
+        ({"alpha_b2": 0.5}, {3, 4}),
+        ({"validate_every": 3}, {3, 4}),
+        ({"patience": 4}, {3, 4, 5}),
+        ({"alpha_steps": 6}, {3, 4, 5}),
+        ({"alpha_batch_size": 8}, {3, 4, 5}),
+        ({"matmul_precision": "high"}, {3, 4, 5}),
+        ({"target_examples": 63}, {3, 4, 5}),
+    ],
+)
+def test_coefficients_are_learned_anew_for_a_setting_that_their_config_uses(digits, tmp_path, change, numbers):
+    def places(config):
+        context = _prepare(config, digits, tmp_path)
+        return {number: context.stages.path(*protocol._coefficients_stage(context, number, 0)) for number in (3, 4, 5)}
+
+    before, after = places(TINY), places(dataclasses.replace(TINY, **change))
+    assert {number for number in before if before[number] != after[number]} == numbers
+
+
+def test_a_run_of_the_papers_four_configs_is_taken_up_and_only_config_5_is_done(done, digits, tmp_path, monkeypatch):
+    results, folder = done
+    copied = shutil.copytree(folder, tmp_path / "run")
+    for path in copied.glob("*/seed*-config5-*"):
+        path.unlink()
+    assert protocol.remaining(_prepare(TINY, digits, copied)) == {"coefficients": [5, 5], "fine-tuning": [5, 5]}
+    assert _without_times(_run(TINY, digits, copied)) == _without_times(results)
 
 
 def test_separate_initialisations_differ_and_common_ones_do_not(digits, tmp_path):

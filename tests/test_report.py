@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import claims, paper, report, run_report
-from experiments.analysis import CONFIGS, clear_sign, lead, num_mixed
+from experiments.analysis import CONFIGS, PAPER_CONFIGS, clear_sign, lead, num_mixed
 from experiments.config import Config
 
 
@@ -47,6 +47,18 @@ RESULTS = _results(
 )
 
 
+# Gauss-Newton has half a point more than GLUE at the prior, and a point in the end.
+WITH_OURS = _results(
+    {
+        **{
+            number: [run["test_accuracy"] for run in RESULTS["runs"] if run["config"] == number]
+            for number in range(1, 5)
+        },
+        5: [[0.335, 0.52], [0.345, 0.52]],
+    }
+)
+
+
 def test_a_lead_has_the_mean_and_the_deviation_over_seeds_of_an_epoch():
     ours = lead(RESULTS, 1)
     np.testing.assert_allclose(ours.mean, [3.5, 1])
@@ -78,11 +90,45 @@ def test_one_seed_has_a_lead_but_no_verdict():
 
 def test_the_four_configs_of_each_run_have_mean_and_deviation_of_the_prior_and_of_the_end():
     headers, rows = report.configs([RESULTS, RESULTS])
-    assert [row[:2] for row in rows[:4]] == [["a run", f"{number} {name}"] for number, name in CONFIGS.items()]
+    assert [row[:2] for row in rows[:4]] == [["a run", f"{number} {name}"] for number, name in PAPER_CONFIGS.items()]
     assert len(rows) == 8
     row = dict(zip(headers, rows[3], strict=True))
     assert (row["prior, %"], row["tuned, %"]) == ("33.5 ± 0.7", "51.0")
     assert row["prior, loss"] == "1.665 ± 0.007"
+
+
+def test_config_5_is_a_row_more_and_changes_nothing_of_the_papers():
+    _, rows = report.configs([WITH_OURS])
+    assert [row[1] for row in rows] == [f"{number} {name}" for number, name in CONFIGS.items()]
+    assert rows[4] == ["a run", "5 Gauss-Newton (ours)", "34.0 ± 0.7", "1.660 ± 0.007", "52.0", "1.480"]
+    assert rows[:4] == report.configs([RESULTS])[1]
+    assert claims.verdicts(WITH_OURS) == claims.verdicts(RESULTS)
+    assert claims.leads(WITH_OURS) == claims.leads(RESULTS)
+    headers, rows = claims.leads_of_ours(WITH_OURS)
+    row = dict(zip(headers, rows[3], strict=True))
+    assert (row["at the prior"], row["at the end"], row["at epoch"]) == ("+0.5 ± 0.0", "+1.0 ± 0.0", "1")
+
+
+def test_the_page_says_whose_config_5_is_where_it_is_there(tmp_path):
+    for name, runs, is_there in (("old", [RESULTS], False), ("both", [RESULTS, WITH_OURS], True)):
+        report.write(runs, tmp_path / name)
+        text = (tmp_path / name / "report.md").read_text()
+        assert (run_report.OURS in text) == is_there
+        labels = [text.get_text() for text in report.figure1(runs).legends[0].get_texts()]
+        assert labels == [f"{number} {name}" for number, name in (CONFIGS if is_there else PAPER_CONFIGS).items()]
+
+
+def test_passes_and_seconds_are_those_of_the_runs_that_count_them():
+    counted = {"backward_passes": 0, "prior_seconds": 2.5}
+    passes = {(4, 0): 1000, (4, 1): 3000}
+    runs = [
+        {**run, **counted, "forward_passes": passes.get((run["config"], run["seed"]), 0)} for run in WITH_OURS["runs"]
+    ]
+    headers, rows = report.costs([{**WITH_OURS, "runs": runs}, RESULTS])
+    assert headers == ["run", "Config", "forward passes", "backward passes", "seconds"]
+    assert rows[3] == ["a run", "4 GLUE (SPSA)", "2,000 ± 1,414", "0", "2.5"]
+    assert len(rows) == 9
+    assert rows[8] == ["a run", "4 GLUE (SPSA)", "-", "-", "-"]
 
 
 def test_the_leads_stand_beside_the_papers_with_the_difference():
@@ -175,7 +221,7 @@ def test_without_folders_all_runs_that_came_to_their_report_are_taken(tmp_path, 
     [
         (None, "holds no results.json"),
         ("{", "results.json is damaged"),
-        ('{"rows": []}', r"holds \['rows'\], not the results of the four Configs"),
+        ('{"rows": []}', r"holds \['rows'\], not the results of an experiment's Configs"),
     ],
 )
 def test_a_folder_that_is_no_runs_is_named(tmp_path, content, message):
@@ -201,7 +247,7 @@ def changed(*path, to):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[1]", r"holds \[1\], not the results of the four Configs"),
+        ("[1]", r"holds \[1\], not the results of an experiment's Configs"),
         ("5", "holds 5, not"),
         ("null", "holds None, not"),
         ('"abc"', "holds 'abc', not"),
@@ -216,6 +262,9 @@ def changed(*path, to):
         (changed("config", to={}), r"it\['config'\] has no 'dataset'"),
         (changed("runs", 7, to=None), r"it has runs of \(seed, Config\)"),
         (changed("config", "seeds", to=[0]), r"it has runs of \(seed, Config\)"),
+        # Config 5 of one seed, and without Config 4.
+        (changed("runs", to=WITH_OURS["runs"][:-1]), r"it has runs of \(seed, Config\)"),
+        (changed("runs", to=[run for run in WITH_OURS["runs"] if run["config"] != 4]), "it has runs of"),
         (
             changed("runs", 2, "test_accuracy", to=["0.3", "0.4"]),
             r"test_accuracy'\]\[0\] is '0.3'; expected int | float",
@@ -234,6 +283,21 @@ def test_wrong_content_is_named_in_one_line(tmp_path, content, message):
 @pytest.mark.parametrize("folder", RUNS, ids=lambda folder: folder.name)
 def test_the_runs_that_are_kept_are_what_a_run_writes(folder):
     assert len(report.read(folder)["experts"]) > 1
+
+
+@pytest.mark.parametrize("folder", RUNS, ids=lambda folder: folder.name)
+def test_a_run_of_an_older_version_still_has_its_own_report(folder, tmp_path):
+    results = report.read(folder)
+    older = {**results, "runs": [run for run in results["runs"] if run["config"] in PAPER_CONFIGS]}
+    for run in older["runs"]:
+        for field in ("forward_passes", "backward_passes", "prior_seconds"):
+            run.pop(field, None)
+    run_report.write(older, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "| 4 GLUE (SPSA) | - | - | - |" in text
+    assert "where Configs 3 and 4 start" in text
+    assert "Gauss-Newton" not in text
+    assert "nan" not in text
 
 
 def test_a_full_disk_is_told_in_one_line_with_the_way_out(tmp_path, monkeypatch):
@@ -268,9 +332,9 @@ def test_a_long_title_stays_within_its_picture():
             assert box.x1 <= figure.bbox.width
 
 
-@pytest.mark.parametrize("panels", [1, 3])
+@pytest.mark.parametrize("panels", [1, 2, 3])
 def test_the_legend_of_figure_1_stays_within_it(panels):
-    figure = report.figure1([RESULTS] * panels)
+    figure = report.figure1([WITH_OURS] * panels)
     figure.canvas.draw()
     box = figure.legends[0].get_window_extent()
     assert box.x0 >= 0

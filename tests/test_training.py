@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -109,3 +111,14 @@ def test_crop_and_flip_shifts_each_image_over_black_by_an_eighth_and_mirrors_som
     low, high = (65, 135) if flip else (0, 0)
     assert low <= seen.count("mirrored") <= high
     assert len({image.tobytes() for image in augmented}) > (20 if flip else 12)
+
+
+def test_the_loss_in_two_parts_is_the_loss_and_there_is_one_of_a_problem(problem):
+    variables = jax.tree.map(lambda leaf: leaf[0], _variables(problem, 1))
+    parts = training.output_loss(problem)
+    assert float(parts(variables, EXAMPLES)) == pytest.approx(float(problem.loss(variables, EXAMPLES)), rel=1e-6)
+    np.testing.assert_array_equal(parts.outputs_fn(variables, EXAMPLES), problem.logits(variables, EXAMPLES.images))
+    # By identity it is a static argument that compiles once, and another problem's is another.
+    assert training.output_loss(problem) is parts
+    assert hash(parts) == hash(training.output_loss(problem))
+    assert training.output_loss(dataclasses.replace(problem)) != parts
