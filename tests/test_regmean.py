@@ -176,7 +176,7 @@ def test_half_precision_is_merged_in_float32():
 
 def test_it_can_be_jitted_and_keeps_what_is_not_floating_point():
     experts, inputs = experts_and_inputs()
-    experts["steps"] = jnp.array([7, 7, 7])
+    experts = {**experts, "steps": jnp.array([7, 7, 7])}
     grams = {"layer/kernel": jax.vmap(layer_gram)(inputs)}
     merged = jax.jit(glue_jax.regmean_merge, static_argnames="scale")(experts, grams)
     assert int(merged["steps"]) == 7
