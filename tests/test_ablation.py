@@ -16,6 +16,7 @@ import glue_jax
 from experiments import data, digits, protocol
 from experiments.ablation import __main__ as ablation
 from experiments.ablation import measurement, report
+from experiments.ablation.measured import Measured
 from experiments.ablation.recipes import Recipe, recipes
 from experiments.context import prepare
 from experiments.progress import ProgressBars
@@ -55,6 +56,16 @@ def test_every_recipe_gives_a_model_of_the_experts_architecture(tmp_path):
     assert rows["best expert"]["forward_passes"] == 2 * 20
     assert rows["greedy soup"]["forward_passes"] == 2 * 20 + 2 * 20
     assert rows["Fisher-weighted"]["forward_passes"] == 2 * 20
+    # Each expert on all 64 target images; and statistics of them.
+    assert rows["RegMean"]["forward_passes"] == 2 * 64
+    assert rows["RegMean, refreshed"]["forward_passes"] == 2 * 64 + 64
+    # 5 steps of d + 2 blends, validated at step 0 and 5. Two coefficients are one dimension under a softmax.
+    assert rows["5 Gauss-Newton"]["forward_passes"] == 5 * 3 * 16 + 2 * 20
+    of_model = 5 * 4 * 16 + 2 * 20
+    assert rows["Gauss-Newton, free coefficients"]["forward_passes"] == of_model + 64
+    # Four groups of two.
+    of_layers = 5 * 10 * 16 + 2 * 20
+    assert rows["Gauss-Newton, free coefficients, by layer"]["forward_passes"] == of_model + of_layers + 64
     # Three starts, which two experts' losses gave.
     assert rows["GLUE from three starts"]["forward_passes"] == 2 * 20 + 3 * (5 * 2 * 16 + 4 * 20)
     assert rows["GLUE, refreshed"]["alpha"] == rows["4 GLUE"]["alpha"]
@@ -94,6 +105,15 @@ def test_a_command_line_comes_to_its_report_and_has_nothing_to_do_again(tiny, tm
     again = run(tmp_path, *words)
     assert again["sets"] == first["sets"]
     assert "report:" in capsys.readouterr().out
+
+
+def test_the_report_says_what_its_recipes_are():
+    results = json.loads((RESULTS / "ablation-digits" / "results.json").read_text())
+    (row, *_) = results["sets"][0]["rows"]
+    for name in ("4 GLUE", "RegMean, refreshed", "5 Gauss-Newton"):
+        text = report._markdown({**results, "sets": [{**results["sets"][0], "rows": [{**row, "recipe": name}]}]})
+        assert ("RegMean: each layer" in text) == ("RegMean" in name)
+        assert ("Gauss-Newton, ours" in text) == ("Gauss-Newton" in name)
 
 
 def test_a_recipe_is_chosen_by_its_name_and_several_by_a_word():
@@ -200,6 +220,21 @@ def test_groups_start_where_one_vector_for_the_model_ended(tmp_path):
     assert [row["steps"] for row in rows] == [5, 10, 10]
     # 5 steps of 2 K directions, and 4 validations more.
     assert rows[1]["forward_passes"] == rows[0]["forward_passes"] + 5 * 2 * 4 * 16 + 4 * 20
+
+
+def test_regmean_of_equal_experts_is_that_expert(tmp_path):
+    context = prepare(ONE_SEED, data.load("digits"), tmp_path, ProgressBars(Console(file=io.StringIO())))
+    expert = context.problem.network.init(jax.random.key(0))
+    experts = glue_jax.stack_experts([expert] * 2)
+    measured = Measured(context.problem, lambda how: experts, [{}, {}], context.validation, context.evaluate)
+    merge, images = ALL["RegMean"].merge, context.train.images
+    assert merge is not None
+    merged = merge(measured, [images[:20], images[20:40]])
+    jax.tree.map(lambda merged, leaf: np.testing.assert_allclose(merged, leaf, atol=1e-5), merged, expert)
+    assert measured.passes == 2 * 40
+    # Gram matrices of minibatches add up.
+    one, two = measured.grams([images[:20]]), measured.grams([images[:20], images[:20]])
+    jax.tree.map(lambda one, two: np.testing.assert_allclose(two, 2 * one, rtol=1e-6), one, two)
 
 
 def test_what_is_learned_first_is_one_vector_of_the_same_kind():

@@ -13,7 +13,8 @@ import numpy as np
 import optax
 
 import glue_jax
-from experiments.ablation.recipes import Alignment, Measured, Recipe
+from experiments.ablation.measured import Alignment, Measured
+from experiments.ablation.recipes import Recipe
 from experiments.config import CoefficientFields, FineTuningFields, part
 from experiments.context import Context, take
 from experiments.data import Examples
@@ -24,12 +25,14 @@ from experiments.protocol import coefficients_key, fine_tune, kept
 from experiments.sources import functions_in
 from experiments.stages import Stages
 from experiments.training import Problem, cross_entropy
+from glue_jax.directions import dimension
+from glue_jax.links import directions_of
 from glue_jax.types import LinkFn, LossFn, MergeFn
 
 HEAD = "^params/head/"
 """The layer that a temperature is folded into."""
 REFRESH_BATCH, REFRESH_BATCHES = 256, 8
-"""Target images that BatchNorm's statistics are estimated on, at most."""
+"""Target images that BatchNorm's statistics and RegMean's Gram matrices are estimated on, at most."""
 # Of a learning rate that falls, at the most steps.
 _LAST_RATE = 0.02
 
@@ -48,7 +51,7 @@ class Learner(NamedTuple):
         num_groups: of coefficients; None is one vector for the model.
         num_starts: S.
         start_passes: what the starts took, as `Measured.passes`.
-        optimizer: of beta.
+        optimizer: of beta; None is Gauss-Newton, which has none.
         max_steps: the most steps.
     """
 
@@ -62,7 +65,7 @@ class Learner(NamedTuple):
     num_groups: int | None
     num_starts: int
     start_passes: int
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformation | None
     max_steps: int
 
 
@@ -197,8 +200,10 @@ def _model(
 ) -> tuple[Variables, dict[str, Any]]:
     """A recipe's model, and what is known of it: `forward_passes`, and what `_learn` returned where it was learned."""
     measured.passes, passes, details = 0, 0, {}
+    images = target.images[: REFRESH_BATCH * REFRESH_BATCHES]
+    batches = [images[at : at + REFRESH_BATCH] for at in range(0, len(images), REFRESH_BATCH)]
     if recipe.merge is not None:
-        variables = recipe.merge(measured)
+        variables = recipe.merge(measured, batches)
     elif learned is None:
         alpha = recipe.start(measured)
         variables = glue_jax.blend(measured.experts(recipe.aligned), alpha)
@@ -213,8 +218,6 @@ def _model(
         # The start is asked for once, and every seed needs it.
         measured.passes, passes = learner().start_passes, learned["forward_passes"]
     if recipe.statistics != "blended":
-        images = target.images[: REFRESH_BATCH * REFRESH_BATCHES]
-        batches = [images[at : at + REFRESH_BATCH] for at in range(0, len(images), REFRESH_BATCH)]
         variables = glue_jax.refresh_statistics(variables, batches, _statistics_fn(context.problem))
         passes += len(images)
     return variables, {**details, "forward_passes": measured.passes + passes}
@@ -250,7 +253,8 @@ def _coefficients(context: Context, learner: Learner, target: Examples, seed: in
         "validation_data": context.validation,
         "batch_size": config.alpha_batch_size,
         "max_steps": learner.max_steps,
-        "validate_every": config.validate_every,
+        # Gauss-Newton's few steps are validated as often as learn does by default.
+        "validate_every": None if learner.optimizer is None else config.validate_every,
         "patience": config.patience,
     }
     # The steps of a start after each of its chunks; each start begins anew.
@@ -261,12 +265,17 @@ def _coefficients(context: Context, learner: Learner, target: Examples, seed: in
         if learner.num_starts > 1:
             result = glue_jax.learn_from_starts(key, learner.experts, target, starts=before.beta, **words)
         else:
-            state = glue_jax.init(config.num_experts, learner.optimizer, beta=before.beta)
+            count = glue_jax.num_experts(learner.experts)
+            state = glue_jax.init(count, learner.optimizer, beta=before.beta, link_fn=learner.link_fn)
             result = glue_jax.learn(key, learner.experts, target, state=state, **words)
     metrics = result.history.metrics
     steps = len(metrics.loss)
-    # One pass a step where there are no probes: the full gradient's, which its backward pass is not counted in.
-    per_step = 1 if metrics.probe_losses is None else metrics.probe_losses[0].size
+    if learner.optimizer is None:
+        # Gauss-Newton: beta, what was proposed, and a difference along each direction.
+        per_step = dimension(result.beta, directions_of(learner.link_fn)) + 2
+    else:
+        # One pass a step where there are no probes: the full gradient's, which its backward pass is not counted in.
+        per_step = 1 if metrics.probe_losses is None else metrics.probe_losses[0].size
     of_all_starts = sum(last for last, following in itertools.pairwise([*taken, 0]) if following <= last)
     # Each start is judged before its first step and after each chunk.
     judged = learner.num_starts + len(taken)
@@ -315,10 +324,15 @@ def _learner(context: Context, recipe: Recipe, measured: Measured) -> Learner:
         several = weights.ndim == 2
         num_starts, start_passes = len(weights) if several else 1, measured.passes
         beta = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(start, weights)) if several else start(weights)
-    loss = functools.partial(_loss, context.problem, recipe.objective, recipe.statistics == "minibatch")
+    loss = glue_jax.OutputLoss(
+        functools.partial(_logits, context.problem, recipe.statistics == "minibatch"),
+        functools.partial(_loss, recipe.objective),
+    )
     config, optimizer = context.config, context.alpha_optimizer
     max_steps = min(config.alpha_steps, recipe.most_steps or config.alpha_steps)
-    if recipe.learning_rate is not None:
+    if recipe.step_fn is glue_jax.gauss_newton_step:
+        optimizer = None
+    elif recipe.learning_rate is not None:
         schedule = optax.cosine_decay_schedule(recipe.learning_rate, max_steps, _LAST_RATE)
         optimizer = optax.adam(schedule, b1=config.alpha_b1, b2=config.alpha_b2)
     return Learner(
@@ -337,16 +351,15 @@ def _learner(context: Context, recipe: Recipe, measured: Measured) -> Learner:
     )
 
 
-def _loss(
-    problem: Problem,
-    objective: Callable[[jax.Array, jax.Array], jax.Array],
-    by_minibatch: bool,
-    variables: Variables,
-    batch: Examples,
-) -> jax.Array:
-    """An objective of a model's logits."""
+def _logits(problem: Problem, by_minibatch: bool, variables: Variables, batch: Examples) -> jax.Array:
+    """A model's outputs, `[B, classes]`."""
     logits = problem.minibatch_logits if by_minibatch else problem.logits
-    return objective(logits(variables, batch.images), batch.labels)
+    return logits(variables, batch.images)
+
+
+def _loss(objective: Callable[[jax.Array, jax.Array], jax.Array], logits: jax.Array, batch: Examples) -> jax.Array:
+    """An objective of a model's outputs."""
+    return objective(logits, batch.labels)
 
 
 @functools.cache

@@ -3,25 +3,24 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 import glue_jax
+from experiments.ablation.measured import Alignment, Batches, Measured
 from experiments.config import Config
 from experiments.context import glue_step
-from experiments.data import Examples
 from experiments.models.network import Variables
-from experiments.training import Problem, cross_entropy
+from experiments.training import cross_entropy
 from glue_jax.links import Link
 from glue_jax.types import LinkFn, StepFn
 
 Statistics = Literal["blended", "refreshed", "minibatch"]
 Part = Literal["the paper", "remedies", "combinations"]
 Grouping = Literal["model", "block", "layer", "layer, norms together"]
-Alignment = Literal["no", "to the first", "jointly"]
 
 BLOCKS: Mapping[str, str] = {
     "convnet": r"(?:conv|norm)(\d)",
@@ -33,61 +32,6 @@ BLOCKS: Mapping[str, str] = {
 
 LAYERS = r"^[^/]+/(.+)/[^/]+$"
 """The pattern that gives each module a group, its parameters with its statistics."""
-
-
-class Measured:
-    """Experts, and what is known of them from validation images.
-
-    Attributes:
-        problem: the network with the preparation of its images.
-        experts: stacked, each leaf `[K, ...]`, by how their units are permuted; each way is computed once.
-        num_experts: K.
-        validation: images that judge.
-        passes: how many times one model went forward on one image for what was asked, since this was last set to 0.
-    """
-
-    def __init__(
-        self,
-        problem: Problem,
-        experts: Callable[[Alignment], Variables],
-        table: Sequence[Mapping[str, float]],
-        validation: Examples,
-        evaluate: Callable[[Variables, Examples], Mapping[str, float]],
-    ):
-        """Keeps `table`, a row of `experiments.experts.measure_experts` each, and `evaluate` of the context."""
-        self.problem, self.experts, self.validation = problem, experts, validation
-        self.num_experts, self.passes = len(table), 0
-        self._table, self._evaluate = table, evaluate
-
-    def losses(self) -> list[float]:
-        """Of each expert on the validation images, `[K]`."""
-        return self._column("validation_loss")
-
-    def accuracies(self) -> list[float]:
-        """Of each expert on the validation images, fractions `[K]`."""
-        return self._column("validation_accuracy")
-
-    def validation_loss(self, variables: Variables) -> float:
-        """Of any model on the validation images."""
-        self.passes += len(self.validation.labels)
-        return self._evaluate(variables, self.validation)["loss"]
-
-    def fishers(self) -> Variables:
-        """The diagonal Fisher information of each expert on the validation images, stacked."""
-        self.passes += self.num_experts * len(self.validation.labels)
-        fisher, experts = _fisher(self.problem), self.experts("no")
-        each = [jax.tree.map(lambda leaf, i=i: leaf[i], experts) for i in range(self.num_experts)]
-        return glue_jax.stack_experts([fisher(expert, self.validation.images) for expert in each])
-
-    def _column(self, name: str) -> list[float]:
-        self.passes += self.num_experts * len(self.validation.labels)
-        return [row[name] for row in self._table]
-
-
-@functools.cache
-def _fisher(problem: Problem) -> Callable[[Variables, jax.Array], Variables]:
-    """The Fisher information of one expert, compiled once for a problem."""
-    return jax.jit(functools.partial(glue_jax.diagonal_fisher, problem.logits))
 
 
 Start = Callable[[Measured], jax.Array]
@@ -110,13 +54,14 @@ class Recipe:
         grouping: what has coefficients of its own; with norms together, they share theirs.
         temperature: whether a temperature is learned, too.
         learning_rate: of Adam on beta, which falls to a fiftieth of it, by a cosine, at the most steps; None is the
-            experiment's own, which stays as it is.
+            experiment's own, which stays as it is. Gauss-Newton has none.
         most_steps: of learning, where the experiment allows as many; None are all that it allows.
         objective: from logits and labels to what is minimised.
         statistics: BatchNorm's: `blended` as all else, `refreshed` on target images once the coefficients are known, or
             by the `minibatch` while they are learned and refreshed then.
         aligned: whether the experts' units are permuted first: to the first expert, or jointly.
-        merge: in place of coefficients, from what is known of the experts to the model.
+        merge: in place of coefficients, from what is known of the experts, and minibatches of target images, to the
+            model.
     """
 
     name: str
@@ -134,7 +79,7 @@ class Recipe:
     objective: Callable[[jax.Array, jax.Array], jax.Array] = cross_entropy
     statistics: Statistics = "blended"
     aligned: Alignment = "no"
-    merge: Callable[[Measured], Variables] | None = None
+    merge: Callable[[Measured, Batches], Variables] | None = None
 
     @property
     def outside_the_hull(self) -> bool:
@@ -199,9 +144,14 @@ def _named(value: Any) -> Any:
     return getattr(value, "__name__", value)
 
 
-def _fisher_weighted(measured: Measured) -> Variables:
+def _fisher_weighted(measured: Measured, _: Batches) -> Variables:
     """The experts averaged by their Fisher information on the validation images."""
     return glue_jax.fisher_merge(measured.experts("no"), measured.fishers(), glue_jax.uniform(measured.num_experts))
+
+
+def _regmean(measured: Measured, batches: Batches) -> Variables:
+    """The experts merged layer by layer, by the inputs that target images give each."""
+    return glue_jax.regmean_merge(measured.experts("no"), measured.grams(batches))
 
 
 def _several_starts(measured: Measured) -> jax.Array:
@@ -258,7 +208,7 @@ def recipes(config: Config) -> list[Recipe]:
     free = functools.partial(glue_jax.spsa_step, radius=radius, directions="orthogonal", num_directions=num_experts)
     # By layer there are many more dimensions.
     free_by_layer = functools.partial(free, num_directions=2 * num_experts)
-    full = glue_jax.full_gradient_step
+    full, gauss_newton = glue_jax.full_gradient_step, glue_jax.gauss_newton_step
 
     def paper(name: str, **parts: object) -> Recipe:
         return Recipe(name=name, part="the paper", **parts)  # pyright: ignore[reportArgumentType]
@@ -270,11 +220,12 @@ def recipes(config: Config) -> list[Recipe]:
         return Recipe(name=name, part="combinations", **parts)  # pyright: ignore[reportArgumentType]
 
     def from_coarse_to_fine(name: str, of_model: StepFn, of_layers: StepFn, aligned: Alignment = "no") -> list[Recipe]:
+        has_rate = of_model is not glue_jax.gauss_newton_step
         coarse = combination(
             name,
             step_fn=of_model,
             link_fn=glue_jax.unconstrained,
-            learning_rate=2e-2,
+            learning_rate=2e-2 if has_rate else None,
             most_steps=200,
             statistics="minibatch",
             aligned=aligned,
@@ -285,7 +236,7 @@ def recipes(config: Config) -> list[Recipe]:
             first=coarse,
             step_fn=of_layers,
             grouping="layer, norms together",
-            learning_rate=5e-3,
+            learning_rate=5e-3 if has_rate else None,
             most_steps=500,
         )
         return [coarse, fine]
@@ -300,9 +251,13 @@ def recipes(config: Config) -> list[Recipe]:
         remedy("softmax(-loss)", start=_by_loss),
         remedy("greedy soup", start=_greedy),
         remedy("Fisher-weighted", merge=_fisher_weighted),
+        remedy("RegMean", merge=_regmean),
+        remedy("RegMean, refreshed", merge=_regmean, statistics="refreshed"),
         remedy("uniform, refreshed", statistics="refreshed"),
         remedy("uniform, aligned to the first", aligned="to the first"),
         remedy("uniform, aligned", aligned="jointly"),
+        remedy("5 Gauss-Newton", step_fn=gauss_newton),
+        remedy("Gauss-Newton, minibatch", step_fn=gauss_newton, statistics="minibatch"),
         remedy("GLUE, refreshed", step_fn=spsa, statistics="refreshed"),
         remedy("GLUE, minibatch", step_fn=spsa, statistics="minibatch"),
         remedy("GLUE, K - 1 directions", step_fn=many),
@@ -326,5 +281,7 @@ def recipes(config: Config) -> list[Recipe]:
         dataclasses.replace(free_model, name="free coefficients, temperature", temperature=True),
         dataclasses.replace(free_model, name="task vectors", task_vectors=True),
         *from_coarse_to_fine("full gradient, free coefficients", full, full),
+        *from_coarse_to_fine("Gauss-Newton, free coefficients", gauss_newton, gauss_newton),
         *from_coarse_to_fine("aligned, free coefficients", free, free_by_layer, "jointly"),
+        *from_coarse_to_fine("Gauss-Newton, aligned, free coefficients", gauss_newton, gauss_newton, "jointly"),
     ]

@@ -21,6 +21,12 @@ _WORDS = (
     "vector for the model, with one for all norms together. Task vectors: free coefficients of the differences to the "
     "experts' initialisation."
 )
+_WORDS_OF = {
+    "RegMean": "RegMean: each layer is merged in closed form, by each expert's inputs to it on target images.",
+    "Gauss-Newton": "Gauss-Newton, ours: coefficients are learned from the outputs of d + 2 blends a step, with d the "
+    "number of coefficients (under a softmax one fewer), and no backward pass; validated every 5 steps.",
+}
+"""What is said of recipes with such a name, where there are any."""
 # Epochs of fine-tuning that have a column.
 _EPOCHS = (1, 5)
 
@@ -111,6 +117,7 @@ def _markdown(results: Mapping[str, Any]) -> str:
     """The report."""
     config = results["sets"][0]["config"]
     seeds = config["seeds"]
+    names = {row["recipe"] for found in results["sets"] for row in found["rows"]}
     means = f"means over {len(seeds)} seeds ± their standard deviation" if len(seeds) > 1 else f"seed {seeds[0]}"
     blocks = [
         f"# {results['title']}",
@@ -121,7 +128,7 @@ def _markdown(results: Mapping[str, Any]) -> str:
         f"accuracy after so many epochs of fine-tuning it; {means}. Passes: how many times one model went forward on "
         "one target or validation image on the way to the prior; backward passes are not among them. Seconds: to the "
         "prior, with compilation, without the experts' alignment.",
-        _WORDS,
+        " ".join([_WORDS, *(words for word, words in _WORDS_OF.items() if any(word in name for name in names))]),
         "![accuracy of each recipe's prior](ablation.png)",
     ]
     for found in results["sets"]:

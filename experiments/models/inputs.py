@@ -1,0 +1,78 @@
+"""The inputs of each linear layer of a network, as Gram matrices for `glue_jax.regmean_merge`."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from flax import nnx
+
+from experiments.models.network import Variables
+from glue_jax.paths import by_path
+from glue_jax.regmean import conv_gram, layer_gram
+
+_LAYERS: tuple[type[Any], ...] = (nnx.Conv, nnx.Linear, nnx.LinearGeneral)
+
+
+def input_grams(
+    apply: Callable[[Variables, jax.Array], Any], variables: Variables, images: jax.Array
+) -> dict[str, jax.Array]:
+    """Returns the Gram matrix of the inputs of each linear layer and convolution of a network, in one forward pass.
+
+    Depthwise and other grouped convolutions have none. The network computes as ever: for this pass each layer's inputs
+    are read as the layer is called, and a layer's path is where its kernel lies in `variables`.
+
+    Args:
+        apply: `apply(variables, images)`, a forward pass of an NNX module made of `variables`.
+        variables: of the network.
+        images: `[B, ...]`.
+
+    Returns:
+        By the path of each kernel, `[in, in]`.
+    """
+    paths = {id(leaf): path for path, leaf in by_path(variables).items()}
+    grams: dict[str, jax.Array] = {}
+
+    def record(layer: Any, inputs: jax.Array) -> None:
+        gram = _gram(layer, inputs)
+        if gram is not None:
+            path = paths[id(layer.kernel.get_raw_value())]
+            # A layer may be called twice.
+            grams[path] = grams[path] + gram if path in grams else gram
+
+    with _calling_first(record):
+        apply(variables, images)
+    return grams
+
+
+def _gram(layer: Any, inputs: jax.Array) -> jax.Array | None:
+    """The Gram matrix of one layer's inputs; None where the layer is not one linear map."""
+    if isinstance(layer, nnx.LinearGeneral):
+        # Our networks contract the last axes.
+        return layer_gram(inputs.reshape(*inputs.shape[: -len(layer.axis)], -1))
+    if isinstance(layer, nnx.Linear):
+        return layer_gram(inputs)
+    if layer.feature_group_count > 1:
+        return None
+    return conv_gram(inputs, layer.kernel_shape, strides=layer.strides, padding=layer.padding)
+
+
+@contextlib.contextmanager
+def _calling_first(record: Callable[[Any, jax.Array], None]) -> Iterator[None]:
+    """Within it, each linear layer calls `record(layer, inputs)` before it computes."""
+    calls = {kind: kind.__call__ for kind in _LAYERS}
+
+    def recording(call: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        def recorded(layer: Any, inputs: jax.Array, *arguments: Any, **words: Any) -> jax.Array:
+            record(layer, inputs)
+            return call(layer, inputs, *arguments, **words)
+
+        return recorded
+
+    try:
+        for kind, call in calls.items():
+            kind.__call__ = recording(call)
+        yield
+    finally:
+        for kind, call in calls.items():
+            kind.__call__ = call
