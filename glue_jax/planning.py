@@ -84,15 +84,12 @@ def plan(
     Example:
         >>> import jax, jax.numpy as jnp
         >>> import glue_jax
-        >>> experts = glue_jax.stack_experts([{"w": jnp.zeros(3)}, {"w": jnp.ones(3)}, {"w": jnp.arange(3.0)}])
-        >>> batch = {"x": jnp.eye(3), "y": jnp.array([0.2, 0.5, 0.7])}
-        >>> loss_fn = glue_jax.OutputLoss(
-        ...     lambda params, batch: batch["x"] @ params["w"], lambda out, batch: jnp.mean((out - batch["y"]) ** 2)
-        ... )
-        >>> plan = glue_jax.plan(experts, batch, loss_fn=loss_fn, repeats=1)
+        >>> experts = glue_jax.stack_experts([{"w": jnp.zeros(3)}, {"w": jnp.ones(3)}])
+        >>> loss_fn = lambda params, batch: jnp.mean((params["w"] - batch) ** 2)
+        >>> plan = glue_jax.plan(experts, jnp.array([0.2, 0.5, 0.7]), loss_fn=loss_fn)
         >>> plan.dimension
-        2
-        >>> plan.best.step_fn in [step.step_fn for step in plan.steps]
+        1
+        >>> plan.best in plan.steps
         True
     """
     check_callable(loss_fn=loss_fn, link_fn=link_fn, merge_fn=merge_fn)
@@ -154,7 +151,7 @@ def _candidates(d: int, link_fn: LinkFn, loss_fn: LossFn) -> Iterator[PlannedSte
         name: str, step_fn: StepFn, count: int, *, models: int = 0, shared: int = 0, m: int | None = None
     ) -> Iterator[PlannedStep]:
         # `count` models or tangents; tangents that are computed together share a forward pass.
-        for size in sorted({1, round(math.sqrt(count)), count}):
+        for size in _sizes(count):
             yield PlannedStep(
                 name,
                 functools.partial(step_fn, probe_batch_size=size),
@@ -176,6 +173,11 @@ def _candidates(d: int, link_fn: LinkFn, loss_fn: LossFn) -> Iterator[PlannedSte
         yield from of_sizes(_DIFFERENCES, step_fn, d + 2, models=d + 2)
         step_fn = functools.partial(gauss_newton_step, tangents="forward_mode")
         yield from of_sizes("Gauss-Newton in forward mode", step_fn, d, shared=1)
+
+
+def _sizes(count: int) -> list[int]:
+    """How many are computed together: one, some, all."""
+    return sorted({1, round(math.sqrt(count)), count})
 
 
 def _directions(m: int) -> str:
