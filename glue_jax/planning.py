@@ -45,9 +45,10 @@ def plan(
     It compiles about twenty programs, which takes some minutes for a large network. Each step is measured as `learn`
     runs it: with its default directions, radius and precision, one program a step. The steps take turns.
 
-    What a step is worth. Near a smooth minimum a step along an estimate with mean g and mean squared error V ||g||^2,
-    of the best length, lowers the loss by 1/(1 + V) of what a step along g itself does. So 1 + V of them are counted as
-    one:
+    What a step is worth. Let the slope g of a loss change by at most L a unit. A step of length eta along an estimate
+    with mean g and mean squared error V ||g||^2 lowers the loss, in expectation, by at least
+    `eta ||g||^2 - L/2 eta^2 (1 + V) ||g||^2`. With the best eta this is `||g||^2 / (2 L (1 + V))`, which is 1/(1 + V)
+    of what the exact gradient gives. So 1 + V steps are counted as one step with the exact gradient:
 
     - `full_gradient_step`: V = 0. It is the unit.
     - `spsa_step` and `forward_gradient_step` with m directions: V by `glue_jax.theory.relative_variance`. One direction
@@ -57,7 +58,11 @@ def plan(
       gradient. How many fewer depends on the problem, and no timing tells.) The printed plan says from which worth on
       it is the cheapest.
 
-    The gradient is that of the minibatch. What its own noise costs is the same for all steps, and is not counted.
+    The noise of minibatches multiplies the error of all estimates by one factor, which is left out. Learning rates are
+    taken to be the best ones for each step, of plain gradient descent.
+
+    Eq. (10) is answered from the parts, all at JAX's present precision of products. The steps take their own: on an
+    accelerator SPSA and Gauss-Newton by default the highest, which costs more there, and the gradients JAX's.
 
     Args:
         experts: stacked experts, each leaf `[K, ...]`.

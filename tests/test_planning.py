@@ -2,6 +2,7 @@
 
 import functools
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +71,7 @@ SECONDS = {
 def clock(monkeypatch):
     """Compiles nothing, and gives each program, by its name, the seconds of a table that a test may change."""
     table = dict(SECONDS)
-    compiled = types.SimpleNamespace(memory_analysis=lambda: types.SimpleNamespace(temp_size_in_bytes=1000))
+    compiled: Any = types.SimpleNamespace(memory_analysis=lambda: types.SimpleNamespace(temp_size_in_bytes=1000))
 
     def compile_and_run(name, function, *arguments):
         step_metrics = types.SimpleNamespace(gradient_norm=1.0)
@@ -115,7 +116,7 @@ def test_the_figures_follow_from_the_seconds(problem, clock):
     assert found.dimension == D
     assert not found.left_out
     for step in found.steps:
-        assert step.temporary_bytes > 0
+        assert step.temporary_bytes == 1000
         assert step.progress_seconds == step.steps * step.seconds
     one, all_directions = the(found.steps, "SPSA, 1 direction", 1), the(found.steps, "SPSA, 3 directions", 2 * D)
     # One direction has the error d - 1, d orthogonal ones have none.
@@ -129,9 +130,10 @@ def test_eq_10_turns_with_the_price_of_a_blend(problem, clock):
     for price, cheaper in ((1.74, True), (1.76, False)):
         clock["blend"] = price
         found = glue_jax.plan(*problem, loss_fn=plain_loss)
-        parts = (found.forward, found.backward_ratio, found.blend, found.inner_products)
         assert found.spsa_is_cheaper is cheaper
-        assert found.spsa_is_cheaper == (theory.spsa_cost(1.0, price) < theory.full_gradient_cost(*parts))
+        assert found.spsa_is_cheaper == (
+            theory.spsa_cost(1.0, price) < theory.full_gradient_cost(1.0, 2.5, price, 0.25)
+        )
         assert ("does not hold" in str(found)) is not cheaper
 
 
@@ -240,7 +242,7 @@ def test_a_step_whose_gradient_is_0_is_left_out(problem, clock, monkeypatch):
 
     def compile_and_run(name, function, *arguments):
         program = instant(name, function, *arguments)
-        if not name.endswith("_step"):
+        if isinstance(program, str) or not name.endswith("_step"):
             return program
         return program._replace(result=(None, types.SimpleNamespace(gradient_norm=0.0)))
 
@@ -336,7 +338,7 @@ def test_a_metric_that_counts_is_planned_with_spsa_alone_by_the_real_clock(probl
     assert kinds(found.steps) == {"SPSA, 1 direction"}
     assert kinds(found.left_out) == {"full gradient", "forward gradient, 1 direction"}
     assert found.best.seconds > 0
-    assert found.best.temporary_bytes > 0
+    assert (found.best.temporary_bytes or 0) > 0
     assert found.forward > 0
     assert found.blend > 0
     assert found.spsa_is_cheaper is None
