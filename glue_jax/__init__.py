@@ -27,6 +27,8 @@ from glue_jax.links import Link, Tempered, box, task_vector_weights, tempered_li
 from glue_jax.objectives import OutputLoss, entropy, error_rate
 from glue_jax.paths import combine, leaf_paths, partition
 from glue_jax.permutation_specs import PermutationSpec, chain_spec
+from glue_jax.planning import plan
+from glue_jax.plans import Plan
 from glue_jax.regmean import regmean_merge
 from glue_jax.similarity import Similarity, loss_barriers, weight_similarity
 from glue_jax.soups import best_expert, diagonal_fisher, fisher_merge, greedy_soup, loss_weights
@@ -67,6 +69,7 @@ __all__ = [
     "OutputProbes",
     "PermutationSpec",
     "Permutations",
+    "Plan",
     "Probes",
     "Progress",
     "Similarity",
@@ -107,6 +110,7 @@ __all__ = [
     "num_experts",
     "partition",
     "permute",
+    "plan",
     "proxy_accuracy_weights",
     "refresh_statistics",
     "regmean_merge",

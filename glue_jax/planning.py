@@ -1,0 +1,282 @@
+"""Which step learns the coefficients cheapest, by the clock, for one's own model, experts, minibatch and device."""
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.core import Tracer
+
+from glue_jax import theory
+from glue_jax.blending import blend, merge_for_learning
+from glue_jax.checks import check_callable, check_counts
+from glue_jax.directions import dimension
+from glue_jax.estimators import scalar_valued
+from glue_jax.experts import num_experts
+from glue_jax.gauss_newton import gauss_newton_step
+from glue_jax.links import apply_link, directions_of
+from glue_jax.objectives import OutputLoss
+from glue_jax.plans import LeftOut, Plan, PlannedStep, reasons
+from glue_jax.precision import multiplies_short_floats
+from glue_jax.steps import forward_gradient_step, full_gradient_step, init, opt_state_of, spsa_step
+from glue_jax.timing import Program, compile_and_run, median_seconds, temporary_bytes
+from glue_jax.types import Batch, GlueState, LearnResult, LinkFn, LossFn, MergeFn, Params, PyTree, StepFn
+
+# Of the first-order steps. Which optimizer it is does not matter: it updates d numbers.
+_OPTIMIZER = optax.adam(1e-2, b1=0.9, b2=0.99)
+_FULL, _DIFFERENCES = "full gradient", "Gauss-Newton by differences"
+
+
+def plan(
+    experts: Params,
+    batch: Batch,
+    *,
+    loss_fn: LossFn,
+    state: GlueState | LearnResult | None = None,
+    link_fn: LinkFn = jax.nn.softmax,
+    merge_fn: MergeFn = blend,
+    repeats: int = 5,
+) -> Plan:
+    """Times the steps on the device where the arrays lie, and says which makes progress cheapest.
+
+    It compiles about twenty programs, which takes some minutes for a large network. Each step is measured as `learn`
+    runs it: with its default directions, radius and precision, one program a step. The steps take turns.
+
+    What a step is worth. Let the slope g of a loss change by at most L a unit. A step of length eta along an estimate
+    with mean g and mean squared error V ||g||^2 lowers the loss, in expectation, by at least
+    `eta ||g||^2 - L/2 eta^2 (1 + V) ||g||^2`. With the best eta this is `||g||^2 / (2 L (1 + V))`, which is 1/(1 + V)
+    of what the exact gradient gives. So 1 + V steps are counted as one step with the exact gradient:
+
+    - `full_gradient_step`: V = 0. It is the unit.
+    - `spsa_step` and `forward_gradient_step` with m directions: V by `glue_jax.theory.relative_variance`. One direction
+      has V = d - 1, so that d steps are counted as one; m = d orthogonal directions have V = 0.
+    - `gauss_newton_step`: counted as one gradient step, a lower bound of its worth, since it knows the curvature too.
+      So its cost is an upper bound. (On CIFAR-10's experts it needed an order of magnitude fewer steps than the
+      gradient. How many fewer depends on the problem, and no timing tells.) The printed plan says from which worth on
+      it is the cheapest.
+
+    The noise of minibatches multiplies the error of all estimates by one factor, which is left out. Learning rates are
+    taken to be the best ones for each step, of plain gradient descent.
+
+    Eq. (10) is answered from the parts, all at JAX's present precision of products. The steps take their own: on an
+    accelerator SPSA and Gauss-Newton by default the highest, which costs more there, and the gradients JAX's.
+
+    Args:
+        experts: stacked experts, each leaf `[K, ...]`.
+        batch: one minibatch of the size that is learned with, a pytree of arrays `[B, ...]`.
+        loss_fn: as for `learn`. Gauss-Newton is measured where it is a `glue_jax.OutputLoss`.
+        state: where to measure, of `init`, a step or `learn`; its beta alone counts. None is the link's own start.
+        link_fn: as for `learn`.
+        merge_fn: as for `learn`.
+        repeats: how often each program is timed; the median counts.
+
+    Returns:
+        The plan. `learn(..., step_fn=plan.best.step_fn)` takes its step. Left out of it, with the reason, are steps
+        that do not fit into the device's memory, whose derivative JAX does not have, or whose gradient is 0 or not
+        finite, as a metric's that counts.
+
+    Raises:
+        ValueError: an argument out of its range, coefficients and experts that do not fit, a loss that is no scalar or
+            not finite, before anything is timed; no step that runs.
+        TypeError: an argument of another type, or a call under a transformation of JAX.
+
+    Warns:
+        UserWarning: as `spsa_step`, of a `loss_fn` that multiplies short floats.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import glue_jax
+        >>> experts = glue_jax.stack_experts([{"w": jnp.zeros(3)}, {"w": jnp.ones(3)}])
+        >>> loss_fn = lambda params, batch: jnp.mean((params["w"] - batch) ** 2)
+        >>> plan = glue_jax.plan(experts, jnp.array([0.2, 0.5, 0.7]), loss_fn=loss_fn)
+        >>> plan.dimension
+        1
+        >>> plan.best in plan.steps
+        True
+    """
+    check_callable(loss_fn=loss_fn, link_fn=link_fn, merge_fn=merge_fn)
+    check_counts(repeats=repeats)
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((experts, batch, state))):
+        raise TypeError("plan was called under a transformation of JAX, as jit: call it outside, since it times")
+    experts, batch = jax.tree.map(jnp.asarray, (experts, batch))
+    beta = _beta_of(state, experts, link_fn)
+    d = dimension(beta, directions_of(link_fn))
+    functions = {"loss_fn": loss_fn, "link_fn": link_fn, "merge_fn": merge_fn}
+    merge = merge_for_learning(merge_fn)
+
+    def objective(beta: PyTree) -> jax.Array:
+        return loss_fn(merge(experts, apply_link(link_fn, beta)), batch)
+
+    jax.eval_shape(scalar_valued(objective), beta)
+    programs, left_out = _parts(experts, batch, beta, **functions), []
+    candidates: dict[int, PlannedStep] = {}
+    for number, candidate in enumerate(_candidates(d, link_fn, loss_fn)):
+        if candidate.name == _DIFFERENCES and multiplies_short_floats(objective, beta):
+            program = "loss_fn multiplies bfloat16 or float16 arrays, which round away the differences of outputs"
+        else:
+            program = _step_program(candidate.step_fn, experts, batch, beta, functions)
+        if isinstance(program, str):
+            left_out.append(LeftOut(candidate.name, candidate.probe_batch_size, program))
+        else:
+            programs[number] = program
+            candidates[number] = candidate._replace(temporary_bytes=temporary_bytes(program.function))
+    if not candidates:
+        raise ValueError("no step runs here:\n" + "\n".join(reasons(left_out)))
+    if not any(step.name == _FULL for step in candidates.values()):
+        programs.pop("backward", None)
+    seconds = median_seconds(programs, repeats, between=programs["forward"])
+    steps = tuple(step._replace(seconds=seconds[number]) for number, step in candidates.items())
+    return Plan(
+        best=min(steps, key=lambda step: step.progress_seconds),
+        steps=steps,
+        left_out=tuple(left_out),
+        device=_device_of(experts),
+        dimension=d,
+        **_parts_of_eq_9(seconds),
+    )
+
+
+def _beta_of(state: Any, experts: Params, link_fn: LinkFn) -> PyTree:
+    """The coefficients to measure at."""
+    if state is None:
+        return init(num_experts(experts), link_fn=link_fn).beta
+    if not isinstance(state, GlueState | LearnResult):
+        raise TypeError(f"state is a {type(state).__name__}; expected a GlueState or a LearnResult")
+    return jax.tree.map(jnp.asarray, state.beta)
+
+
+def _candidates(d: int, link_fn: LinkFn, loss_fn: LossFn) -> Iterator[PlannedStep]:
+    """The steps to measure, each with some sizes from one at a time to all at once."""
+    yield PlannedStep(_FULL, full_gradient_step, None, forward_passes=1, tangents=0, backward_passes=1, steps=1.0)
+
+    def of_sizes(
+        name: str, step_fn: StepFn, count: int, *, models: int = 0, shared: int = 0, m: int | None = None
+    ) -> Iterator[PlannedStep]:
+        # `count` models or tangents; tangents that are computed together share a forward pass.
+        for size in _sizes(count):
+            yield PlannedStep(
+                name,
+                functools.partial(step_fn, probe_batch_size=size),
+                size,
+                forward_passes=models or shared + -(-count // size),
+                tangents=0 if models else count,
+                backward_passes=0,
+                at_most=_bare(step_fn) is gauss_newton_step,
+                steps=1.0 if m is None else 1 + theory.relative_variance(d, m, directions_of(link_fn)),
+            )
+
+    for m in sorted({1, d}):
+        step_fn = functools.partial(spsa_step, num_directions=m)
+        yield from of_sizes(f"SPSA, {_directions(m)}", step_fn, 2 * m, models=2 * m, m=m)
+    step_fn = functools.partial(forward_gradient_step, num_directions=d)
+    yield from of_sizes(f"forward gradient, {_directions(d)}", step_fn, d, m=d)
+    if isinstance(loss_fn, OutputLoss):
+        step_fn = functools.partial(gauss_newton_step, tangents="differences")
+        yield from of_sizes(_DIFFERENCES, step_fn, d + 2, models=d + 2)
+        step_fn = functools.partial(gauss_newton_step, tangents="forward_mode")
+        yield from of_sizes("Gauss-Newton in forward mode", step_fn, d, shared=1)
+
+
+def _sizes(count: int) -> list[int]:
+    """How many are computed together: one, some, all."""
+    return sorted({1, round(math.sqrt(count)), count})
+
+
+def _directions(m: int) -> str:
+    """So many directions, in words."""
+    return f"{m} direction{'s' if m > 1 else ''}"
+
+
+def _parts(
+    experts: Params, batch: Batch, beta: PyTree, *, loss_fn: LossFn, link_fn: LinkFn, merge_fn: MergeFn
+) -> dict[Any, Program]:
+    """The programs of the parts of Eq. (9). Those that need a derivative are missing where there is none."""
+    merge, alpha = merge_for_learning(merge_fn), apply_link(link_fn, beta)
+
+    def forward(params: Params, batch: Batch) -> jax.Array:
+        return loss_fn(params, batch)
+
+    def backward(leaves: list[jax.Array], params: Params, batch: Batch) -> Any:
+        loss = scalar_valued(lambda leaves: loss_fn(_with_floating(params, leaves), batch), differentiable=True)
+        return jax.value_and_grad(loss)(leaves)
+
+    def inner_products(experts: Params, alpha: PyTree, leaves: list[jax.Array]) -> PyTree:
+        _, pull_back = jax.vjp(lambda alpha: _floating(merge(experts, alpha)), alpha)
+        return pull_back(leaves)
+
+    blended = compile_and_run("blend", merge, experts, alpha)
+    if isinstance(blended, str):
+        raise ValueError(f"one blend of the experts does not run: {blended}")
+    params = blended.result
+    evaluated = compile_and_run("forward", forward, params, batch)
+    if isinstance(evaluated, str):
+        raise ValueError(f"the loss of one blend does not run: {evaluated}")
+    if not jnp.isfinite(evaluated.result):
+        raise ValueError(f"loss_fn returned {evaluated.result} of the blend on this batch; expected a finite loss")
+    programs = [
+        blended,
+        evaluated,
+        compile_and_run("backward", backward, _floating(params), params, batch),
+        # A gradient has the shapes of the parameters, and costs the same.
+        compile_and_run("inner_products", inner_products, experts, alpha, _floating(params)),
+    ]
+    return {program.name: program._replace(result=None) for program in programs if not isinstance(program, str)}
+
+
+def _parts_of_eq_9(seconds: dict[Any, float]) -> dict[str, Any]:
+    """The fields of a plan that Eq. (9) and (10) are about."""
+    forward, gamma, products, cheaper = seconds["forward"], None, None, None
+    if {"backward", "inner_products"} <= seconds.keys():
+        gamma, products = (seconds["backward"] - forward) / forward, seconds["inner_products"]
+        cheaper = theory.spsa_is_cheaper(forward, gamma, seconds["blend"], products)
+    return {
+        "forward": forward,
+        "blend": seconds["blend"],
+        "backward_ratio": gamma,
+        "inner_products": products,
+        "spsa_is_cheaper": cheaper,
+    }
+
+
+def _step_program(
+    step_fn: StepFn, experts: Params, batch: Batch, beta: PyTree, functions: dict[str, Any]
+) -> Program | str:
+    """A step's program, or why there is none."""
+    bare = _bare(step_fn)
+    optimizer = None if bare is gauss_newton_step else _OPTIMIZER
+    words = functions if optimizer is None else {**functions, "optimizer": optimizer}
+    state = GlueState(jnp.zeros((), jnp.int32), beta, opt_state_of(beta, optimizer, functions["link_fn"]))
+    step = functools.partial(step_fn, **words)
+    program = compile_and_run(bare.__name__, step, jax.random.key(0), state, experts, batch)
+    if isinstance(program, str):
+        return program
+    norm = float(program.result[1].gradient_norm)
+    # SPSA sees a slope of a metric that counts along some directions, or with a larger radius.
+    if bare is not spsa_step and not 0 < norm < math.inf:
+        return f"its gradient has norm {norm:g} on this batch, as a metric has that counts or a slope that is infinite"
+    return program._replace(result=None)
+
+
+def _device_of(experts: Params) -> str:
+    """The devices of the experts, in words."""
+    devices = list(jax.tree.leaves(experts)[0].devices())
+    return f"{len(devices)} x {devices[0].device_kind}" if len(devices) > 1 else devices[0].device_kind
+
+
+def _floating(params: Params) -> list[jax.Array]:
+    """The leaves of a model that have a derivative."""
+    return [leaf for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+
+
+def _with_floating(params: Params, leaves: list[jax.Array]) -> Params:
+    """The model with other such leaves."""
+    new = iter(leaves)
+    return jax.tree.map(lambda leaf: next(new) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf, params)
+
+
+def _bare(step_fn: Any) -> Any:
+    """A step without the words that were filled in."""
+    return step_fn.func if isinstance(step_fn, functools.partial) else step_fn
