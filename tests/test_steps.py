@@ -1,6 +1,7 @@
 """Steps: what goes in, what comes out, and the update between."""
 
 import functools
+from typing import Any
 
 import chex
 import jax
@@ -84,8 +85,9 @@ def test_the_number_of_experts_and_the_start_must_agree():
 
 
 def test_an_optimizer_that_is_none_is_refused():
+    init: Any = glue_jax.init
     with pytest.raises(TypeError, match=r"expected an optax\.GradientTransformation"):
-        glue_jax.init(3, optax.adam)
+        init(3, optax.adam)
 
 
 @pytest.mark.parametrize("optimizer", [optax.polyak_sgd(), optax.chain(SGD, optax.contrib.reduce_on_plateau())])

@@ -1,0 +1,1 @@
+"""Questions that the experiments answer by measuring, a module each."""

@@ -1,0 +1,305 @@
+"""How many forward passes, and how many seconds, each way takes to good coefficients.
+
+    pip install -e '.[experiments,bench]'
+    python -m experiments.studies.budget
+    python -m experiments.studies.budget --experiment cifar10 --passes 128000
+
+Each way learns the same coefficients from the same target images, and is measured on validation and test images as it
+goes. Passes and seconds are those of learning alone, without compilation and without what is measured.
+
+Experts are read from `--run-dir`, where the experiment's own command keeps them (give it the same options); those that
+are missing are trained. Each way's curve is kept, so a run goes on where it was stopped.
+"""
+
+import dataclasses
+import functools
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+
+import glue_jax
+from experiments import data
+from experiments.ablation.recipes import BLOCKS, LAYERS
+from experiments.context import Context, prepare, take
+from experiments.experts import describe_missing, train_experts
+from experiments.models.network import Variables
+from experiments.presentation import STYLE, markdown_table, rich_table, spread, write_report
+from experiments.presets import ExpertArguments, parse
+from experiments.protocol import coefficients_key
+from experiments.session import exit_on, process, session
+from experiments.stages import Stages, machine
+from experiments.studies.ways import Coefficients, Way, ways
+from experiments.training import cross_entropy, output_loss
+
+Sharing = Literal["softmax", "free", "free by block", "free by layer"]
+"""What has coefficients of its own: the model, under a softmax with BatchNorm in evaluation mode as in the paper, or
+without a softmax and with BatchNorm by the minibatch; or each block or each layer of the model."""
+RATES: Mapping[Sharing, Mapping[str, float]] = {
+    "softmax": {"spsa": 0.3, "spsa_d": 0.3, "forward": 0.3, "full": 0.1},
+    "free": {"spsa": 0.01, "spsa_d": 0.03, "forward": 0.01, "full": 0.03},
+    "free by block": {"spsa": 0.003, "spsa_d": 0.03, "forward": 0.003, "full": 0.03},
+    "free by layer": {"spsa": 0.003, "spsa_d": 0.03, "forward": 0.003, "full": 0.03},
+}
+"""Learning rates of Adam, which falls to a fiftieth by a cosine: the best of 0.003, 0.01, 0.03, 0.1 and 0.3 (`--rate`)
+on the first seed of the digits."""
+TOLERANCE = 0.01
+"""How near to the best loss of all ways counts as there, relatively."""
+_POINTS = 25
+# Of one image, the time of a forward and a backward pass over a forward pass's, at least: so many fewer steps.
+_BACKWARD = 3
+_MOST_IMAGES = 1000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments(ExpertArguments):
+    """What a command line says.
+
+    Attributes:
+        passes: the most forward passes, of one model on one image, of each way. The full gradient takes a quarter of
+            them, since a backward pass takes as long as three forward passes or more.
+        sharing: what has coefficients of its own.
+        ways: those whose names contain one of these words; none given are all.
+        rate: of Adam, for the ways that are not as in the paper; None is what `RATES` has.
+    """
+
+    passes: int = 128_000
+    sharing: tuple[Sharing, ...] = ("softmax",)
+    ways: tuple[str, ...] = ()
+    rate: float | None = None
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measures, from a command line to the report.
+
+    Args:
+        arguments: the command line; None is the process's.
+
+    Returns:
+        The results: `title`, `command`, `machine`, `config`, and `curves`. A curve is of one sharing, way and seed. It
+        has `sharing`, `dimension`, `way`, `seed`, and lists over points: `forward` and `backward` passes,
+        `learning_seconds`, `validation_loss` and `test_loss` (cross-entropy, nats).
+    """
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    console = Console(markup=False)
+    with exit_on(ValueError):
+        parsed = parse(Arguments, "studies.budget", __doc__ or "", words)
+        parsed.check(least_experts=2)
+    command = shlex.join(["python", "-m", "experiments.studies.budget", *words])
+    with session(parsed.out_dir, console, command) as progress:
+        with exit_on(ValueError, OSError, data.DatasetNotFoundError):
+            dataset = data.load(parsed.config.dataset, parsed.data_dir, parsed.config.image_size)
+            kept, accept = parsed.run_dir / "stages", parsed.accept_stages
+            context = prepare(parsed.config, dataset, kept, progress, accept_stages=accept)
+        progress.say(f"{dataset.name}; {machine()}\n{describe_missing(context)}")
+        curves = measure(context, parsed, parsed.stages(progress))
+        results = {
+            "title": f"Passes and seconds to good coefficients: {parsed.experiment}, preset {parsed.preset}",
+            "command": command,
+            "machine": "; ".join(sorted({curve["machine"] for curve in curves})),
+            "config": dataclasses.asdict(parsed.config),
+            "curves": curves,
+        }
+        figures = {f"{_slug(sharing)}.png": _figure(results, sharing) for sharing in parsed.sharing}
+        write_report(parsed.out_dir, results, _markdown(results), figures)
+    for sharing in parsed.sharing:
+        console.print(rich_table(sharing, *table(results, sharing)))
+    console.print(f"report: {parsed.out_dir / 'report.md'}", highlight=False, soft_wrap=True)
+    return results
+
+
+def measure(context: Context, parsed: Arguments, stages: Stages) -> list[dict[str, Any]]:
+    """Learns by each way what is not learned yet, and returns the `curves` that `main` returns."""
+    config = context.config
+    experts = glue_jax.stack_experts(train_experts(context)[0])
+    fields = {**context.expert_fields, "experts": config.num_experts, "code": context.code(_curve)}
+    fields |= {"target_examples": config.target_examples, "passes": parsed.passes}
+    curves = []
+    for sharing in parsed.sharing:
+        problem = coefficients(context, experts, sharing)
+        rates = RATES[sharing] if parsed.rate is None else dict.fromkeys(RATES[sharing], parsed.rate)
+        chosen = [
+            way
+            for way in ways(rates, context.step_fns[4], context.alpha_optimizer)
+            if not parsed.ways or any(word in way.name for word in parsed.ways)
+        ]
+        evaluate = _evaluation(context, problem)
+        bar = context.progress.stage(f"Ways, {sharing}", len(chosen) * len(config.seeds))
+        for way in chosen:
+            for seed in config.seeds:
+                compute = functools.partial(_curve, context, problem, way, seed, parsed.passes, evaluate)
+                depends_on = {**fields, "sharing": sharing, "way": way.name, "seed": seed, "rates": rates}
+                curve = stages.run(f"budget/{_slug(sharing)}-{_slug(way.name)}-seed{seed}", depends_on, compute)
+                described = {"sharing": sharing, "dimension": problem.dimension, "way": way.name, "seed": seed}
+                curves.append({**described, **curve})
+                bar.advance()
+    return curves
+
+
+def coefficients(context: Context, experts: Variables, sharing: Sharing) -> Coefficients:
+    """Returns what is learned.
+
+    Args:
+        context: of `experiments.context.prepare`.
+        experts: stacked, each leaf `[K, ...]`.
+        sharing: what has coefficients of its own.
+    """
+    k = context.config.num_experts
+    if sharing == "softmax":
+        merge = functools.partial(glue_jax.blend, min_dtype=jnp.float32)
+        return Coefficients(experts, jnp.zeros(k), jax.nn.softmax, merge, output_loss(context.problem))
+    if jax.tree.leaves(experts["batch_stats"]):
+        _, experts = glue_jax.partition(experts, "^batch_stats/")
+    problem, beta, rows = context.problem, jnp.full((k,), 1 / k), None
+    if sharing != "free":
+        pattern = BLOCKS[context.config.network] if sharing == "free by block" else LAYERS
+        groups = glue_jax.group_by_path(experts, pattern)
+        rows, beta = groups.rows, jnp.full((len(groups.names), k), 1 / k)
+    merge = functools.partial(glue_jax.blend, groups=rows, min_dtype=jnp.float32)
+    loss = glue_jax.OutputLoss(
+        lambda variables, batch: problem.minibatch_logits(variables, batch.images),
+        lambda logits, batch: cross_entropy(logits, batch.labels),
+    )
+    return Coefficients(experts, beta, glue_jax.unconstrained, merge, loss)
+
+
+def _evaluation(context: Context, problem: Coefficients) -> Any:
+    """A function of beta that returns the validation and the test loss, of at most so many images."""
+
+    @jax.jit
+    def loss(beta: Any, batch: Any) -> jax.Array:
+        return problem.loss_fn(problem.merge_fn(problem.experts, problem.link_fn(beta)), batch)
+
+    def evaluate(beta: Any) -> dict[str, float]:
+        found = {}
+        for name, examples in (("validation", context.validation), ("test", context.test)):
+            count = min(len(examples.labels), _MOST_IMAGES)
+            size = min(250, count)
+            losses = [loss(beta, take(examples, np.arange(at, at + size))) for at in range(0, count - size + 1, size)]
+            found[f"{name}_loss"] = float(np.mean(losses))
+        return found
+
+    return evaluate
+
+
+def _curve(context: Context, problem: Coefficients, way: Way, seed: int, passes: int, evaluate: Any) -> dict[str, Any]:
+    """What a way reaches by passes and seconds."""
+    target = take(context.train, context.targets[seed])
+    size = min(way.batch_size, len(target.labels))
+    per_step = way.forward(problem.dimension) * size
+    num_steps = max(2, passes // (1 + _BACKWARD * way.backward) // per_step)
+    key = coefficients_key(seed)
+    minibatches = jax.random.fold_in(key, 0)
+    rows = np.asarray(
+        glue_jax.minibatch_indices(minibatches, 0, num_steps, num_examples=len(target.labels), batch_size=size)
+    )
+    points = {0, *np.geomspace(1, num_steps, _POINTS).round().astype(int).tolist()}
+    stepper = way.begin(problem, key, num_steps)
+    stepper.compile(take(target, rows[0]))
+    state, seconds, curve = stepper.state, 0.0, []
+    for taken in range(num_steps + 1):
+        if taken in points:
+            found = evaluate(stepper.beta(state)) if taken else evaluate(problem.beta)
+            done = {"forward": taken * per_step, "backward": taken * way.backward * size, "learning_seconds": seconds}
+            curve.append({**done, **found})
+        if taken < num_steps:
+            batch = take(target, rows[taken])
+            begin = time.perf_counter()
+            state = stepper.step(state, batch)
+            seconds += time.perf_counter() - begin
+    return {name: [point[name] for point in curve] for name in curve[0]}
+
+
+def reached(curve: Mapping[str, Any], loss: float) -> dict[str, float] | None:
+    """Returns passes and seconds at the first point whose validation loss is at most `loss`; None if there is none."""
+    there = np.flatnonzero(np.array(curve["validation_loss"]) <= loss)
+    return {name: curve[name][there[0]] for name in ("forward", "backward", "learning_seconds")} if there.size else None
+
+
+def table(results: Mapping[str, Any], sharing: str) -> tuple[list[str], list[list[str]]]:
+    """Returns a row for each way: passes and seconds to within `TOLERANCE` of each seed's best validation loss."""
+    curves = [curve for curve in results["curves"] if curve["sharing"] == sharing]
+    seeds = sorted({curve["seed"] for curve in curves})
+    best = {seed: min(min(c["validation_loss"]) for c in curves if c["seed"] == seed) for seed in seeds}
+    rows = []
+    for way in dict.fromkeys(curve["way"] for curve in curves):
+        own = [curve for curve in curves if curve["way"] == way]
+        found = [reached(curve, (1 + TOLERANCE) * best[curve["seed"]]) for curve in own]
+        there = [point for point in found if point is not None]
+        row = [way, f"{len(there)} of {len(own)}"]
+        for name, digits in (("forward", 0), ("backward", 0), ("learning_seconds", 1)):
+            values = [point[name] for point in there]
+            row.append(f"{np.mean(values):,.{digits}f}" if len(there) == len(own) else "-")
+        for name in ("validation_loss", "test_loss"):
+            lasts = [c[name][int(np.argmin(c["validation_loss"]))] for c in own]
+            row.append(spread(np.array(lasts), 3))
+        rows.append(row)
+    head = [
+        "way",
+        "seeds there",
+        "forward passes",
+        "backward passes",
+        "seconds",
+        "best validation loss",
+        "its test loss",
+    ]
+    return head, rows
+
+
+def _slug(name: str) -> str:
+    """A name in files."""
+    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+
+
+def _markdown(results: Mapping[str, Any]) -> str:
+    """The report."""
+    parts = [
+        f"# {results['title']}",
+        f"    {results['command']}",
+        f"Run on {results['machine']}.",
+        "Forward passes are of one model on one image. Seconds are of learning alone: compilation and what is measured "
+        "on the way are left out. *There* is within 1 % of the lowest validation loss that any way reaches with the "
+        f"same seed. Means over {len(results['config']['seeds'])} seeds; '-' where a seed does not get there.",
+    ]
+    for sharing in dict.fromkeys(curve["sharing"] for curve in results["curves"]):
+        d = next(curve["dimension"] for curve in results["curves"] if curve["sharing"] == sharing)
+        parts += [f"## {sharing}: {d} directions", f"![validation loss by passes]({_slug(sharing)}.png)"]
+        parts.append(markdown_table(*table(results, sharing)))
+    return "\n\n".join(parts) + "\n"
+
+
+def _figure(results: Mapping[str, Any], sharing: str) -> Figure:
+    """Validation loss by forward passes and by seconds, the mean over seeds of each way."""
+    curves = [curve for curve in results["curves"] if curve["sharing"] == sharing]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10, 5.5), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True)
+        for index, way in enumerate(dict.fromkeys(curve["way"] for curve in curves)):
+            own = [curve for curve in curves if curve["way"] == way]
+            loss = np.mean([curve["validation_loss"] for curve in own], axis=0)
+            for axes, name in ((left, "forward"), (right, "learning_seconds")):
+                x = np.mean([curve[name] for curve in own], axis=0)
+                line = "--" if own[0]["backward"][-1] else "-"
+                axes.plot(x[1:], loss[1:], line, color=f"C{index}", label=way if axes is left else None)
+        left.set(
+            xscale="log",
+            yscale="log",
+            xlabel="forward passes (dashed: as many backward)",
+            ylabel="validation loss, nats",
+        )
+        right.set(xscale="log", xlabel="seconds")
+        figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
+if __name__ == "__main__":
+    with process():
+        main()

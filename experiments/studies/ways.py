@@ -1,0 +1,213 @@
+"""Ways to learn coefficients for `experiments.studies.budget`, under one driver: a step, and what it takes."""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.flatten_util import ravel_pytree
+from jax.typing import ArrayLike
+
+import glue_jax
+from experiments.models.network import Variables
+from glue_jax.directions import dimension
+from glue_jax.links import directions_of
+from glue_jax.types import Batch, LinkFn, MergeFn
+
+# Of a learning rate that falls, at the last step.
+_LAST_RATE = 0.02
+
+
+class Coefficients(NamedTuple):
+    """What is learned: everything but the way.
+
+    Attributes:
+        experts: stacked, each leaf `[K, ...]`.
+        beta: the start.
+        link_fn: of `glue_jax.learn`.
+        merge_fn: of `glue_jax.learn`.
+        loss_fn: in two parts.
+    """
+
+    experts: Variables
+    beta: Any
+    link_fn: LinkFn
+    merge_fn: MergeFn
+    loss_fn: glue_jax.OutputLoss
+
+    @property
+    def dimension(self) -> int:
+        """d, the number of directions that matter."""
+        return dimension(self.beta, directions_of(self.link_fn))
+
+
+class Stepper(NamedTuple):
+    """A way, begun.
+
+    Attributes:
+        step: `step(state, batch) -> state`, which waits until the step is done.
+        state: before the first step.
+        beta: from a state to the coefficients that it would give.
+        compile: compiles what a step runs, and changes nothing.
+    """
+
+    step: Callable[[Any, Batch], Any]
+    state: Any
+    beta: Callable[[Any], Any]
+    compile: Callable[[Batch], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """A way to learn coefficients.
+
+    Attributes:
+        name: in tables and pictures.
+        begin: `begin(problem, key, num_steps) -> Stepper`.
+        forward: from d to the forward passes of one model that a step takes on each image of its minibatch.
+        backward: the backward passes likewise.
+        batch_size: images in a minibatch.
+    """
+
+    name: str
+    begin: Callable[[Coefficients, jax.Array, int], Stepper]
+    forward: Callable[[int], int]
+    backward: int = 0
+    batch_size: int = 64
+
+
+def ways(rates: Mapping[str, float], paper_step: Callable[..., Any], paper_adam: Any) -> list[Way]:
+    """Returns all ways.
+
+    Args:
+        rates: the learning rates of Adam that were best on the first seed: `spsa`, `spsa_d`, `forward` and `full`.
+        paper_step: SPSA's, as in the paper (Config 4).
+        paper_adam: the optimizer of Configs 3 and 4.
+    """
+    spsa, forward = glue_jax.spsa_step, glue_jax.forward_gradient_step
+    full = glue_jax.full_gradient_step
+
+    def adam(name: str) -> Callable[[int], Any]:
+        return lambda num_steps: optax.adam(
+            optax.cosine_decay_schedule(rates[name], num_steps, _LAST_RATE), b1=0.9, b2=0.99
+        )
+
+    def as_paper(num_steps: int) -> Any:
+        return paper_adam
+
+    return [
+        Way("SPSA, as in the paper", functools.partial(_gradient, paper_step, as_paper), lambda d: 2),
+        Way("SPSA, m = 1", functools.partial(_gradient, spsa, adam("spsa")), lambda d: 2),
+        Way("SPSA, m = d", functools.partial(_spsa_of_all, adam("spsa_d")), lambda d: 2 * d),
+        Way("forward gradient, m = 1", functools.partial(_gradient, forward, adam("forward")), lambda d: 1),
+        Way("full gradient, as in the paper", functools.partial(_gradient, full, as_paper), lambda d: 1, 1),
+        Way("full gradient", functools.partial(_gradient, full, adam("full")), lambda d: 1, 1),
+        Way("Gauss-Newton, differences", functools.partial(_gauss_newton, "differences"), lambda d: d + 2),
+        Way("Gauss-Newton, tangents", functools.partial(_gauss_newton, "forward_mode"), lambda d: d + 2),
+        Way("CMA-ES", _cma, cma_population, batch_size=256),
+        Way("NGOpt", _nevergrad, lambda d: 1, batch_size=256),
+    ]
+
+
+def cma_population(d: int) -> int:
+    """Returns how many coefficients CMA-ES tries a generation: its own default."""
+    return 4 + int(3 * np.log(d))
+
+
+def _gradient(
+    step_fn: Any, optimizer_of: Callable[[int], Any], problem: Coefficients, key: jax.Array, num_steps: int
+) -> Stepper:
+    """A step of the library with an optimizer."""
+    optimizer = optimizer_of(num_steps)
+    state = glue_jax.init(_num_experts(problem), optimizer, beta=problem.beta, link_fn=problem.link_fn)
+    return _begun(functools.partial(step_fn, optimizer=optimizer), state, problem, key)
+
+
+def _spsa_of_all(optimizer_of: Callable[[int], Any], problem: Coefficients, key: jax.Array, num_steps: int) -> Stepper:
+    """SPSA along d directions."""
+    step_fn = functools.partial(glue_jax.spsa_step, num_directions=problem.dimension)
+    return _gradient(step_fn, optimizer_of, problem, key, num_steps)
+
+
+def _gauss_newton(tangents: Any, problem: Coefficients, key: jax.Array, num_steps: int) -> Stepper:
+    """Gauss-Newton, which has nothing to tune."""
+    state = glue_jax.init(_num_experts(problem), beta=problem.beta, link_fn=problem.link_fn)
+    return _begun(functools.partial(glue_jax.gauss_newton_step, tangents=tangents), state, problem, key)
+
+
+def _begun(step_fn: Any, state: glue_jax.GlueState, problem: Coefficients, key: jax.Array) -> Stepper:
+    """A step of the library, compiled."""
+    words = {"loss_fn": problem.loss_fn, "link_fn": problem.link_fn, "merge_fn": problem.merge_fn}
+    step = jax.jit(functools.partial(step_fn, **words))
+
+    def run(state: glue_jax.GlueState, batch: Batch) -> glue_jax.GlueState:
+        return jax.block_until_ready(step(key, state, problem.experts, batch)[0])
+
+    return Stepper(run, state, lambda state: state.beta, functools.partial(run, state))
+
+
+def _losses(problem: Coefficients) -> Callable[[ArrayLike, Batch], float]:
+    """A function of coefficients as one vector `[n]` and a minibatch, which gives the loss."""
+    unravel = ravel_pytree(problem.beta)[1]
+
+    @jax.jit
+    def loss(flat: jax.Array, batch: Batch) -> jax.Array:
+        alpha = problem.link_fn(unravel(flat))
+        return problem.loss_fn(problem.merge_fn(problem.experts, alpha), batch)
+
+    return lambda flat, batch: float(loss(jnp.asarray(flat, jnp.float32), batch))
+
+
+def _cma(problem: Coefficients, key: jax.Array, num_steps: int) -> Stepper:
+    """CMA-ES with its defaults; all of a generation sees one minibatch. The mean is what it would give."""
+    import cma
+
+    loss, (flat, unravel) = _losses(problem), ravel_pytree(problem.beta)
+    scale = 0.5 if directions_of(problem.link_fn) == "simplex_orthogonal" else 0.1
+    seed = int(jax.random.randint(key, (), 1, 2**31 - 1))
+    strategy = cma.CMAEvolutionStrategy(np.asarray(flat), scale, {"seed": seed, "verbose": -9})
+
+    def step(state: Any, batch: Batch) -> Any:
+        tried = state.ask()
+        state.tell(tried, [loss(candidate, batch) for candidate in tried])
+        return state
+
+    def beta(state: Any) -> Any:
+        return unravel(jnp.asarray(state.mean, jnp.float32))
+
+    return Stepper(step, strategy, beta, functools.partial(loss, flat))
+
+
+def _nevergrad(problem: Coefficients, key: jax.Array, num_steps: int) -> Stepper:
+    """Nevergrad's NGOpt, which chooses an algorithm by the dimension and the budget."""
+    import nevergrad
+
+    loss, (flat, unravel) = _losses(problem), ravel_pytree(problem.beta)
+    parametrization = nevergrad.p.Array(init=np.asarray(flat, np.float64))
+    if directions_of(problem.link_fn) != "simplex_orthogonal":
+        parametrization.set_mutation(sigma=0.1)
+    parametrization.random_state.seed(int(jax.random.randint(key, (), 1, 2**31 - 1)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer = nevergrad.optimizers.NGOpt(parametrization, budget=num_steps)
+
+    def step(state: Any, batch: Batch) -> Any:
+        candidate = state.ask()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            state.tell(candidate, loss(candidate.value, batch))
+        return state
+
+    def beta(state: Any) -> Any:
+        return unravel(jnp.asarray(state.provide_recommendation().value, jnp.float32))
+
+    return Stepper(step, optimizer, beta, functools.partial(loss, flat))
+
+
+def _num_experts(problem: Coefficients) -> int:
+    return glue_jax.num_experts(problem.experts)
