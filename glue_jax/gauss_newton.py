@@ -105,7 +105,7 @@ def gauss_newton_step(
         key: not used; the steps share one contract.
         state: of `init(num_experts, link_fn=link_fn)` or the step before.
         experts: as for `spsa_step`.
-        batch: as for `spsa_step`. With few outputs an example, d of them should be less than the batch has.
+        batch: as for `spsa_step`. It should hold more outputs, examples times classes, than there are directions.
         loss_fn: an `OutputLoss`, deterministic as for `spsa_step`. Its `outputs_fn` is never differentiated backwards,
             and with `differences` not at all.
         link_fn: as for `spsa_step`. Under a softmax d is K - 1, else the number of coefficients.

@@ -54,9 +54,8 @@ def plan(
     - `spsa_step` and `forward_gradient_step` with m directions: V by `glue_jax.theory.relative_variance`. One direction
       has V = d - 1, so that d steps are counted as one; m = d orthogonal directions have V = 0.
     - `gauss_newton_step`: counted as one gradient step, a lower bound of its worth, since it knows the curvature too.
-      So its cost is an upper bound. (On CIFAR-10's experts it needed an order of magnitude fewer steps than the
-      gradient. How many fewer depends on the problem, and no timing tells.) The printed plan says from which worth on
-      it is the cheapest.
+      So its cost is an upper bound. How many fewer steps it needs depends on the problem, and no timing tells. The
+      printed plan says from which worth on it is the cheapest.
 
     The noise of minibatches multiplies the error of all estimates by one factor, which is left out. Learning rates are
     taken to be the best ones for each step, of plain gradient descent.

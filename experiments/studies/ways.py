@@ -81,12 +81,12 @@ class Way:
     batch_size: int = 64
 
 
-def ways(rates: Mapping[str, float], paper_step: Callable[..., Any], paper_adam: Any) -> list[Way]:
+def ways(rates: Mapping[str, float], paper_step: Callable[..., Any] | None, paper_adam: Any) -> list[Way]:
     """Returns all ways.
 
     Args:
-        rates: the learning rates of Adam that were best on the first seed: `spsa`, `spsa_d`, `forward` and `full`.
-        paper_step: SPSA's, as in the paper (Config 4).
+        rates: the learning rates of Adam, by `spsa`, `spsa_d`, `forward` and `full`.
+        paper_step: SPSA's, as in the paper (Config 4); None where only the names are wanted.
         paper_adam: the optimizer of Configs 3 and 4.
     """
     spsa, forward = glue_jax.spsa_step, glue_jax.forward_gradient_step
