@@ -248,7 +248,11 @@ def tell_outputs(
         if known is None or outputs[0] is None:
             raise ValueError("the outputs of beta itself, outputs[0], are None: evaluate it again")
         missing = jax.tree.map(lambda leaf: np.full(np.shape(leaf), np.nan, np.float32), known)
-        outputs = jax.tree.map(lambda *leaves: np.stack(leaves), *[missing if o is None else o for o in outputs])
+        given = [missing if out is None else out for out in outputs]
+        found = [jax.tree.map(np.shape, out) for out in given]
+        if any(shapes != found[0] for shapes in found):
+            raise ValueError(f"outputs have shapes {found}; expected the same of each probe")
+        outputs = jax.tree.map(lambda *leaves: np.stack(leaves), *given)
     shapes = jax.tree.map(np.shape, outputs)
     leaves = jax.tree.leaves(outputs)
     if not leaves or any(

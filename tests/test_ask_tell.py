@@ -207,6 +207,8 @@ def test_outputs_that_do_not_fit_are_refused():
         tell(probes, outputs(probes)[:3])
     with pytest.raises(ValueError, match=r"outputs have shape \(4,\)"):
         tell(probes, np.zeros(4))
+    with pytest.raises(ValueError, match=r"outputs have shapes \[\(20,\), \(19,\).* expected the same of each probe"):
+        tell(probes, [out[index % 2 :] for index, out in enumerate(outputs(probes))])
     with pytest.raises(ValueError, match="outputs\\[0\\], are None"):
         tell(probes, [None, *outputs(probes)[1:]])
     with pytest.raises(TypeError, match=r"expected what glue_jax\.ask_outputs returned"):
