@@ -3,7 +3,7 @@
 A forward pass gives more than one loss: it gives the outputs of every example. The outputs of d + 1 nearby blends say
 how the outputs change with the d coefficients, the Jacobian J. The loss's own derivatives for the outputs, l' and l'',
 complete the gradient `J^T l'` and the Gauss-Newton curvature `J^T l'' J`. A damped step then solves d equations
-(Levenberg, 1944; Marquardt, 1963). The network is never differentiated backwards.
+(after Levenberg, 1944, and Marquardt, 1963). The network is never differentiated backwards.
 
 Minibatches are noisy, so two things are done with them. The model of the loss is a running mean over the minibatches so
 far, each carried over to the present coefficients, as in recursive least squares. And a step is proposed only: the next
@@ -30,11 +30,15 @@ from glue_jax.types import Batch, GlueMetrics, GlueState, LinkFn, MergeFn, Param
 Tangents = Literal["differences", "forward_mode"]
 
 _HIGHEST = jax.lax.Precision.HIGHEST
-# Of the model's mean curvature: where learning starts, and what it may come to.
-_FIRST_DAMPING, _LEAST_DAMPING, _MOST_DAMPING = 0.1, 1e-4, 1e4
+# Learning starts with much damping, so with short steps. The loss of a blend has several minima, and long steps from
+# the uniform blend end in one of a few experts that happened to be near.
+_FIRST_DAMPING, _LEAST_DAMPING, _MOST_DAMPING = 10.0, 3e-3, 100.0
 # What damping is multiplied by after a proposal that was turned down, and after one whose fall of the loss was at least
-# a quarter of the predicted one.
-_MORE, _LESS, _ENOUGH = 2.0, 0.25, 0.25
+# a quarter of the predicted one. Minibatches turn down about half of the proposals near a minimum, whatever the
+# damping; so it rises by less than it falls.
+_MORE, _LESS, _ENOUGH = 1.5, 0.5, 0.25
+# The least damping of a coefficient that no output depends on, as a share of the mean coefficient's.
+_FLOOR = 1e-3
 # The weight of a minibatch against the one after it: at first this, at step t of many t / (t + _FORGETTING).
 _LEAST_MEMORY, _FORGETTING = 0.8, 3.0
 
@@ -49,7 +53,8 @@ class GaussNewtonState(NamedTuple):
         gradient: of the model at beta, `[d]`.
         curvature: of the model, `[d, d]`.
         weight: how many minibatches the model is the mean of, older ones counted less, `[]`.
-        damping: what is added to the curvature, as a multiple of its mean diagonal entry, `[]`.
+        damping: how much is added to the curvature, `[]`. Of one coefficient it adds this multiple of the geometric
+            mean of the coefficient's own curvature and all coefficients' mean curvature.
     """
 
     proposal: jax.Array
@@ -105,7 +110,9 @@ def gauss_newton_step(
         key: not used; the steps share one contract.
         state: of `init(num_experts, link_fn=link_fn)` or the step before.
         experts: as for `spsa_step`.
-        batch: as for `spsa_step`. It should hold more outputs, examples times classes, than there are directions.
+        batch: as for `spsa_step`. Small minibatches, of 16 to 32 examples, take the fewest passes: the model is a mean
+            over minibatches, and more steps bring it nearer. A minibatch should hold more outputs, examples times
+            classes, than there are directions.
         loss_fn: an `OutputLoss`, deterministic as for `spsa_step`. Its `outputs_fn` is never differentiated backwards,
             and with `differences` not at all.
         link_fn: as for `spsa_step`. Under a softmax d is K - 1, else the number of coefficients.
@@ -216,9 +223,9 @@ def move(
     accepted, model = _judged(state.opt_state, loss_before - loss_after)
     memory = jnp.maximum(_LEAST_MEMORY, state.step / (state.step + _FORGETTING))
     model = _refined(model, *_quadratic(loss_of, at_proposal, jacobian), accepted=accepted, memory=memory)
-    model = _with_proposal(model)
-    step = jnp.where(accepted, state.opt_state.proposal, 0)
     directions = basis(state.beta, directions_of(link_fn))
+    model = _with_proposal(model, directions)
+    step = jnp.where(accepted, state.opt_state.proposal, 0)
     beta = jax.tree.map(lambda leaf, move: leaf + move, state.beta, _lift(step, directions))
     metrics = GlueMetrics(
         loss=loss_before,
@@ -346,14 +353,32 @@ def _refined(
     )
 
 
-def _with_proposal(model: GaussNewtonState) -> GaussNewtonState:
+def _with_proposal(model: GaussNewtonState, directions: PyTree) -> GaussNewtonState:
     """The model with its damped minimum as the proposal."""
-    d = len(model.gradient)
-    mean_entry = jnp.trace(model.curvature) / d
-    # Where no output changes at all, any damping will do.
-    added = model.damping * jnp.where(mean_entry > 0, mean_entry, 1.0)
-    step = -jnp.linalg.solve(model.curvature + added * jnp.eye(d), model.gradient)
+    added = model.damping * _damped(model.curvature, directions)
+    step = -jnp.linalg.solve(model.curvature + added, model.gradient)
     return model._replace(proposal=jnp.where(jnp.isfinite(step).all(), step, 0))
+
+
+def _damped(curvature: jax.Array, directions: PyTree) -> jax.Array:
+    """What a damping of one adds to the curvature, `[d, d]`.
+
+    Levenberg damps all directions alike. Then the steepest coefficients alone move. Marquardt damps each coefficient
+    by its own curvature. Then a coefficient that hardly matters leaps on noise. The geometric mean lies between: under
+    a softmax an expert's curvature falls with the square of its alpha, as its gradient falls with its alpha; so a step
+    of beta is as long for an expert of small alpha as for one of large.
+
+    Args:
+        curvature: in coordinates of the directions, `[d, d]`.
+        directions: the basis, leaves `[d, ...]`.
+    """
+    d = len(curvature)
+    rows = jnp.concatenate([leaf.reshape(d, -1) for leaf in jax.tree.leaves(directions)], axis=1)
+    own = jnp.maximum(jnp.sum(rows * _product(curvature, rows), axis=0), 0)
+    mean = jnp.mean(own)
+    # Where no output changes at all, any damping will do.
+    entries = jnp.where(mean > 0, jnp.sqrt(own * mean) + _FLOOR * mean, 1.0)
+    return _product(rows * entries[None], rows.T)
 
 
 def _over_outputs(first: Any, second: Any) -> jax.Array:
@@ -364,9 +389,9 @@ def _over_outputs(first: Any, second: Any) -> jax.Array:
     return functools.reduce(jnp.add, jax.tree.leaves(products))
 
 
-def _product(matrix: jax.Array, vector: jax.Array) -> jax.Array:
+def _product(first: jax.Array, second: jax.Array) -> jax.Array:
     """A product that is not rounded."""
-    return jnp.matmul(matrix, vector, precision=_HIGHEST)
+    return jnp.matmul(first, second, precision=_HIGHEST)
 
 
 def _lift(coordinates: jax.Array, directions: PyTree) -> PyTree:

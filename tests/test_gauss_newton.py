@@ -413,3 +413,18 @@ def test_a_vmapped_group_of_probes_gives_what_one_at_a_time_gives():
         one, _ = steps(3, glue_jax.init(K), experts, batch, probe_batch_size=1, **words)
         all_at_once, _ = steps(3, glue_jax.init(K), experts, batch, probe_batch_size=100, **words)
         np.testing.assert_allclose(one.beta, all_at_once.beta, rtol=1e-4, atol=1e-5)
+
+
+def test_much_damping_moves_a_coefficient_by_its_gradient_over_the_root_of_its_curvature():
+    batch = {"x": jnp.eye(3) * jnp.sqrt(3.0), "y": jnp.array([3.0, -2.0, 1.0])}
+    experts = {"w": jnp.diag(jnp.array([1.0, 0.1, 0.01]))}
+    state = glue_jax.init(3, link_fn=glue_jax.unconstrained)
+    state = state._replace(opt_state=state.opt_state._replace(damping=jnp.float32(1e4)))
+    words = {"loss_fn": REGRESSION, "link_fn": glue_jax.unconstrained, "tangents": "forward_mode"}
+    model = steps(1, state, experts, batch, **words)[0].opt_state
+    curvature = np.diag(model.curvature)
+    np.testing.assert_allclose(model.curvature, np.diag(curvature), atol=1e-7)
+    np.testing.assert_allclose(curvature[:2] / curvature[1:], 100, rtol=1e-3)
+    # Of an expert ten times as small the gradient is ten times as small, and so is the damping: beta moves as far.
+    expected = -model.gradient / np.sqrt(curvature * curvature.mean()) / 1e4
+    np.testing.assert_allclose(model.proposal, expected, rtol=0.2)

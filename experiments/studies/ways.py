@@ -107,8 +107,10 @@ def ways(rates: Mapping[str, float], paper_step: Callable[..., Any] | None, pape
         Way("forward gradient, m = 1", functools.partial(_gradient, forward, adam("forward")), lambda d: 1),
         Way("full gradient, as in the paper", functools.partial(_gradient, full, as_paper), lambda d: 1, 1),
         Way("full gradient", functools.partial(_gradient, full, adam("full")), lambda d: 1, 1),
-        Way("Gauss-Newton, differences", functools.partial(_gauss_newton, "differences"), lambda d: d + 2),
-        Way("Gauss-Newton, tangents", functools.partial(_gauss_newton, "forward_mode"), lambda d: d + 2),
+        Way(
+            "Gauss-Newton, differences", functools.partial(_gauss_newton, "differences"), lambda d: d + 2, batch_size=16
+        ),
+        Way("Gauss-Newton, tangents", functools.partial(_gauss_newton, "forward_mode"), lambda d: d + 2, batch_size=16),
         Way("CMA-ES", _cma, cma_population, batch_size=256),
         Way("NGOpt", _nevergrad, lambda d: 1),
     ]
