@@ -35,6 +35,7 @@ from experiments.protocol import coefficients_key
 from experiments.session import process
 from experiments.stages import Stages
 from experiments.studies import frame
+from experiments.studies.frame import slug as _slug
 from experiments.studies.ways import Coefficients, Way, ways
 from experiments.training import cross_entropy, output_loss
 from glue_jax.checks import check_counts, check_positive
@@ -252,11 +253,6 @@ def table(results: Mapping[str, Any], sharing: str) -> tuple[list[str], list[lis
         "its test loss",
     ]
     return head, rows
-
-
-def _slug(name: str) -> str:
-    """A name in files."""
-    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
 
 
 def _present(results: Mapping[str, Any]) -> frame.Report:

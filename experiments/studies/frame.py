@@ -87,3 +87,8 @@ def run(
         console.print(rich_table(name, *table))
     console.print(f"report: {parsed.out_dir / 'report.md'}", highlight=False, soft_wrap=True)
     return results
+
+
+def slug(name: str) -> str:
+    """Returns a name as it stands in files: `Gauss-Newton, by layer` is `gauss-newton-by-layer`."""
+    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
