@@ -92,11 +92,11 @@ def labelled_images(context: Context, seed: int, size: int) -> Labelled:
 
 
 def _best_expert(bank: Bank, labelled: Labelled) -> Variables:
-    """The expert of the lowest loss."""
+    """The most accurate expert; of equals, the one of the lowest loss."""
     images = bank.images(labelled.all)
     experts = [jax.tree.map(lambda leaf, i=i: leaf[i], bank.experts) for i in range(bank.context.config.num_experts)]
-    losses = [bank.context.evaluate(expert, images)["loss"] for expert in experts]
-    return experts[int(np.argmin(losses))]
+    judged = [bank.context.evaluate(expert, images) for expert in experts]
+    return experts[min(range(len(experts)), key=lambda i: (-judged[i]["accuracy"], judged[i]["loss"]))]
 
 
 def _uniform(bank: Bank, labelled: Labelled) -> Variables:

@@ -7,12 +7,13 @@ Each start is measured as it is (the prior), and after fine-tuning it. A user ha
 nothing else. So a fifth of the n images, at least 10 and at most 1000, is the validation set: these images choose the
 coefficients that are kept and the number of epochs of fine-tuning, none included. The other images are learned from.
 The experiment's own validation images are not used. A smaller target set is part of a larger one of the same seed.
-Where nothing is chosen by validation, all n images serve: they choose the best expert, and BatchNorm's statistics are
+Where nothing is learned, all n images serve: they choose the most accurate expert, and BatchNorm's statistics are
 estimated on them, on 2048 at most.
 
 Fine-tuning has the experiment's own optimizer, rate and minibatches (all images where there are fewer). It takes
 `--epochs` epochs at most, or as many as come to `--least-steps` steps, and ends once a quarter of them brought no lower
-validation loss. The model of the lowest validation loss is kept. Training from scratch is the same from fresh weights.
+validation loss. The model of the lowest validation loss is kept: with so few images, accuracies have many equals, and
+the first of the highest comes too early. Training from scratch is the same from fresh weights.
 
 Experts are read from `--run-dir`, where the experiment's own command keeps them (give it the same options); those that
 are missing are trained. Each size, start and seed is kept, so a run goes on where it was stopped, and sizes can be
