@@ -13,8 +13,6 @@ are missing are trained. Each way's curve is kept, so a run goes on where it was
 
 import dataclasses
 import functools
-import shlex
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -24,20 +22,20 @@ import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
-from rich.console import Console
 
 import glue_jax
-from experiments import data
 from experiments.ablation.recipes import BLOCKS, LAYERS
 from experiments.config import CoefficientFields, part
-from experiments.context import Context, prepare, take
-from experiments.experts import describe_missing, train_experts
+from experiments.context import Context, take
+from experiments.experts import train_experts
 from experiments.models.network import Variables
-from experiments.presentation import STYLE, markdown_table, rich_table, spread, write_report
-from experiments.presets import ExpertArguments, parse
+from experiments.presentation import STYLE, markdown_table, spread
+from experiments.presets import ExpertArguments
 from experiments.protocol import coefficients_key
-from experiments.session import exit_on, process, session
-from experiments.stages import Stages, machine
+from experiments.session import process
+from experiments.stages import Stages
+from experiments.studies import frame
+from experiments.studies.frame import slug as _slug
 from experiments.studies.ways import Coefficients, Way, ways
 from experiments.training import cross_entropy, output_loss
 from glue_jax.checks import check_counts, check_positive
@@ -107,32 +105,16 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         has `sharing`, `dimension`, `way`, `seed`, and lists over points: `forward` and `backward` passes,
         `learning_seconds`, `validation_loss` and `test_loss` (cross-entropy, nats).
     """
-    words = sys.argv[1:] if arguments is None else list(arguments)
-    console = Console(markup=False)
-    with exit_on(ValueError):
-        parsed = parse(Arguments, "studies.budget", __doc__ or "", words)
-        parsed.check(least_experts=2)
-    command = shlex.join(["python", "-m", "experiments.studies.budget", *words])
-    with session(parsed.out_dir, console, command) as progress:
-        with exit_on(ValueError, OSError, data.DatasetNotFoundError):
-            dataset = data.load(parsed.config.dataset, parsed.data_dir, parsed.config.image_size)
-            kept, accept = parsed.run_dir / "stages", parsed.accept_stages
-            context = prepare(parsed.config, dataset, kept, progress, accept_stages=accept)
-        progress.say(f"{dataset.name}; {machine()}\n{describe_missing(context)}")
-        curves = measure(context, parsed, parsed.stages(progress))
-        results = {
-            "title": f"Passes and seconds to good coefficients: {parsed.experiment}, preset {parsed.preset}",
-            "command": command,
-            "machine": "; ".join(sorted({curve["machine"] for curve in curves})),
-            "config": dataclasses.asdict(parsed.config),
-            "curves": curves,
-        }
-        figures = {f"{_slug(sharing)}.png": _figure(results, sharing) for sharing in parsed.sharing}
-        write_report(parsed.out_dir, results, _markdown(results), figures)
-    for sharing in parsed.sharing:
-        console.print(rich_table(sharing, *table(results, sharing)))
-    console.print(f"report: {parsed.out_dir / 'report.md'}", highlight=False, soft_wrap=True)
-    return results
+    return frame.run(
+        Arguments,
+        "studies.budget",
+        __doc__ or "",
+        arguments,
+        title="Passes and seconds to good coefficients",
+        rows="curves",
+        measure=lambda *study: {"curves": measure(*study)},
+        present=_present,
+    )
 
 
 def measure(context: Context, parsed: Arguments, stages: Stages) -> list[dict[str, Any]]:
@@ -273,9 +255,11 @@ def table(results: Mapping[str, Any], sharing: str) -> tuple[list[str], list[lis
     return head, rows
 
 
-def _slug(name: str) -> str:
-    """A name in files."""
-    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+def _present(results: Mapping[str, Any]) -> frame.Report:
+    """All that is shown."""
+    sharings = list(dict.fromkeys(curve["sharing"] for curve in results["curves"]))
+    figures = {f"{_slug(sharing)}.png": _figure(results, sharing) for sharing in sharings}
+    return frame.Report(_markdown(results), figures, {sharing: table(results, sharing) for sharing in sharings})
 
 
 def _markdown(results: Mapping[str, Any]) -> str:

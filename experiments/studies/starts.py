@@ -1,0 +1,156 @@
+"""What `experiments.studies.target_size` fine-tunes: models made of experts and a few labelled images of the target."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+import glue_jax
+from experiments.context import Context, take
+from experiments.data import Examples
+from experiments.models.network import Variables
+from experiments.protocol import coefficients_key, learn_coefficients
+from experiments.splits import Indices
+from experiments.studies.budget import Sharing, coefficients
+from experiments.studies.ways import Coefficients
+
+LEAST_VALIDATION, MOST_VALIDATION, SHARE = 10, 1000, 5
+"""Of n images, n // SHARE validate, within these ends."""
+SCRATCH = "from scratch"
+"""The start that has no expert in it."""
+_REFRESH_BATCH, _REFRESH_BATCHES = 256, 8
+_GAUSS_NEWTON_BATCH = 32
+_VALIDATION_BATCH = 256
+# What a seed's key is folded with, beside the protocol's.
+_INITIALIZATION = 6
+
+
+class Labelled(NamedTuple):
+    """The labelled target images of a user, as rows of the training split.
+
+    Attributes:
+        seed: which user.
+        learning: what is learned from, `[n - V]`.
+        validation: what chooses, `[V]`.
+    """
+
+    seed: int
+    learning: Indices
+    validation: Indices
+
+    @property
+    def all(self) -> Indices:
+        """All n rows."""
+        return np.concatenate([self.validation, self.learning])
+
+
+class Bank(NamedTuple):
+    """What every start may use.
+
+    Attributes:
+        context: of `experiments.context.prepare`.
+        experts: stacked, each leaf `[K, ...]`.
+        problem: from what has coefficients of its own to what is learned; each is built once.
+        statistics: of a minibatch, jitted.
+    """
+
+    context: Context
+    experts: Variables
+    problem: Callable[[Sharing], Coefficients]
+    statistics: Callable[[Variables, jax.Array], Any]
+
+    def images(self, rows: Indices) -> Examples:
+        """Some images of the training split, with their labels."""
+        return take(self.context.train, rows)
+
+    def refreshed(self, variables: Variables, labelled: Labelled) -> Variables:
+        """A model with BatchNorm's statistics estimated on all labelled images."""
+        images = self.images(labelled.all[: _REFRESH_BATCH * _REFRESH_BATCHES]).images
+        batches = [images[at : at + _REFRESH_BATCH] for at in range(0, len(images), _REFRESH_BATCH)]
+        return glue_jax.refresh_statistics(variables, batches, self.statistics)
+
+
+def make_bank(context: Context, experts: Variables) -> Bank:
+    """Returns what every start may use, of experts with leaves `[K, ...]`."""
+    problem = functools.cache(functools.partial(coefficients, context, experts))
+    return Bank(context, experts, problem, jax.jit(context.problem.minibatch_statistics))
+
+
+def labelled_images(context: Context, seed: int, size: int) -> Labelled:
+    """Returns a seed's first `size` target images, cut in two.
+
+    The experiment's own target images of the seed come first, in an order of chance, and then the others.
+    """
+    target, generator = context.targets[seed], np.random.default_rng([seed, 3])
+    others = np.setdiff1d(context.splits.rest, target)
+    rows = np.concatenate([generator.permutation(target), generator.permutation(others)])[:size]
+    num_validation = min(max(LEAST_VALIDATION, size // SHARE), MOST_VALIDATION)
+    return Labelled(seed, learning=rows[num_validation:], validation=rows[:num_validation])
+
+
+def _best_expert(bank: Bank, labelled: Labelled) -> Variables:
+    """The most accurate expert; of equals, the one of the lowest loss."""
+    images = bank.images(labelled.all)
+    experts = [jax.tree.map(lambda leaf, i=i: leaf[i], bank.experts) for i in range(bank.context.config.num_experts)]
+    judged = [bank.context.evaluate(expert, images) for expert in experts]
+    return experts[min(range(len(experts)), key=lambda i: (-judged[i]["accuracy"], judged[i]["loss"]))]
+
+
+def _uniform(bank: Bank, labelled: Labelled) -> Variables:
+    """The uniform average with new statistics."""
+    uniform = glue_jax.uniform(bank.context.config.num_experts)
+    return bank.refreshed(glue_jax.blend(bank.experts, uniform), labelled)
+
+
+def _glue(bank: Bank, labelled: Labelled) -> Variables:
+    """GLUE as in the paper."""
+    config, context = bank.context.config, bank.context
+    batch_size = min(config.alpha_batch_size, len(labelled.learning))
+    context = context._replace(
+        validation=bank.images(labelled.validation), config=dataclasses.replace(config, alpha_batch_size=batch_size)
+    )
+    key, learning = coefficients_key(labelled.seed), bank.images(labelled.learning)
+    result = learn_coefficients(context, 4, key, bank.experts, learning, max_steps=config.alpha_steps)
+    return glue_jax.blend(bank.experts, result.alpha)
+
+
+def _gauss_newton(sharing: Sharing, bank: Bank, labelled: Labelled) -> Variables:
+    """Free coefficients by Gauss-Newton with BatchNorm by the minibatch, and then new statistics."""
+    config, problem = bank.context.config, bank.problem(sharing)
+    with jax.default_matmul_precision(config.matmul_precision):
+        result = glue_jax.learn(
+            coefficients_key(labelled.seed),
+            problem.experts,
+            bank.images(labelled.learning),
+            loss_fn=problem.loss_fn,
+            state=glue_jax.init(config.num_experts, beta=problem.beta, link_fn=problem.link_fn),
+            step_fn=glue_jax.gauss_newton_step,
+            link_fn=problem.link_fn,
+            merge_fn=problem.merge_fn,
+            validation_data=bank.images(labelled.validation),
+            batch_size=min(_GAUSS_NEWTON_BATCH, len(labelled.learning)),
+            validation_batch_size=min(_VALIDATION_BATCH, len(labelled.validation)),
+            max_steps=config.alpha_steps,
+            patience=config.patience,
+        )
+    return bank.refreshed(problem.merge_fn(problem.experts, result.alpha), labelled)
+
+
+def _scratch(bank: Bank, labelled: Labelled) -> Variables:
+    """Fresh weights."""
+    key = jax.random.fold_in(jax.random.key(labelled.seed), _INITIALIZATION)
+    return jax.jit(bank.context.problem.network.init)(key)
+
+
+STARTS: Mapping[str, Callable[[Bank, Labelled], Variables]] = {
+    "best expert": _best_expert,
+    "uniform, refreshed": _uniform,
+    "GLUE (SPSA)": _glue,
+    "Gauss-Newton, one vector": functools.partial(_gauss_newton, "free"),
+    "Gauss-Newton, by layer": functools.partial(_gauss_newton, "free by layer"),
+    SCRATCH: _scratch,
+}
+"""By name, from the experts and the labelled images to the model that fine-tuning starts from."""

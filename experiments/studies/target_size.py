@@ -1,0 +1,305 @@
+"""When does blending pay? Test accuracy by the number of labelled target images, from each of several starts.
+
+    python -m experiments.studies.target_size
+    python -m experiments.studies.target_size --experiment cifar10 --sizes 30 100 300 1000
+
+Each start is measured as it is (the prior), and after fine-tuning it. A user has n labelled images of the target, and
+nothing else. So a fifth of the n images, at least 10 and at most 1000, is the validation set: these images choose the
+coefficients that are kept and the number of epochs of fine-tuning, none included. The other images are learned from.
+The experiment's own validation images are not used. A smaller target set is part of a larger one of the same seed.
+Where nothing is learned, all n images serve: they choose the most accurate expert, and BatchNorm's statistics are
+estimated on them, on 2048 at most.
+
+Fine-tuning has the experiment's own optimizer, rate and minibatches (all images where there are fewer). It takes
+`--epochs` epochs at most, or as many as come to `--least-steps` steps, and ends once a quarter of them brought no lower
+validation loss. The model of the lowest validation loss is kept: with so few images, accuracies have many equals, and
+the first of the highest comes too early. Training from scratch is the same from fresh weights.
+
+Experts are read from `--run-dir`, where the experiment's own command keeps them (give it the same options); those that
+are missing are trained. Each size, start and seed is kept, so a run goes on where it was stopped, and sizes can be
+added.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib as mpl
+import numpy as np
+import optax
+from matplotlib.figure import Figure
+
+import glue_jax
+from experiments.config import CoefficientFields, FineTuningFields, part
+from experiments.context import Context, take
+from experiments.experts import train_experts
+from experiments.models.network import Variables
+from experiments.presentation import STYLE, markdown_table, spread
+from experiments.presets import ExpertArguments
+from experiments.session import exit_on, process
+from experiments.stages import Stages
+from experiments.studies import frame
+from experiments.studies.frame import slug
+from experiments.studies.starts import LEAST_VALIDATION, SCRATCH, STARTS, Bank, Labelled, labelled_images, make_bank
+from experiments.training import Trainer, make_trainer
+from glue_jax.checks import check_counts
+
+# Of the most epochs, this part without a lower validation loss ends fine-tuning.
+_PATIENCE = 4
+# What a seed's key is folded with, beside the protocol's.
+_TUNING = 5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments(ExpertArguments):
+    """What a command line says.
+
+    Attributes:
+        sizes: numbers of labelled target images. Those that the data cannot give are left out. `target-examples` has
+            no effect on them.
+        starts: those whose names contain one of these words; none given are all.
+        epochs: of fine-tuning, the most; `fine-tuning-epochs` is the experiment's own, and has no effect here.
+        least_steps: where so many epochs are fewer steps than this, more epochs are allowed.
+    """
+
+    sizes: tuple[int, ...] = (30, 100, 300, 1000, 3000, 10_000)
+    starts: tuple[str, ...] = ()
+    epochs: int = 40
+    least_steps: int = 500
+
+    def __post_init__(self) -> None:
+        """Refuses values out of their range.
+
+        Raises:
+            ValueError: with the field, its value, and what was expected.
+        """
+        check_counts(epochs=self.epochs, least_steps=self.least_steps)
+        least = 2 * LEAST_VALIDATION
+        if not self.sizes or len(set(self.sizes)) < len(self.sizes) or min(self.sizes) < least:
+            raise ValueError(f"sizes are {self.sizes}; expected at least one, each at least {least} and given once")
+        for word in self.starts:
+            if not any(word in name for name in STARTS):
+                raise ValueError(f"starts has {word!r}; expected part of one of {list(STARTS)}")
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measures, from a command line to the report.
+
+    Args:
+        arguments: the command line; None is the process's.
+
+    Returns:
+        The results: `title`, `command`, `machine`, `config`, and what `measure` returns.
+    """
+    return frame.run(
+        Arguments,
+        "studies.target_size",
+        __doc__ or "",
+        arguments,
+        title="Test accuracy by the number of labelled target images",
+        rows="rows",
+        measure=measure,
+        present=_present,
+    )
+
+
+def measure(context: Context, parsed: Arguments, stages: Stages) -> dict[str, Any]:
+    """Measures what is not measured yet.
+
+    Returns:
+        `data`, the data set's name; `available`, the number of images that target images are drawn from; `left_out`,
+        the sizes above that; and `rows`, one for each size, start and seed: `size`, `start`, `seed`, `validation`,
+        the number of images that chose, `prior_accuracy`, `prior_loss`, `tuned_accuracy` and `tuned_loss` on the
+        test images (fractions and nats), `epochs`, the number chosen, `most_epochs`, `validation_loss` by epoch,
+        `prior_seconds`, `seconds` in all, compilation included, `machine`.
+
+    Raises:
+        SystemExit: no size that the data can give.
+    """
+    config, available = context.config, len(context.splits.rest)
+    sizes = sorted(size for size in parsed.sizes if size <= available)
+    with exit_on(ValueError):
+        if not sizes:
+            raise ValueError(f"sizes are {parsed.sizes}, but there are {available} images to draw from")
+    experts = glue_jax.stack_experts(train_experts(context)[0])
+    bank = make_bank(context, experts)
+    trainer = functools.cache(functools.partial(_trainer, context))
+    fields = {**context.expert_fields, **part(config, CoefficientFields, FineTuningFields)}
+    fields |= {"experts": config.num_experts, "epochs": parsed.epochs, "least_steps": parsed.least_steps}
+    fields["code"] = context.code(_measure, labelled_images)
+    starts = [name for name in STARTS if not parsed.starts or any(word in name for word in parsed.starts)]
+    bar = context.progress.stage("Sizes, starts, seeds", len(sizes) * len(starts) * len(config.seeds))
+    rows = []
+    for size in sizes:
+        for start in starts:
+            for seed in config.seeds:
+                labelled = labelled_images(context, seed, size)
+                compute = functools.partial(_measure, bank, start, labelled, trainer, parsed)
+                depends_on = {**fields, "size": size, "start": start, "seed": seed}
+                row = stages.run(f"target-size/{slug(start)}-n{size}-seed{seed}", depends_on, compute)
+                rows.append({"size": size, "start": start, "seed": seed, **row})
+                bar.advance()
+            last = rows[-len(config.seeds) :]
+            prior, tuned = (100 * np.mean([row[f"{of}_accuracy"] for row in last]) for of in ("prior", "tuned"))
+            context.progress.say(f"{size} images, {start}: test accuracy {prior:.1f} %, fine-tuned {tuned:.1f} %")
+    left_out = sorted(set(parsed.sizes) - set(sizes))
+    return {"data": context.dataset.name, "available": available, "left_out": left_out, "rows": rows}
+
+
+def _measure(
+    bank: Bank, start: str, labelled: Labelled, trainer: Callable[[int], Trainer], parsed: Arguments
+) -> dict[str, Any]:
+    """The prior and the fine-tuned model on the test images."""
+    context, begin = bank.context, time.perf_counter()
+    prior = jax.block_until_ready(STARTS[start](bank, labelled))
+    prior_seconds = time.perf_counter() - begin
+    batch_size = min(context.config.fine_tuning_batch_size, len(labelled.learning))
+    steps_per_epoch = len(labelled.learning) // batch_size
+    most_epochs = max(parsed.epochs, -(-parsed.least_steps // steps_per_epoch))
+    tuned, losses = fine_tune(context, trainer(batch_size), prior, labelled, most_epochs)
+    found = {}
+    for name, variables in (("prior", prior), ("tuned", tuned)):
+        found |= {f"{name}_{what}": value for what, value in context.evaluate(variables, context.test).items()}
+    return {
+        **found,
+        "validation": len(labelled.validation),
+        "epochs": int(np.argmin(losses)),
+        "most_epochs": most_epochs,
+        "validation_loss": losses,
+        "prior_seconds": prior_seconds,
+    }
+
+
+def _trainer(context: Context, batch_size: int) -> Trainer:
+    """The experiment's fine-tuning with minibatches of this size."""
+    config = context.config
+    if batch_size == config.fine_tuning_batch_size:
+        return context.tuning
+    adam = optax.adam(config.fine_tuning_learning_rate, b1=config.expert_b1, b2=config.expert_b2)
+    return make_trainer(context.problem, adam, batch_size=batch_size, augmentation=config.augmentation)
+
+
+def fine_tune(
+    context: Context, trainer: Trainer, prior: Variables, labelled: Labelled, most_epochs: int
+) -> tuple[Variables, list[float]]:
+    """Fine-tunes until validation stops improving.
+
+    Args:
+        context: of `experiments.context.prepare`.
+        trainer: whose minibatches hold no more images than are learned from.
+        prior: the model to begin with.
+        labelled: what to learn from, and what chooses.
+        most_epochs: the most epochs.
+
+    Returns:
+        The model of the lowest validation loss, the prior included, and the validation loss by epoch, the prior's
+        first.
+    """
+    key = jax.random.fold_in(jax.random.key(labelled.seed), _TUNING)
+    validation, rows = take(context.train, labelled.validation), jnp.asarray(labelled.learning)
+    best, losses = prior, [context.evaluate(prior, validation)["loss"]]
+    state = trainer.init(jax.tree.map(lambda leaf: leaf[None], prior))
+    for epoch in range(most_epochs):
+        state, _ = trainer.epoch(key[None], epoch, state, context.train, rows[None])
+        variables = jax.tree.map(lambda leaf: leaf[0], state.variables)
+        losses.append(context.evaluate(variables, validation)["loss"])
+        chosen = int(np.argmin(losses))
+        if chosen == epoch + 1:
+            best = variables
+        if epoch + 1 - chosen >= most_epochs / _PATIENCE:
+            break
+    return best, losses
+
+
+def table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Returns a row for each start, with the prior's and the fine-tuned model's test accuracy of each size."""
+    rows, sizes = results["rows"], _distinct(results, "size")
+    body = []
+    for start in _distinct(results, "start"):
+        cells = [start]
+        for size in sizes:
+            own = [row for row in rows if (row["start"], row["size"]) == (start, size)]
+            prior, tuned = (100 * np.array([row[f"{of}_accuracy"] for row in own]) for of in ("prior", "tuned"))
+            cells.append(f"{prior.mean():.1f} / {spread(tuned, 1)}")
+        body.append(cells)
+    return ["prior / fine-tuned, %", *(f"n = {size:,}" for size in sizes)], body
+
+
+def _distinct(results: Mapping[str, Any], name: str) -> list[Any]:
+    """What the rows have of a field, in their order."""
+    return list(dict.fromkeys(row[name] for row in results["rows"]))
+
+
+def _present(results: Mapping[str, Any]) -> frame.Report:
+    """All that is shown."""
+    return frame.Report(_markdown(results), {"target-size.png": _figure(results)}, {results["title"]: table(results)})
+
+
+def _markdown(results: Mapping[str, Any]) -> str:
+    """The report."""
+    rows = results["rows"]
+    validation = ", ".join(
+        f"{row['validation']:,} of {row['size']:,}" for row in {row["size"]: row for row in rows}.values()
+    )
+    drawn = f"Target images are drawn from {results['available']:,} images of {results['data']}."
+    if results["left_out"]:
+        drawn += f" So these sizes are left out: {', '.join(f'{size:,}' for size in results['left_out'])}."
+    unchanged = sum(row["epochs"] == 0 for row in rows)
+    at_end = sum(row["epochs"] == row["most_epochs"] for row in rows)
+    return (
+        "\n\n".join(
+            [
+                f"# {results['title']}",
+                f"    {results['command']}",
+                f"Run on {results['machine']}.",
+                "Test accuracy of the prior (the model before fine-tuning) / after fine-tuning, %, by n, the number "
+                f"of labelled target images. Means over {len(results['config']['seeds'])} seeds of target images; "
+                "± is the standard deviation of the fine-tuned accuracy.",
+                f"The n images are all that is labelled. Some of them validate: {validation}. They choose the "
+                "coefficients that are kept and the number of epochs, by the lowest loss; the others are learned "
+                "from. No epoch at all may be chosen, and training from scratch then stays at fresh weights. All n "
+                "images choose the best expert, and all n (2,048 at most) give BatchNorm's statistics.",
+                f"{drawn} The experts were trained on images of the same kind, so some target images are theirs, too.",
+                f"Of {len(rows)} fine-tunings {unchanged} chose no epoch, and {at_end} the last that was allowed.",
+                "![test accuracy by the number of labelled target images](target-size.png)",
+                markdown_table(*table(results)),
+            ]
+        )
+        + "\n"
+    )
+
+
+def _figure(results: Mapping[str, Any]) -> Figure:
+    """Test accuracy by the number of images, the mean over seeds: of the prior dashed, fine-tuned solid."""
+    sizes = _distinct(results, "size")
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(8, 5.5), layout="constrained")
+        axes = figure.subplots()
+        for index, start in enumerate(_distinct(results, "start")):
+            own = [row for row in results["rows"] if row["start"] == start]
+            for of, line in (("prior", "--"), ("tuned", "-")):
+                # Fresh weights are no prior.
+                if start == SCRATCH and of == "prior":
+                    continue
+                accuracies = [[row[f"{of}_accuracy"] for row in own if row["size"] == size] for size in sizes]
+                mean = 100 * np.mean(accuracies, axis=1)
+                label = start if of == "tuned" else None
+                axes.plot(sizes, mean, line, marker=".", color=f"C{index}", label=label)
+        axes.set(
+            xscale="log",
+            xlabel="labelled target images, validation included",
+            ylabel="test accuracy, % (dashed: before fine-tuning)",
+        )
+        axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        axes.minorticks_off()
+        figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
+if __name__ == "__main__":
+    with process():
+        main()
