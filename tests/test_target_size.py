@@ -60,11 +60,11 @@ def test_the_best_expert_is_the_most_accurate_and_of_equals_the_one_of_the_lowes
 ):
     def evaluate(expert, images):
         assert len(images.labels) == 30
-        return {"accuracy": accuracies[int(expert)], "loss": losses[int(expert)]}
+        return {"accuracy": accuracies[int(expert["expert"])], "loss": losses[int(expert["expert"])]}
 
     judged = context._replace(evaluate=evaluate, config=dataclasses.replace(context.config, num_experts=3))
-    bank = starts.make_bank(judged, jnp.arange(3))
-    assert int(STARTS["best expert"](bank, labelled_images(context, 0, 30))) == best
+    bank = starts.make_bank(judged, {"expert": jnp.arange(3)})
+    assert int(STARTS["best expert"](bank, labelled_images(context, 0, 30))["expert"]) == best
 
 
 @pytest.mark.parametrize(
@@ -80,13 +80,13 @@ def test_fine_tuning_keeps_the_model_of_the_lowest_validation_loss_and_stops(con
         return TrainingState(variables=variables, opt_state=())
 
     def epoch(keys, epoch, state, examples, rows):
-        return TrainingState(variables=state.variables + 1, opt_state=()), np.zeros((1, 1))
+        return TrainingState(variables={"epochs": state.variables["epochs"] + 1}, opt_state=()), np.zeros((1, 1))
 
     trainer = Trainer(init=init, steps=jax.jit(lambda: None), epoch=epoch)
-    judged = context._replace(evaluate=lambda variables, examples: {"loss": losses[int(variables)]})
+    judged = context._replace(evaluate=lambda variables, examples: {"loss": losses[int(variables["epochs"])]})
     labelled = labelled_images(context, 0, 30)
-    best, found = target_size.fine_tune(judged, trainer, jnp.zeros(()), labelled, 8)
-    assert int(best) == chosen
+    best, found = target_size.fine_tune(judged, trainer, {"epochs": jnp.zeros(())}, labelled, 8)
+    assert int(best["epochs"]) == chosen
     assert found == losses[: epochs + 1]
 
 
