@@ -12,8 +12,8 @@ downloaded and prepared, which needs `pip install -e '.[experiments,prepare]'` o
 """
 
 from experiments.cli import main
-from experiments.config import Config
-from experiments.session import process
+from experiments.protocol.config import Config
+from experiments.runtime.session import process
 
 PRESETS = {
     "paper": Config(),

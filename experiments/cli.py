@@ -11,15 +11,17 @@ import jax
 import tyro
 from rich.console import Console
 
-from experiments import data, protocol, run_report
-from experiments.analysis import CONFIGS
-from experiments.config import Config
-from experiments.context import Context, prepare
-from experiments.estimate import describe, estimate
-from experiments.experts import describe_missing
-from experiments.presets import folder_of
-from experiments.session import exit_on, session
-from experiments.stages import machine, naming
+from experiments.protocol import data
+from experiments.protocol import run as protocol
+from experiments.protocol.config import Config
+from experiments.protocol.context import Context, prepare
+from experiments.protocol.estimate import describe, estimate
+from experiments.protocol.expert_training import describe_missing
+from experiments.protocol.presets import folder_of
+from experiments.reporting import run_report
+from experiments.reporting.analysis import CONFIGS
+from experiments.runtime.session import exit_on, session
+from experiments.runtime.stages import machine, naming
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

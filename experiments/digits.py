@@ -7,8 +7,8 @@ their uniform average 65 %, learned coefficients 73 %, after fine-tuning 89 to 9
 """
 
 from experiments.cli import main
-from experiments.config import Config
-from experiments.session import process
+from experiments.protocol.config import Config
+from experiments.runtime.session import process
 
 PRESETS = {
     "quick": Config(

@@ -15,8 +15,8 @@ of them is the target set.
 """
 
 from experiments.cli import main
-from experiments.config import QUICK, Config
-from experiments.session import process
+from experiments.protocol.config import QUICK, Config
+from experiments.runtime.session import process
 
 PRESETS = {
     "paper": Config(dataset="imagenette/160px-v2", image_size=64, network="vit"),

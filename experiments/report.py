@@ -20,14 +20,14 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
-from experiments import claims
-from experiments.analysis import CONFIGS, PAPER_CONFIGS, configs_of
-from experiments.paper import EXPERIMENTS, EXPERT_ACCURACY, experiment_of, is_at_its_scale
-from experiments.presentation import STYLE, markdown_table, png, shortened, unbroken
-from experiments.run_report import OURS, PASSES, config_table, cost_table, draw_accuracy
-from experiments.session import failure
-from experiments.shapes import check_shape
-from experiments.stages import read_json, write_whole
+from experiments.reporting import claims
+from experiments.reporting.analysis import CONFIGS, PAPER_CONFIGS, configs_of
+from experiments.reporting.paper import EXPERIMENTS, EXPERT_ACCURACY, experiment_of, is_at_its_scale
+from experiments.reporting.presentation import STYLE, markdown_table, png, shortened, unbroken
+from experiments.reporting.run_report import OURS, PASSES, config_table, cost_table, draw_accuracy
+from experiments.reporting.shapes import check_shape
+from experiments.runtime.session import failure
+from experiments.runtime.stages import read_json, write_whole
 
 _NUMBER = int | float
 _AGAIN = "the experiment's own command, given again, writes it from the stages that are kept"

@@ -15,8 +15,8 @@ it is downloaded and prepared, which needs `pip install -e '.[experiments,prepar
 """
 
 from experiments.cli import main
-from experiments.config import QUICK, Config
-from experiments.session import process
+from experiments.protocol.config import QUICK, Config
+from experiments.runtime.session import process
 
 PRESETS = {
     "paper": Config(dataset="svhn_cropped", network="mobilenetv2", augmentation="crop"),

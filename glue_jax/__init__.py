@@ -2,130 +2,75 @@
 
 The method is of Park, Chaudhari, Pranav, Joe-Wong and Moura, "GLUE: Gradient-free Learning to Unify Experts"
 (https://arxiv.org/abs/2512.22467). Equation numbers in this package are that paper's first version's.
+
+This page has what a first reader needs. The rest stands in its module:
+
+- `glue_jax.merging`: are experts alike, permutations, BatchNorm, coefficients by layer, soups.
+- `glue_jax.links`: coefficients outside the convex hull; a temperature.
+- `glue_jax.coefficients`: coefficients that need no learning.
+- `glue_jax.objectives`: what to learn by, beside a loss.
+- `glue_jax.estimators` and `glue_jax.directions`: gradients of any function of few coefficients.
+- `glue_jax.batches`: minibatches of arrays. `glue_jax.paths`: parts of a pytree.
+- `glue_jax.theory`: the paper's formulas. `glue_jax.types`: the types in signatures.
 """
 
-from glue_jax import theory
-from glue_jax.alignment import Alignment, Permutations, align, align_experts, permute
+from glue_jax import batches, coefficients, directions, estimators, links, merging, objectives, paths, theory, types
 from glue_jax.ask_tell import OutputProbes, Probes, ask, ask_outputs, tell, tell_outputs
-from glue_jax.batch_norm import refresh_statistics
-from glue_jax.batches import batched_mean, minibatch_indices
 from glue_jax.blending import blend
 from glue_jax.calibration import Calibration, calibrate
-from glue_jax.coefficients import (
-    data_size_weights,
-    proxy_accuracy_weights,
-    uniform,
-    weights_to_logits,
-)
-from glue_jax.directions import Directions, sample_directions
-from glue_jax.estimators import Estimate, forward_gradient, full_gradient, spsa_gradient
 from glue_jax.experts import num_experts, stack_experts
+from glue_jax.failures import NonFiniteLossError
 from glue_jax.gauss_newton import gauss_newton_step
-from glue_jax.groups import Groups, by_layer, group_by_path
-from glue_jax.learning import NonFiniteLossError, learn
-from glue_jax.links import Link, Tempered, box, task_vector_weights, tempered_link, tempered_merge, unconstrained
-from glue_jax.objectives import OutputLoss, entropy, error_rate
-from glue_jax.paths import combine, leaf_paths, partition
-from glue_jax.permutation_specs import PermutationSpec, chain_spec
+from glue_jax.learning import learn
+from glue_jax.links import unconstrained
+from glue_jax.objectives import OutputLoss
+from glue_jax.paths import combine, partition
 from glue_jax.planning import plan
 from glue_jax.plans import Plan
-from glue_jax.regmean import regmean_merge
-from glue_jax.similarity import Similarity, loss_barriers, weight_similarity
-from glue_jax.soups import best_expert, diagonal_fisher, fisher_merge, greedy_soup, loss_weights
 from glue_jax.starts import learn_from_starts
 from glue_jax.steps import alpha, forward_gradient_step, full_gradient_step, init, spsa_step
-from glue_jax.types import (
-    Diagnostics,
-    GlueMetrics,
-    GlueState,
-    History,
-    LearnResult,
-    LinkFn,
-    LossFn,
-    MergeFn,
-    Progress,
-    StepFn,
-)
+from glue_jax.types import GlueMetrics, GlueState, LearnResult
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Alignment",
     "Calibration",
-    "Diagnostics",
-    "Directions",
-    "Estimate",
     "GlueMetrics",
     "GlueState",
-    "Groups",
-    "History",
     "LearnResult",
-    "Link",
-    "LinkFn",
-    "LossFn",
-    "MergeFn",
     "NonFiniteLossError",
     "OutputLoss",
     "OutputProbes",
-    "PermutationSpec",
-    "Permutations",
     "Plan",
     "Probes",
-    "Progress",
-    "Similarity",
-    "StepFn",
-    "Tempered",
-    "align",
-    "align_experts",
     "alpha",
     "ask",
     "ask_outputs",
-    "batched_mean",
-    "best_expert",
+    "batches",
     "blend",
-    "box",
-    "by_layer",
     "calibrate",
-    "chain_spec",
+    "coefficients",
     "combine",
-    "data_size_weights",
-    "diagonal_fisher",
-    "entropy",
-    "error_rate",
-    "fisher_merge",
-    "forward_gradient",
+    "directions",
+    "estimators",
     "forward_gradient_step",
-    "full_gradient",
     "full_gradient_step",
     "gauss_newton_step",
-    "greedy_soup",
-    "group_by_path",
     "init",
-    "leaf_paths",
     "learn",
     "learn_from_starts",
-    "loss_barriers",
-    "loss_weights",
-    "minibatch_indices",
+    "links",
+    "merging",
     "num_experts",
+    "objectives",
     "partition",
-    "permute",
+    "paths",
     "plan",
-    "proxy_accuracy_weights",
-    "refresh_statistics",
-    "regmean_merge",
-    "sample_directions",
-    "spsa_gradient",
     "spsa_step",
     "stack_experts",
-    "task_vector_weights",
     "tell",
     "tell_outputs",
-    "tempered_link",
-    "tempered_merge",
     "theory",
+    "types",
     "unconstrained",
-    "uniform",
-    "weight_similarity",
-    "weights_to_logits",
 ]

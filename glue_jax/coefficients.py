@@ -35,7 +35,7 @@ def data_size_weights(sizes: ArrayLike) -> jax.Array:
 
     Example:
         >>> import glue_jax
-        >>> glue_jax.data_size_weights([2000, 6000])
+        >>> glue_jax.coefficients.data_size_weights([2000, 6000])
         Array([0.25, 0.75], dtype=float32)
     """
     return _normalized("sizes", sizes)

@@ -85,7 +85,7 @@ def spsa_gradient(
         >>> import jax, jax.numpy as jnp
         >>> import glue_jax
         >>> beta = jnp.array([1.0, 2.0])
-        >>> estimate = glue_jax.spsa_gradient(
+        >>> estimate = glue_jax.estimators.spsa_gradient(
         ...     jax.random.key(0), lambda b: b @ b, beta, num_directions=2, directions="orthogonal"
         ... )
         >>> jnp.allclose(estimate.gradient, 2 * beta, atol=1e-3)

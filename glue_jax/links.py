@@ -127,7 +127,7 @@ def box(*, low: float = 0.0, high: float = 1.0) -> Link:
     Example:
         >>> import jax.numpy as jnp
         >>> import glue_jax
-        >>> glue_jax.box(low=-0.5, high=1.5)(jnp.zeros(2))
+        >>> glue_jax.links.box(low=-0.5, high=1.5)(jnp.zeros(2))
         Array([0.5, 0.5], dtype=float32)
     """
     low, high = as_number("low", low), as_number("high", high)
@@ -172,7 +172,7 @@ def task_vector_weights(scales: jax.Array) -> jax.Array:
     Example:
         >>> import jax.numpy as jnp
         >>> import glue_jax
-        >>> glue_jax.task_vector_weights(jnp.array([0.5, 1.0]))
+        >>> glue_jax.links.task_vector_weights(jnp.array([0.5, 1.0]))
         Array([-0.5,  0.5,  1. ], dtype=float32)
     """
     scales = jnp.asarray(scales)
@@ -221,8 +221,8 @@ def _tempered(beta: PyTree, *, link_fn: LinkFn) -> Tempered:
     """Alpha with its temperature."""
     if not isinstance(beta, Tempered):
         raise TypeError(
-            f"beta is a {type(beta).__name__}; expected glue_jax.Tempered(coefficients, temperature), as a state of "
-            "glue_jax.init(..., link_fn=tempered_link(...)) has"
+            f"beta is a {type(beta).__name__}; expected glue_jax.links.Tempered(coefficients, temperature), as a state "
+            "of glue_jax.init(..., link_fn=tempered_link(...)) has"
         )
     return Tempered(link_fn(beta.coefficients), jnp.exp(beta.temperature))
 
@@ -249,7 +249,9 @@ def tempered_merge(merge_fn: MergeFn, *, head: str) -> MergeFn:
 
     def merge(experts: Params, alpha: PyTree, *, min_dtype: DTypeLike | None = None) -> Params:
         if not isinstance(alpha, Tempered):
-            raise TypeError(f"alpha is a {type(alpha).__name__}; expected glue_jax.Tempered, as tempered_link gives")
+            raise TypeError(
+                f"alpha is a {type(alpha).__name__}; expected glue_jax.links.Tempered, as tempered_link gives"
+            )
         check_positive("the temperature", alpha.temperature)
         if min_dtype is None:
             params = merge_fn(experts, alpha.coefficients)

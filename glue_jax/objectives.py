@@ -1,6 +1,6 @@
 """What to learn the coefficients by, beside the loss of Eq. (2): SPSA needs no gradient of it.
 
-    loss_fn = lambda params, batch: glue_jax.error_rate(apply(params, batch["x"]), batch["y"])
+    loss_fn = lambda params, batch: glue_jax.objectives.error_rate(apply(params, batch["x"]), batch["y"])
 
 A metric that counts has no slope at a small radius: give `spsa_step` one at which it changes (`glue_jax.calibrate`
 finds it), or learn on a surrogate and validate on the metric (`validation_fn`).

@@ -22,7 +22,7 @@ def leaf_paths(tree: PyTree) -> PyTree:
 
     Example:
         >>> import glue_jax
-        >>> glue_jax.leaf_paths({"params": {"head": {"bias": 0.0}}})
+        >>> glue_jax.paths.leaf_paths({"params": {"head": {"bias": 0.0}}})
         {'params': {'head': {'bias': 'params/head/bias'}}}
     """
     return jax.tree_util.tree_map_with_path(lambda path, _: slashed(path), tree)

@@ -1,6 +1,7 @@
 """Which number format a loss computes in, and what SPSA needs of it.
 
-SPSA subtracts two losses of nearby models. `experiments.numerics` measures what rounding leaves of the difference:
+SPSA subtracts two losses of nearby models. `experiments.studies.numerics` measures what rounding leaves of the
+difference:
 
 - A float32 network at the highest precision of products gives slopes within 2 % at the link's radius, for experts that
   are far from one another and for experts that are 1 % apart.

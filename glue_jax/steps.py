@@ -121,7 +121,7 @@ def spsa_step(
         batch: a pytree of arrays `[B, ...]`. Both probes of a pair see it.
         loss_fn: `loss_fn(params, batch) -> scalar`, of params that are at least float32, whatever the experts' dtype;
             deterministic (no dropout; BatchNorm by its running statistics, or
-            by the minibatch: see `glue_jax.batch_norm`). It is never differentiated.
+            by the minibatch: see `glue_jax.merging.batch_norm`). It is never differentiated.
         optimizer: of beta, the one given to `init`.
         link_fn: `link_fn(beta) -> alpha`. The softmax over the last axis keeps the blend in the experts' convex hull;
             `unconstrained` is the literal Eq. (7).

@@ -13,14 +13,17 @@ from rich.console import Console
 
 import experiments
 import glue_jax
-from experiments import data, digits, protocol
-from experiments.ablation import __main__ as ablation
-from experiments.ablation import measurement, report
-from experiments.ablation.measured import Measured
-from experiments.ablation.recipes import Recipe, recipes
-from experiments.context import prepare
-from experiments.progress import ProgressBars
-from experiments.stages import Stages
+from experiments import digits
+from experiments.protocol import data
+from experiments.protocol import run as protocol
+from experiments.protocol.context import prepare
+from experiments.runtime.progress import ProgressBars
+from experiments.runtime.stages import Stages
+from experiments.studies.ablation import __main__ as ablation
+from experiments.studies.ablation import ablation_report as report
+from experiments.studies.ablation import trials as measurement
+from experiments.studies.ablation.prerequisites import Measured
+from experiments.studies.ablation.recipes import Recipe, recipes
 from tests.test_protocol import TINY
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from experiments import calibration, digits
+from experiments import digits
+from experiments.studies import calibration
 from tests.test_protocol import TINY
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")

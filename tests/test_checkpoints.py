@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import checkpoints
-from experiments.stages import DamagedStageError
+from experiments.runtime import checkpoints
+from experiments.runtime.stages import DamagedStageError
 
 TREE = {"a": jnp.arange(5000.0).reshape(50, 100), "b": {"c": jnp.arange(3)}}
 

@@ -55,7 +55,7 @@ def test_what_is_no_real_number_is_refused_by_name(values):
 
 def test_traced_numbers_are_refused_with_what_to_do():
     with pytest.raises(TypeError, match=r"sizes is .*; expected real numbers, outside jit"):
-        jax.jit(glue_jax.data_size_weights)(jnp.ones(3))
+        jax.jit(glue_jax.coefficients.data_size_weights)(jnp.ones(3))
 
 
 def test_a_number_is_one_number():

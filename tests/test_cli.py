@@ -5,8 +5,9 @@ import re
 
 import pytest
 
-from experiments import cifar10, cli, digits, imagenette, paper, svhn
-from experiments.config import Config
+from experiments import cifar10, cli, digits, imagenette, svhn
+from experiments.protocol.config import Config
+from experiments.reporting import paper
 from tests.test_protocol import TINY
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
@@ -91,11 +92,11 @@ def test_a_disk_that_is_full_at_the_report_ends_with_one_line_and_is_gone_on_fro
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("experiments.presentation.write_whole", full)
+        patch.setattr("experiments.reporting.presentation.write_whole", full)
         with pytest.raises(SystemExit, match="no space is left to write") as stopped:
             cli.main("digits", "", {"tiny": TINY}, words)
     assert f"finished stages are kept in {tmp_path}" in str(stopped.value.code)
-    monkeypatch.setattr("experiments.experts.train", None)
+    monkeypatch.setattr("experiments.protocol.expert_training.train", None)
     monkeypatch.setattr("experiments.protocol.train", None)
     cli.main("digits", "", {"tiny": TINY}, words)
     assert {path.name for path in tmp_path.iterdir()} == FILES

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments.cost import __main__ as cost
-from experiments.cost import measurement, report
-from experiments.cost.claims import claims, growth_table
-from experiments.cost.measurement import Program, Samples
-from experiments.cost.programs import Setting
-from experiments.cost.promises import promises
-from experiments.progress import ProgressBars
+from experiments.runtime.progress import ProgressBars
+from experiments.studies.cost import __main__ as cost
+from experiments.studies.cost import cost_report as report
+from experiments.studies.cost import step_costs as measurement
+from experiments.studies.cost.cost_claims import claims, growth_table
+from experiments.studies.cost.programs import Setting
+from experiments.studies.cost.promises import promises
+from experiments.studies.cost.step_costs import Program, Samples
 
 TINY = ["--networks", "convnet", "--batch-sizes", "4", "--num-experts", "3", "--num-directions", "1"]
 REPETITIONS = 3
@@ -27,7 +28,7 @@ TPU_ROW = {
     "compile_seconds": {"full_step": 41.0, "spsa_step": 27.0},
 }
 TPU = {
-    "command": "python -m experiments.tpu",
+    "command": "python -m experiments.studies.cost.tpu",
     "topology": "v5e:2x2",
     "compiler": "libtpu 1.2.3",
     "matmul_precision": "highest",
@@ -80,7 +81,7 @@ def test_a_run_writes_its_report(results, folder):
     assert {path.name for path in folder.iterdir()} == {"results.json", "report.md", "cost.png", "stages", "tpu.json"}
     assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(results))
     report = (folder / "report.md").read_text()
-    assert "python -m experiments.cost --networks convnet" in report
+    assert "python -m experiments.studies.cost --networks convnet" in report
     assert results["machine"] in report
     assert "nan" not in report
 
@@ -383,5 +384,7 @@ def test_a_tpu_file_of_another_shape_is_refused_before_any_work(content, message
     (tmp_path / "tpu.json").write_text(content)
     with pytest.raises(SystemExit) as stopped:
         run(tmp_path)
-    assert f"{tmp_path / 'tpu.json'} is not what python -m experiments.tpu writes: " in str(stopped.value.code)
+    assert f"{tmp_path / 'tpu.json'} is not what python -m experiments.studies.cost.tpu writes: " in str(
+        stopped.value.code
+    )
     assert message in str(stopped.value.code)

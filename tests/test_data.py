@@ -10,7 +10,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 from PIL import Image
 
-from experiments import data
+from experiments.protocol import data
 
 
 def _plain(index):

@@ -10,19 +10,20 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import devices
+from experiments.runtime import devices
 
 PROGRAM = """
 import dataclasses, io, json, logging, sys, pathlib
 import jax, jax.numpy as jnp
 from rich.console import Console
-from experiments import data, estimate, protocol
-from experiments.context import prepare
-from experiments.progress import ProgressBars
+from experiments.protocol import data, estimate, run as protocol
+from experiments.protocol.context import prepare
+from experiments.runtime.progress import ProgressBars
 from tests.test_protocol import TINY
 
 # An accelerator's way: all experts at once, an epoch or the steps between two validations in one call.
-for module in ("experiments.context", "experiments.estimate", "experiments.training", "glue_jax.learning"):
+PROTOCOL = "experiments.protocol"
+for module in (f"{PROTOCOL}.context", f"{PROTOCOL}.estimate", f"{PROTOCOL}.training", "glue_jax.learning"):
     sys.modules[module].on_cpu = lambda tree: False
 
 config = dataclasses.replace(TINY, seeds=(0,), test_examples=32, alpha_learning_rate=0.1, validation_examples=24)

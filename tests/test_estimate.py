@@ -3,8 +3,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiments import data, estimate, protocol
-from experiments.experts import missing_experts
+from experiments.protocol import data, estimate
+from experiments.protocol import run as protocol
+from experiments.protocol.expert_training import missing_experts
 from tests.test_learning import compilations
 from tests.test_protocol import TINY, _prepare
 

@@ -20,9 +20,12 @@ NAMES = get_args(DirectionName)
 SCALES = get_args(Scale)
 SAMPLES = 4000
 
-spsa_and_forward = pytest.mark.parametrize("estimator", [glue_jax.spsa_gradient, glue_jax.forward_gradient])
+spsa_and_forward = pytest.mark.parametrize(
+    "estimator", [glue_jax.estimators.spsa_gradient, glue_jax.estimators.forward_gradient]
+)
 all_estimators = pytest.mark.parametrize(
-    "estimator", [glue_jax.spsa_gradient, glue_jax.forward_gradient, glue_jax.full_gradient]
+    "estimator",
+    [glue_jax.estimators.spsa_gradient, glue_jax.estimators.forward_gradient, glue_jax.estimators.full_gradient],
 )
 
 
@@ -65,7 +68,7 @@ def sampled(name, m, shape):
 
     def estimates(key):
         return {
-            scale: glue_jax.spsa_gradient(
+            scale: glue_jax.estimators.spsa_gradient(
                 jax.random.clone(key),
                 functools.partial(inner, jnp.asarray(gradient, jnp.float32)),
                 jnp.zeros(shape),
@@ -116,7 +119,7 @@ def test_theory_holds_on_a_quadratic_function_at_any_radius(name):
 
     def estimate(key):
         at = jnp.asarray(beta, jnp.float32)
-        return glue_jax.spsa_gradient(key, fun, at, radius=0.7, num_directions=2, directions=name).gradient
+        return glue_jax.estimators.spsa_gradient(key, fun, at, radius=0.7, num_directions=2, directions=name).gradient
 
     estimates = np.asarray(jax.jit(jax.vmap(estimate))(jax.random.split(jax.random.key(2), SAMPLES)))
     norm = np.linalg.norm(gradient)
@@ -133,7 +136,7 @@ def test_theory_holds_over_a_tree_of_coefficients_with_a_scalar(name):
     fun = functools.partial(inner, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), gradient))
 
     def flat_estimate(key):
-        estimate = glue_jax.spsa_gradient(key, fun, beta, radius=0.5, num_directions=3, directions=name)
+        estimate = glue_jax.estimators.spsa_gradient(key, fun, beta, radius=0.5, num_directions=3, directions=name)
         return ravel_pytree(estimate.gradient)[0]
 
     estimates = np.asarray(jax.jit(jax.vmap(flat_estimate))(jax.random.split(jax.random.key(3), SAMPLES)))
@@ -176,7 +179,7 @@ def test_halving_the_radius_quarters_the_error_on_a_nonlinear_function(name, m):
 
         @jax.jit
         def error(radius):
-            estimate = glue_jax.spsa_gradient(
+            estimate = glue_jax.estimators.spsa_gradient(
                 jax.random.key(4),
                 lambda b: jnp.exp(jnp.sum(jnp.sin(frequency * b))),
                 jnp.asarray(beta),
@@ -197,7 +200,7 @@ def test_halving_the_radius_quarters_the_error_on_a_nonlinear_function(name, m):
 @pytest.mark.parametrize("fun", [refuses_jvp, refuses_vjp])
 def test_spsa_never_differentiates(fun, probe_batch_size):
     def estimate(beta):
-        return glue_jax.spsa_gradient(
+        return glue_jax.estimators.spsa_gradient(
             jax.random.key(0), fun, beta, num_directions=2, directions="orthogonal", probe_batch_size=probe_batch_size
         )
 
@@ -209,9 +212,9 @@ def test_spsa_never_differentiates(fun, probe_batch_size):
 @pytest.mark.parametrize(
     ("estimator", "fun"),
     [
-        (glue_jax.full_gradient, refuses_jvp),
-        (glue_jax.full_gradient, refuses_vjp),
-        (glue_jax.forward_gradient, refuses_jvp),
+        (glue_jax.estimators.full_gradient, refuses_jvp),
+        (glue_jax.estimators.full_gradient, refuses_vjp),
+        (glue_jax.estimators.forward_gradient, refuses_jvp),
     ],
 )
 def test_the_other_estimators_do_differentiate(estimator, fun):
@@ -225,7 +228,7 @@ def test_spsa_takes_a_function_that_jax_cannot_see_into():
         return jax.pure_callback(lambda b: np.float32(np.sum(b**2)), shape, beta, vmap_method="sequential")
 
     beta = jnp.array([1.0, -2.0])
-    estimate = glue_jax.spsa_gradient(
+    estimate = glue_jax.estimators.spsa_gradient(
         jax.random.key(0), served, beta, radius=0.1, num_directions=2, directions="orthogonal"
     )
     np.testing.assert_allclose(estimate.gradient, [2.0, -4.0], rtol=1e-4)
@@ -234,8 +237,8 @@ def test_spsa_takes_a_function_that_jax_cannot_see_into():
 @pytest.mark.parametrize(("scale", "factor"), [("unbiased", 3), ("paper", 1)])
 def test_the_estimate_is_equation_6_along_the_directions_of_the_key(scale, factor):
     key, beta, g = jax.random.key(5), np.array([0.1, 0.2, 0.3], np.float32), np.array([1.0, -2.0, 4.0], np.float32)
-    u = np.asarray(glue_jax.sample_directions(jax.random.clone(key), beta, 2, "sphere"))
-    estimate = glue_jax.spsa_gradient(
+    u = np.asarray(glue_jax.directions.sample_directions(jax.random.clone(key), beta, 2, "sphere"))
+    estimate = glue_jax.estimators.spsa_gradient(
         key, lambda b: b @ g, beta, radius=0.25, num_directions=2, directions="sphere", scale=scale
     )
     assert estimate.probe_values is not None
@@ -254,8 +257,8 @@ def test_forward_gradient_is_spsa_in_the_limit_of_radius_zero(name, scale):
 
     @jax.jit
     def estimates(beta):
-        spsa = glue_jax.spsa_gradient(jax.random.key(6), lambda b: jnp.sum(b**2), beta, radius=0.5, **words)
-        return spsa, glue_jax.forward_gradient(jax.random.key(6), lambda b: jnp.sum(b**2), beta, **words)
+        spsa = glue_jax.estimators.spsa_gradient(jax.random.key(6), lambda b: jnp.sum(b**2), beta, radius=0.5, **words)
+        return spsa, glue_jax.estimators.forward_gradient(jax.random.key(6), lambda b: jnp.sum(b**2), beta, **words)
 
     spsa, forward = estimates(beta)
     np.testing.assert_allclose(spsa.gradient, forward.gradient, atol=1e-4)
@@ -265,7 +268,7 @@ def test_forward_gradient_is_spsa_in_the_limit_of_radius_zero(name, scale):
 
 def test_the_full_gradient_is_exact_and_takes_any_key():
     for key in (None, jax.random.key(0)):
-        estimate = glue_jax.full_gradient(key, lambda b: b["x"] ** 3 + 2 * b["y"], {"x": 2.0, "y": 5.0})
+        estimate = glue_jax.estimators.full_gradient(key, lambda b: b["x"] ** 3 + 2 * b["y"], {"x": 2.0, "y": 5.0})
         assert jax.tree.map(float, estimate.gradient) == {"x": 12.0, "y": 2.0}
         assert float(estimate.value) == 18.0
         assert estimate.probe_values is None
@@ -316,7 +319,9 @@ def test_the_same_key_gives_the_same_estimate_and_another_key_another(estimator)
 
 def test_the_radius_may_be_traced():
     def estimate(radius):
-        return glue_jax.spsa_gradient(jax.random.key(0), lambda b: jnp.sum(b**3), jnp.ones(3), radius=radius).gradient
+        return glue_jax.estimators.spsa_gradient(
+            jax.random.key(0), lambda b: jnp.sum(b**3), jnp.ones(3), radius=radius
+        ).gradient
 
     np.testing.assert_allclose(jax.jit(estimate)(0.1), estimate(0.1), rtol=1e-4)
 
@@ -324,7 +329,7 @@ def test_the_radius_may_be_traced():
 @pytest.mark.parametrize("radius", [0, 0.0, -1e-2, float("nan"), float("inf")])
 def test_a_radius_that_is_not_above_zero_and_finite_is_refused(radius):
     with pytest.raises(ValueError, match=f"radius is {radius}"):
-        glue_jax.spsa_gradient(jax.random.key(0), jnp.sum, jnp.zeros(3), radius=radius)
+        glue_jax.estimators.spsa_gradient(jax.random.key(0), jnp.sum, jnp.zeros(3), radius=radius)
 
 
 @spsa_and_forward

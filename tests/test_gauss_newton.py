@@ -318,7 +318,7 @@ def test_outputs_that_are_not_finite_at_a_proposal_turn_it_down_and_teach_nothin
 
 def test_groups_a_temperature_and_outputs_of_several_arrays():
     experts, batch = classification()
-    groups = glue_jax.group_by_path(experts, lambda path: path)
+    groups = glue_jax.merging.group_by_path(experts, lambda path: path)
 
     def several(params, batch):
         logits = network(params, batch)
@@ -327,9 +327,9 @@ def test_groups_a_temperature_and_outputs_of_several_arrays():
     loss_fn = glue_jax.OutputLoss(
         several, lambda outputs, batch: cross_entropy(outputs["logits"], batch) + 1e-3 * jnp.mean(outputs["size"])
     )
-    link_fn = glue_jax.tempered_link(jax.nn.softmax)
-    merge_fn = glue_jax.tempered_merge(functools.partial(glue_jax.blend, groups=groups.rows), head="second")
-    beta = glue_jax.Tempered(jnp.zeros((len(groups.names), K)), jnp.zeros(()))
+    link_fn = glue_jax.links.tempered_link(jax.nn.softmax)
+    merge_fn = glue_jax.links.tempered_merge(functools.partial(glue_jax.blend, groups=groups.rows), head="second")
+    beta = glue_jax.links.Tempered(jnp.zeros((len(groups.names), K)), jnp.zeros(()))
     state = glue_jax.init(K, beta=beta, link_fn=link_fn)
     assert state.opt_state.curvature.shape == (2 * (K - 1) + 1,) * 2
     words = {"loss_fn": loss_fn, "link_fn": link_fn, "merge_fn": merge_fn}

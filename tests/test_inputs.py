@@ -49,7 +49,7 @@ def test_all_kernels_but_depthwise_ones_have_gram_matrices_that_fit(name, option
         kernels = [path for path in by_path(variables) if path.endswith("/kernel") and "depthwise" not in path]
         assert sorted(grams) == sorted(kernels)
         experts = jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), variables)
-        return glue_jax.regmean_merge(experts, {path: jnp.stack([gram] * 2) for path, gram in grams.items()})
+        return glue_jax.merging.regmean_merge(experts, {path: jnp.stack([gram] * 2) for path, gram in grams.items()})
 
     assert jax.eval_shape(merged, variables, images) == variables
 

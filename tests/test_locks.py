@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from experiments.locks import LockedError, locked
+from experiments.runtime.locks import LockedError, locked
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from experiments.locks import locked
+from experiments.runtime.locks import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

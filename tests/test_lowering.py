@@ -180,7 +180,7 @@ def test_every_product_of_a_step_has_the_highest_precision(probe_batch_size):
     assert {params["precision"] for params in found} == {(HIGHEST, HIGHEST)}
 
 
-@pytest.mark.parametrize("estimator", [glue_jax.spsa_gradient, glue_jax.forward_gradient])
+@pytest.mark.parametrize("estimator", [glue_jax.estimators.spsa_gradient, glue_jax.estimators.forward_gradient])
 def test_the_combination_of_directions_has_the_highest_precision_under_vmap(estimator):
     def gradient(beta):
         return estimator(jax.random.key(0), lambda b: jnp.sum(b**2), beta, num_directions=3).gradient

@@ -10,8 +10,8 @@ import pytest
 
 import glue_jax
 from experiments import models
-from experiments.data import Examples
-from experiments.training import Problem, make_trainer
+from experiments.protocol.data import Examples
+from experiments.protocol.training import Problem, make_trainer
 
 OPTIMIZER = optax.adam(1e-2, b1=0.9, b2=0.99)
 SIZES = {"resnet20": 32, "mobilenetv2": 32, "vit": 64}

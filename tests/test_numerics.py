@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import numerics
-from experiments.rounding import with_rounded_products
+from experiments.studies import numerics
+from experiments.studies.rounding import with_rounded_products
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -13,7 +13,7 @@ MODEL = {"params": {"body": [{"w": 1.0}, {"w": 2.0}], "head": {"w": 3.0, "b": 4.
 
 
 def test_a_path_is_its_keys_joined_by_slashes():
-    assert jax.tree.leaves(glue_jax.leaf_paths(MODEL)) == [
+    assert jax.tree.leaves(glue_jax.paths.leaf_paths(MODEL)) == [
         "batch_stats/body",
         "params/body/0/w",
         "params/body/1/w",

@@ -332,7 +332,7 @@ def test_a_metric_that_counts_is_planned_with_spsa_alone_by_the_real_clock(probl
     experts = jax.tree.map(lambda leaf: leaf[:2], experts)
 
     def loss_fn(params, batch):
-        return glue_jax.error_rate(outputs_fn(params, batch), batch["y"])
+        return glue_jax.objectives.error_rate(outputs_fn(params, batch), batch["y"])
 
     found = glue_jax.plan(experts, batch, loss_fn=loss_fn, repeats=1)
     assert kinds(found.steps) == {"SPSA, 1 direction"}

@@ -2,7 +2,7 @@ import io
 
 from rich.console import Console
 
-from experiments import progress
+from experiments.runtime import progress
 
 
 def _lines(monkeypatch, seconds_between):

@@ -15,14 +15,17 @@ import pytest
 from rich.console import Console
 
 import glue_jax
-from experiments import checkpoints, data, experts, passes, protocol, sources, stages
-from experiments.analysis import CONFIGS
-from experiments.config import Config
-from experiments.context import prepare
-from experiments.experts import _stage_of, describe_missing, measurement, train_experts
-from experiments.locks import LockedError
-from experiments.progress import ProgressBars
-from experiments.stages import DamagedStageError, Stages
+from experiments.protocol import data, passes
+from experiments.protocol import expert_training as experts
+from experiments.protocol import run as protocol
+from experiments.protocol.config import Config
+from experiments.protocol.context import prepare
+from experiments.protocol.expert_training import _stage_of, describe_missing, measurement, train_experts
+from experiments.reporting.analysis import CONFIGS
+from experiments.runtime import checkpoints, sources, stages
+from experiments.runtime.locks import LockedError
+from experiments.runtime.progress import ProgressBars
+from experiments.runtime.stages import DamagedStageError, Stages
 
 TINY = Config(
     dataset="digits",
@@ -189,7 +192,7 @@ def test_a_repeated_run_does_nothing_and_ends_with_the_same_results(done, digits
 @pytest.mark.parametrize("together", [False, True])
 def test_a_run_killed_anywhere_ends_with_the_same_results(done, digits, tmp_path, monkeypatch, together):
     if together:
-        monkeypatch.setattr("experiments.context.on_cpu", lambda tree: False)
+        monkeypatch.setattr("experiments.protocol.context.on_cpu", lambda tree: False)
         expected = _run(TINY, digits, tmp_path / "whole")
     else:
         expected, _ = done
@@ -251,18 +254,24 @@ ALL = {"experts", "accuracies", "coefficients", "fine-tuning"}
         ("experiments.protocol", "_MOST_ALPHAS", "201", "101", {"coefficients"}),
         ("glue_jax.steps", "spsa_step", "step", "stop", {"coefficients"}),
         ("glue_jax.gauss_newton", "_quadratic", "curved", "bent", {"coefficients"}),
-        ("experiments.context", "make_steps", "5", "6", {"coefficients"}),
-        ("experiments.training", "output_loss", "loss", "worth", {"coefficients"}),
-        ("experiments.passes", "_passes", "2", "3", set()),
+        ("experiments.protocol.context", "make_steps", "5", "6", {"coefficients"}),
+        ("experiments.protocol.training", "output_loss", "loss", "worth", {"coefficients"}),
+        ("experiments.protocol.passes", "_passes", "2", "3", set()),
         ("experiments.protocol", "fine_tune", "append", "extend", {"fine-tuning"}),
-        ("experiments.training", "_EVALUATION_BATCH", "256", "255", {"accuracies", "coefficients", "fine-tuning"}),
-        ("experiments.training", "_MINIBATCHES", "2", "3", ALL),
-        ("experiments.splits", "draw_splits", "0", "1", ALL),
+        (
+            "experiments.protocol.training",
+            "_EVALUATION_BATCH",
+            "256",
+            "255",
+            {"accuracies", "coefficients", "fine-tuning"},
+        ),
+        ("experiments.protocol.training", "_MINIBATCHES", "2", "3", ALL),
+        ("experiments.protocol.splits", "draw_splits", "0", "1", ALL),
         ("experiments.models.convnet", "ConvNet", "conv1", "conv3", ALL),
         # Nothing of this run.
         ("experiments.models.vit", "ViT", "patches", "pieces", set()),
-        ("experiments.run_report", "config_table", "prior", "blend", set()),
-        ("experiments.stages", "machine", "CPU", "cpu", set()),
+        ("experiments.reporting.run_report", "config_table", "prior", "blend", set()),
+        ("experiments.runtime.stages", "machine", "CPU", "cpu", set()),
     ],
 )
 def test_changed_source_does_anew_what_it_touches(
@@ -330,7 +339,7 @@ def test_all_functions_that_run_in_a_stage_are_of_its_digest(digits, tmp_path, m
             sys.settrace(before)
             ran[kind] = code.partition(",")[0], set(map(_definition_of, seen)) - {None}
 
-    monkeypatch.setattr("experiments.context.digest", recorded)
+    monkeypatch.setattr("experiments.protocol.context.digest", recorded)
     monkeypatch.setattr(
         Stages,
         "run",
@@ -368,7 +377,7 @@ def test_experts_that_other_source_trained_are_taken_where_they_are_accepted(
 ):
     results, folder = done
     copied = shutil.copytree(folder, tmp_path / "run")
-    _changed(monkeypatch, "experiments.training", "_MINIBATCHES", "2", "3")
+    _changed(monkeypatch, "experiments.protocol.training", "_MINIBATCHES", "2", "3")
     context = _prepare(TINY, digits, copied)
     assert "2 of them are kept, but other source computed them" in describe_missing(context)
     output = io.StringIO()
@@ -378,7 +387,7 @@ def test_experts_that_other_source_trained_are_taken_where_they_are_accepted(
     assert output.getvalue().count("is taken for this source's") == 2
     # Nothing else is.
     assert protocol.remaining(accepting)["coefficients"] == [3, 4, 5, 3, 4, 5]
-    monkeypatch.setattr("experiments.experts.train", None)
+    monkeypatch.setattr("experiments.protocol.expert_training.train", None)
     assert (
         train_experts(_prepare(TINY, digits, copied))[1][0]["training_loss"] == results["experts"][0]["training_loss"]
     )
@@ -489,7 +498,7 @@ def test_separate_initialisations_differ_and_common_ones_do_not(digits, tmp_path
 
 def test_all_experts_at_once_are_those_of_one_after_another(done, digits, tmp_path, monkeypatch):
     results, _ = done
-    monkeypatch.setattr("experiments.context.on_cpu", lambda tree: False)
+    monkeypatch.setattr("experiments.protocol.context.on_cpu", lambda tree: False)
     context = _prepare(TINY, digits, tmp_path)
     _, records = train_experts(context)
     for record, row in zip(records, results["experts"], strict=True):

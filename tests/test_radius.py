@@ -69,7 +69,9 @@ def test_the_first_step_is_of_that_length_for_the_directions_that_it_takes(m):
     )
 
     def first_step(key):
-        return glue_jax.spsa_gradient(key, linear, jnp.zeros(30), num_directions=m, radius=found.radius).gradient
+        return glue_jax.estimators.spsa_gradient(
+            key, linear, jnp.zeros(30), num_directions=m, radius=found.radius
+        ).gradient
 
     steps = found.learning_rate * jax.vmap(first_step)(jax.random.split(jax.random.key(8), 2000))
     np.testing.assert_allclose(jnp.sqrt(jnp.mean(jnp.square(steps))), 0.03, rtol=0.1)

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import claims, paper, report, run_report
-from experiments.analysis import CONFIGS, PAPER_CONFIGS, clear_sign, lead, num_mixed
-from experiments.config import Config
+from experiments import report
+from experiments.protocol.config import Config
+from experiments.reporting import claims, paper, run_report
+from experiments.reporting.analysis import CONFIGS, PAPER_CONFIGS, clear_sign, lead, num_mixed
 
 
 def _results(accuracies, dataset="cifar10", network="resnet20"):

@@ -13,8 +13,8 @@ import pytest
 
 import glue_jax
 from experiments import models
-from experiments.data import Examples
-from experiments.training import Problem
+from experiments.protocol.data import Examples
+from experiments.protocol.training import Problem
 from glue_jax.learning import _run_steps
 
 OPTIMIZER = optax.adam(1e-2, b1=0.9, b2=0.99)

@@ -12,8 +12,8 @@ import jax
 import pytest
 from rich.console import Console
 
-from experiments.session import INTERRUPTED, exit_on, session
-from experiments.stages import DamagedStageError
+from experiments.runtime.session import INTERRUPTED, exit_on, session
+from experiments.runtime.stages import DamagedStageError
 
 COMMAND = "python -m experiments.digits"
 
@@ -116,12 +116,12 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path, mo
     ("results", "command", "whose"),
     [
         ({"experiment": "cifar10"}, COMMAND, "experiments.cifar10"),
-        ({"experiment": "digits"}, "python -m experiments.similarity --out-dir x", "experiments.digits"),
-        ({"command": "python -m experiments.ablation --epochs 1"}, COMMAND, "experiments.ablation"),
+        ({"experiment": "digits"}, "python -m experiments.studies.similarity --out-dir x", "experiments.digits"),
+        ({"command": "python -m experiments.studies.ablation --epochs 1"}, COMMAND, "experiments.studies.ablation"),
         (
-            {"command": "python -m experiments.similarity --experiment=svhn"},
-            "python -m experiments.similarity --barriers 0",
-            "experiments.similarity for svhn",
+            {"command": "python -m experiments.studies.similarity --experiment=svhn"},
+            "python -m experiments.studies.similarity --barriers 0",
+            "experiments.studies.similarity for svhn",
         ),
         ({"a": 1}, COMMAND, "no command of the experiments"),
         ([1], COMMAND, "no command of the experiments"),
@@ -139,10 +139,10 @@ def test_another_commands_results_are_not_written_over(results, command, whose, 
     ("content", "command"),
     [
         ('{"experiment": "digits", "title": "of another setting"}', COMMAND),
-        ('{"command": "python -m experiments.cost"}', "python -m experiments.cost --networks vit"),
+        ('{"command": "python -m experiments.studies.cost"}', "python -m experiments.studies.cost --networks vit"),
         (
-            '{"command": "python -m experiments.ablation --experiment svhn --epochs 3"}',
-            "python -m experiments.ablation --experiment svhn",
+            '{"command": "python -m experiments.studies.ablation --experiment svhn --epochs 3"}',
+            "python -m experiments.studies.ablation --experiment svhn",
         ),
         ('{"experiment": "dig', COMMAND),
     ],

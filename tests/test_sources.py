@@ -8,9 +8,10 @@ import jax
 import pytest
 
 import glue_jax
-from experiments import calibration, sources
-from experiments.ablation.recipes import recipes
-from experiments.sources import digest, functions_in, name_of
+from experiments.runtime import sources
+from experiments.runtime.sources import digest, functions_in, name_of
+from experiments.studies import calibration
+from experiments.studies.ablation.recipes import recipes
 from tests.test_protocol import TINY
 
 HOUSE = {
@@ -243,16 +244,16 @@ def fresh():
 
 def test_the_constants_of_the_studies_decide_their_digests(monkeypatch):
     before = digest(name_of(calibration._learn_calibrated))
-    changed(monkeypatch, "experiments.calibration", "_IMAGES", ("512", "513"))
+    changed(monkeypatch, "experiments.studies.calibration", "_IMAGES", ("512", "513"))
     assert digest(name_of(calibration._learn_calibrated)) != before
-    of_ablation = digest("experiments.ablation.measurement:measure")
-    changed(monkeypatch, "experiments.ablation.measurement", "_LAST_RATE", ("0.02", "0.03"))
-    assert digest("experiments.ablation.measurement:measure") != of_ablation
+    of_ablation = digest("experiments.studies.ablation.trials:measure")
+    changed(monkeypatch, "experiments.studies.ablation.trials", "_LAST_RATE", ("0.02", "0.03"))
+    assert digest("experiments.studies.ablation.trials:measure") != of_ablation
 
 
 def test_a_recipes_own_functions_are_of_its_digest():
     named = {recipe.name: [name_of(function) for function in functions_in(recipe)] for recipe in recipes(TINY)}
-    assert "experiments.ablation.recipes:_greedy" in named["greedy soup"]
+    assert "experiments.studies.ablation.recipes:_greedy" in named["greedy soup"]
     assert "glue_jax.objectives:error_rate" in named["GLUE on accuracy"]
     assert "glue_jax.steps:spsa_step" in named["4 GLUE"]
     assert "glue_jax.links:_identity" in named["free coefficients"]

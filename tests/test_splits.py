@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.splits import allocate, class_counts, draw_splits, draw_target
+from experiments.protocol.splits import allocate, class_counts, draw_splits, draw_target
 
 LABELS = np.repeat(np.arange(10, dtype=np.int32), 60)
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from experiments.stages import DamagedStageError, Stages, write_json, write_whole
+from experiments.runtime.stages import DamagedStageError, Stages, write_json, write_whole
 
 ANY = {"code": "x"}
 
@@ -171,7 +171,7 @@ def test_version_0_1s_bare_results_are_taken_where_they_are_accepted(tmp_path):
 def test_two_processes_write_one_file_by_names_of_their_own(tmp_path):
     program = f"""
 from pathlib import Path
-from experiments.stages import write_json
+from experiments.runtime.stages import write_json
 for _ in range(300):
     write_json(Path({str(tmp_path / "x.json")!r}), list(range(2000)))
 """

@@ -32,7 +32,9 @@ WORDS = {
     "validate_every": 10,
     "patience": None,
 }
-STARTS = jnp.stack([glue_jax.weights_to_logits(w) for w in ([0.9, 0.05, 0.05], [0.05, 0.05, 0.9], [0.1, 0.8, 0.1])])
+STARTS = jnp.stack(
+    [glue_jax.coefficients.weights_to_logits(w) for w in ([0.9, 0.05, 0.05], [0.05, 0.05, 0.9], [0.1, 0.8, 0.1])]
+)
 
 
 def alone(key, start, **words):
@@ -84,7 +86,7 @@ def overflowing(params, batch):
 def test_what_a_start_found_before_it_diverged_counts():
     words = {"loss_fn": overflowing, "validate_every": 1, "step_fn": glue_jax.full_gradient_step}
     middle = jnp.zeros(3)
-    still = glue_jax.weights_to_logits([0.98, 0.01, 0.01])
+    still = glue_jax.coefficients.weights_to_logits([0.98, 0.01, 0.01])
     with pytest.warns(UserWarning, match="start 0 of 2 ended early"):
         found = together(jax.random.key(4), jnp.stack([middle, still]), **words)
     assert found.start == 0

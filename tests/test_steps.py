@@ -65,7 +65,7 @@ def test_a_start_of_any_kind_becomes_strongly_typed_arrays(beta):
 
 def test_alpha_is_the_link_of_beta():
     weights = jnp.array([0.2, 0.3, 0.5])
-    state = glue_jax.init(3, SGD, beta=glue_jax.weights_to_logits(weights))
+    state = glue_jax.init(3, SGD, beta=glue_jax.coefficients.weights_to_logits(weights))
     np.testing.assert_allclose(glue_jax.alpha(state), weights, rtol=1e-6)
     np.testing.assert_array_equal(glue_jax.alpha(state, glue_jax.unconstrained), state.beta)
 
@@ -99,7 +99,7 @@ def test_optimizers_that_want_the_loss_are_given_it(optimizer):
     for _ in range(3):
         state, metrics = step(jax.random.key(0), state, experts, batch)
         losses.append(metrics.loss)
-    start = squared_loss(glue_jax.blend(experts, glue_jax.uniform(4)), batch)
+    start = squared_loss(glue_jax.blend(experts, glue_jax.coefficients.uniform(4)), batch)
     assert losses[-1] < start
 
 
@@ -312,8 +312,8 @@ def test_the_update_in_alpha_space_is_equation_7():
     experts, learning_rate = {"w": jnp.array([1.0, -2.0, 4.0])}, 0.1
     g = np.array([1.0, -2.0, 4.0])
     key, optimizer = jax.random.key(3), optax.sgd(learning_rate)
-    start = glue_jax.init(3, optimizer, beta=glue_jax.uniform(3))._replace(step=jnp.asarray(7, jnp.int32))
-    u = np.asarray(glue_jax.sample_directions(jax.random.fold_in(key, 7), start.beta, 1, "sphere"))[0]
+    start = glue_jax.init(3, optimizer, beta=glue_jax.coefficients.uniform(3))._replace(step=jnp.asarray(7, jnp.int32))
+    u = np.asarray(glue_jax.directions.sample_directions(jax.random.fold_in(key, 7), start.beta, 1, "sphere"))[0]
     state, metrics = glue_jax.spsa_step(
         key,
         start,

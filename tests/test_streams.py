@@ -47,7 +47,7 @@ class Tensor:
 
 def batches_of_arrays(steps, data=DATA, batch_size=8):
     """The minibatches that `learn` takes of arrays, by what its docstring says."""
-    rows = glue_jax.minibatch_indices(jax.random.fold_in(KEY, 0), 0, steps, len(data), batch_size)
+    rows = glue_jax.batches.minibatch_indices(jax.random.fold_in(KEY, 0), 0, steps, len(data), batch_size)
     return [np.asarray(data)[np.asarray(indices)] for indices in rows]
 
 
@@ -156,6 +156,6 @@ def test_pytrees_of_arrays_are_no_streams(data):
 
 def test_the_minibatches_of_arrays_are_those_of_minibatch_indices_from_any_step():
     source = ArrayBatches(KEY, DATA, 8)
-    expected = np.asarray(glue_jax.minibatch_indices(KEY, 0, 40, 50, 8))
+    expected = np.asarray(glue_jax.batches.minibatch_indices(KEY, 0, 40, 50, 8))
     for first, count in ((0, 40), (5, 1), (5, 2), (11, 13), (0, 3)):
         np.testing.assert_array_equal(source.rows(first, count), expected[first : first + count])

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments import data, digits
-from experiments.context import prepare
-from experiments.progress import ProgressBars
+from experiments import digits
+from experiments.protocol import data
+from experiments.protocol.context import prepare
+from experiments.protocol.training import Trainer, TrainingState
+from experiments.runtime.progress import ProgressBars
 from experiments.studies import starts, target_size
 from experiments.studies.starts import STARTS, labelled_images
-from experiments.training import Trainer, TrainingState
 from tests.test_protocol import TINY
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")

@@ -8,8 +8,8 @@ import jax
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from experiments import tpu
-from experiments.cost.programs import Setting
+from experiments.studies.cost import tpu
+from experiments.studies.cost.programs import Setting
 
 TINY = ["--networks", "convnet", "--batch-sizes", "4", "--num-experts", "3"]
 
@@ -20,7 +20,7 @@ TINY = ["--networks", "convnet", "--batch-sizes", "4", "--num-experts", "3"]
 )
 def test_both_steps_compile_for_a_tpu_without_one(tmp_path):
     # In a process of its own: the compiler's environment must be set before JAX is.
-    command = [sys.executable, "-m", "experiments.tpu", *TINY, "--out-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "experiments.studies.cost.tpu", *TINY, "--out-dir", str(tmp_path)]
     first = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert first.rstrip().splitlines()[-1] == f"written: {tmp_path / 'tpu.json'}"
     written = (tmp_path / "tpu.json").read_text()

@@ -6,8 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import models, training
-from experiments.data import Examples
+from experiments import models
+from experiments.protocol import training
+from experiments.protocol.data import Examples
 
 EXAMPLES = Examples(
     jax.random.randint(jax.random.key(0), (48, 8, 8, 1), 0, 256).astype(jnp.uint8),

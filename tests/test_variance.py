@@ -11,13 +11,15 @@ import pytest
 from jax.tree_util import Partial
 
 import glue_jax
-from experiments import cifar10, digits, presets
-from experiments.stages import Stages
-from experiments.variance import __main__ as command
-from experiments.variance import measurement, radius, statistics
-from experiments.variance.claims import claims
-from experiments.variance.settings import Settings
-from experiments.variance.statistics import Estimator
+from experiments import cifar10, digits
+from experiments.protocol import presets
+from experiments.runtime.stages import Stages
+from experiments.studies.variance import __main__ as command
+from experiments.studies.variance import estimate_errors as measurement
+from experiments.studies.variance import radius, statistics
+from experiments.studies.variance.settings import Settings
+from experiments.studies.variance.statistics import Estimator
+from experiments.studies.variance.variance_claims import claims
 from glue_jax import theory
 from tests.test_protocol import TINY
 
@@ -48,7 +50,7 @@ def _rows(estimator, averaged, probes=4000):
     fun = Partial(_quadratic, matrix, jnp.asarray(GRADIENT) - matrix @ at)
     _, gradient = statistics.value_and_gradient(fun, at)
     np.testing.assert_allclose(gradient, GRADIENT, rtol=1e-6)
-    directions = glue_jax.sample_directions(jax.random.key(3), at, probes, estimator.directions)
+    directions = glue_jax.directions.sample_directions(jax.random.key(3), at, probes, estimator.directions)
     derivatives = statistics.probe(fun, at, directions, 0.5)
     np.testing.assert_allclose(derivatives, np.asarray(directions) @ GRADIENT, atol=1e-4)
     return statistics.error_rows(directions, derivatives, gradient, estimator, averaged)
@@ -99,9 +101,9 @@ def test_half_a_block_has_the_same_error_whatever_the_draw():
 def test_a_row_averages_as_the_estimator_does():
     # One estimate of all directions is what `spsa_gradient` returns for them.
     at, fun = jnp.zeros(4), Partial(_cubic, jnp.asarray(GRADIENT))
-    directions = glue_jax.sample_directions(jax.random.key(0), at, 6, "sphere")
+    directions = glue_jax.directions.sample_directions(jax.random.key(0), at, 6, "sphere")
     derivatives = statistics.probe(fun, at, directions, 0.1)
-    estimate = glue_jax.spsa_gradient(
+    estimate = glue_jax.estimators.spsa_gradient(
         jax.random.key(1), fun, at, radius=0.1, num_directions=3, directions=lambda *_: directions[:3]
     )
     contributions = 4 * derivatives[:, None] * np.asarray(directions)
@@ -138,7 +140,7 @@ def test_probes_may_be_evaluated_together():
 def test_derivatives_lose_to_rounding_at_small_radii_and_to_curvature_at_large_ones():
     # For L = 1 + s + s³ in s = g.b, the probe along u at 0 gives s + radius² s³ for s = g.u: the error is radius² s³.
     linear = jnp.asarray(GRADIENT / np.linalg.norm(GRADIENT))
-    directions = glue_jax.sample_directions(jax.random.key(0), jnp.zeros(4), 64, "sphere")
+    directions = glue_jax.directions.sample_directions(jax.random.key(0), jnp.zeros(4), 64, "sphere")
     radii = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0]
     errors, size = radius.derivative_errors(Partial(_cubic, linear), jnp.zeros(4), directions, radii)
     s = np.asarray(directions, np.float64) @ np.asarray(linear)
@@ -346,7 +348,7 @@ def test_the_report_has_its_files_and_says_what_was_measured(done):
     assert [claim["verdict"] for claim in results["claims"]][5:8] == ["yes", "no", "-"]
     assert {path.name for path in out.iterdir()} == {"results.json", "report.md", "variance.png", "stages"}
     report = (out / "report.md").read_text()
-    assert "python -m experiments.variance --preset tiny --probes 64" in report
+    assert "python -m experiments.studies.variance --preset tiny --probes 64" in report
     assert "nan" not in report
     row = results["errors"][0]
     assert f"| uniform | 3 | 1 | 64 | {row['error']:.3f} ± {row['error_se']:.3f} | 0.6667 |" in report

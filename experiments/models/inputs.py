@@ -1,4 +1,4 @@
-"""The inputs of each linear layer of a network, as Gram matrices for `glue_jax.regmean_merge`."""
+"""The inputs of each linear layer of a network, as Gram matrices for `glue_jax.merging.regmean_merge`."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -8,8 +8,8 @@ import jax
 from flax import nnx
 
 from experiments.models.network import Variables
+from glue_jax.merging.regmean import conv_gram, layer_gram
 from glue_jax.paths import by_path
-from glue_jax.regmean import conv_gram, layer_gram
 
 _LAYERS: tuple[type[Any], ...] = (nnx.Conv, nnx.Linear, nnx.LinearGeneral)
 

@@ -56,7 +56,8 @@ def as_functions(build: Callable[[nnx.Rngs], Any]) -> Network:
         if len(jax.tree.leaves(variables["batch_stats"])) < len(jax.tree.leaves(placeholders)):
             raise ValueError(
                 "the variables have no BatchNorm statistics, as outside the experts' convex hull, where they are not "
-                "blended: normalise by the minibatch (apply_minibatch), or estimate them (glue_jax.refresh_statistics)"
+                "blended: normalise by the minibatch (apply_minibatch), or estimate them "
+                "(glue_jax.merging.refresh_statistics)"
             )
         return nnx.merge(evaluation, variables["params"], variables["batch_stats"])(images)
 

@@ -1,10 +1,10 @@
-"""Which units of each network may change places: a `glue_jax.PermutationSpec` of each one's variables."""
+"""Which units of each network may change places: a `glue_jax.merging.PermutationSpec` of each one's variables."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from experiments.models.mobilenet import STAGES
-from glue_jax.permutation_specs import Axis, PermutationSpec
+from glue_jax.merging.permutation_specs import Axis, PermutationSpec
 
 _Spec = dict[str, tuple[Axis, ...]]
 

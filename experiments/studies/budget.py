@@ -24,20 +24,20 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import glue_jax
-from experiments.ablation.recipes import BLOCKS, LAYERS
-from experiments.config import CoefficientFields, part
-from experiments.context import Context, take
-from experiments.experts import train_experts
 from experiments.models.network import Variables
-from experiments.presentation import STYLE, markdown_table, spread
-from experiments.presets import ExpertArguments
-from experiments.protocol import coefficients_key
-from experiments.session import process
-from experiments.stages import Stages
+from experiments.protocol.config import CoefficientFields, part
+from experiments.protocol.context import Context, take
+from experiments.protocol.expert_training import train_experts
+from experiments.protocol.presets import ExpertArguments
+from experiments.protocol.run import coefficients_key
+from experiments.protocol.training import cross_entropy, output_loss
+from experiments.reporting.presentation import STYLE, markdown_table, spread
+from experiments.runtime.session import process
+from experiments.runtime.stages import Stages
 from experiments.studies import frame
+from experiments.studies.ablation.recipes import BLOCKS, LAYERS
 from experiments.studies.frame import slug as _slug
 from experiments.studies.ways import Coefficients, Way, ways
-from experiments.training import cross_entropy, output_loss
 from glue_jax.checks import check_counts, check_positive
 
 Sharing = Literal["softmax", "free", "free by block", "free by layer"]
@@ -149,7 +149,7 @@ def coefficients(context: Context, experts: Variables, sharing: Sharing) -> Coef
     """Returns what is learned.
 
     Args:
-        context: of `experiments.context.prepare`.
+        context: of `experiments.protocol.context.prepare`.
         experts: stacked, each leaf `[K, ...]`.
         sharing: what has coefficients of its own.
     """
@@ -162,7 +162,7 @@ def coefficients(context: Context, experts: Variables, sharing: Sharing) -> Coef
     problem, beta, rows = context.problem, jnp.full((k,), 1 / k), None
     if sharing != "free":
         pattern = BLOCKS[context.config.network] if sharing == "free by block" else LAYERS
-        groups = glue_jax.group_by_path(experts, pattern)
+        groups = glue_jax.merging.group_by_path(experts, pattern)
         rows, beta = groups.rows, jnp.full((len(groups.names), k), 1 / k)
     merge = functools.partial(glue_jax.blend, groups=rows, min_dtype=jnp.float32)
     loss = glue_jax.OutputLoss(
@@ -200,7 +200,7 @@ def _curve(context: Context, problem: Coefficients, way: Way, seed: int, passes:
     key = coefficients_key(seed)
     minibatches = jax.random.fold_in(key, 0)
     rows = np.asarray(
-        glue_jax.minibatch_indices(minibatches, 0, num_steps, num_examples=len(target.labels), batch_size=size)
+        glue_jax.batches.minibatch_indices(minibatches, 0, num_steps, num_examples=len(target.labels), batch_size=size)
     )
     points = {0, *np.geomspace(1, num_steps, _POINTS).round().astype(int).tolist()}
     stepper = way.begin(problem, key, num_steps)

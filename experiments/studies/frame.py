@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from experiments import data
-from experiments.context import Context, prepare
-from experiments.experts import describe_missing
-from experiments.presentation import rich_table, write_report
-from experiments.presets import Parsed, parse
-from experiments.session import exit_on, session
-from experiments.stages import Stages, machine
+from experiments.protocol import data
+from experiments.protocol.context import Context, prepare
+from experiments.protocol.expert_training import describe_missing
+from experiments.protocol.presets import Parsed, parse
+from experiments.reporting.presentation import rich_table, write_report
+from experiments.runtime.session import exit_on, session
+from experiments.runtime.stages import Stages, machine
 
 
 class Report(NamedTuple):
@@ -59,7 +59,7 @@ def run(
         The results, which JSON holds: `title`, `command`, `machine`, `config`, and what `measure` returns.
 
     Raises:
-        SystemExit: as `experiments.session.session` does, and for a command line that cannot be followed.
+        SystemExit: as `experiments.runtime.session.session` does, and for a command line that cannot be followed.
     """
     words = sys.argv[1:] if words is None else list(words)
     console = Console(markup=False)

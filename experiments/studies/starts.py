@@ -9,11 +9,11 @@ import jax
 import numpy as np
 
 import glue_jax
-from experiments.context import Context, take
-from experiments.data import Examples
 from experiments.models.network import Variables
-from experiments.protocol import coefficients_key, learn_coefficients
-from experiments.splits import Indices
+from experiments.protocol.context import Context, take
+from experiments.protocol.data import Examples
+from experiments.protocol.run import coefficients_key, learn_coefficients
+from experiments.protocol.splits import Indices
 from experiments.studies.budget import Sharing, coefficients
 from experiments.studies.ways import Coefficients
 
@@ -51,7 +51,7 @@ class Bank(NamedTuple):
     """What every start may use.
 
     Attributes:
-        context: of `experiments.context.prepare`.
+        context: of `experiments.protocol.context.prepare`.
         experts: stacked, each leaf `[K, ...]`.
         problem: from what has coefficients of its own to what is learned; each is built once.
         statistics: of a minibatch, jitted.
@@ -70,7 +70,7 @@ class Bank(NamedTuple):
         """A model with BatchNorm's statistics estimated on all labelled images."""
         images = self.images(labelled.all[: _REFRESH_BATCH * _REFRESH_BATCHES]).images
         batches = [images[at : at + _REFRESH_BATCH] for at in range(0, len(images), _REFRESH_BATCH)]
-        return glue_jax.refresh_statistics(variables, batches, self.statistics)
+        return glue_jax.merging.refresh_statistics(variables, batches, self.statistics)
 
 
 def make_bank(context: Context, experts: Variables) -> Bank:
@@ -101,7 +101,7 @@ def _best_expert(bank: Bank, labelled: Labelled) -> Variables:
 
 def _uniform(bank: Bank, labelled: Labelled) -> Variables:
     """The uniform average with new statistics."""
-    uniform = glue_jax.uniform(bank.context.config.num_experts)
+    uniform = glue_jax.coefficients.uniform(bank.context.config.num_experts)
     return bank.refreshed(glue_jax.blend(bank.experts, uniform), labelled)
 
 

@@ -34,18 +34,18 @@ import optax
 from matplotlib.figure import Figure
 
 import glue_jax
-from experiments.config import CoefficientFields, FineTuningFields, part
-from experiments.context import Context, take
-from experiments.experts import train_experts
 from experiments.models.network import Variables
-from experiments.presentation import STYLE, markdown_table, spread
-from experiments.presets import ExpertArguments
-from experiments.session import exit_on, process
-from experiments.stages import Stages
+from experiments.protocol.config import CoefficientFields, FineTuningFields, part
+from experiments.protocol.context import Context, take
+from experiments.protocol.expert_training import train_experts
+from experiments.protocol.presets import ExpertArguments
+from experiments.protocol.training import Trainer, make_trainer
+from experiments.reporting.presentation import STYLE, markdown_table, spread
+from experiments.runtime.session import exit_on, process
+from experiments.runtime.stages import Stages
 from experiments.studies import frame
 from experiments.studies.frame import slug
 from experiments.studies.starts import LEAST_VALIDATION, SCRATCH, STARTS, Bank, Labelled, labelled_images, make_bank
-from experiments.training import Trainer, make_trainer
 from glue_jax.checks import check_counts
 
 # Of the most epochs, this part without a lower validation loss ends fine-tuning.
@@ -189,7 +189,7 @@ def fine_tune(
     """Fine-tunes until validation stops improving.
 
     Args:
-        context: of `experiments.context.prepare`.
+        context: of `experiments.protocol.context.prepare`.
         trainer: whose minibatches hold no more images than are learned from.
         prior: the model to begin with.
         labelled: what to learn from, and what chooses.

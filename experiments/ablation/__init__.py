@@ -1,1 +1,0 @@
-"""What each remedy gives, alone and with others; `python -m experiments.ablation`."""

@@ -1,1 +1,0 @@
-"""The cost of an SPSA step against a full-gradient step; `python -m experiments.cost`."""

@@ -1,0 +1,210 @@
+"""What the stages of a run share: splits, data on the device, network, trainers."""
+
+import functools
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+import glue_jax
+from experiments import models
+from experiments.models.network import Variables
+from experiments.protocol.config import Config, ExpertFields, part
+from experiments.protocol.data import Dataset, Examples, channel_statistics
+from experiments.protocol.splits import Indices, Splits, class_counts, draw_splits, draw_target
+from experiments.protocol.training import Problem, Trainer, make_evaluate, make_trainer
+from experiments.runtime.devices import make_mesh, put
+from experiments.runtime.progress import ProgressBars
+from experiments.runtime.sources import digest, name_of
+from experiments.runtime.stages import Stages
+from glue_jax.batches import on_cpu
+
+# In the fingerprint of every stage of version 0.1, whose stages `--accept-stages` takes up: it stays as it is.
+_FINGERPRINT_VERSION = "0.1.0"
+# What a context is made by, and what it is made of beside: the steps, the measures and the targets.
+_PREPARE = "experiments.protocol.context:prepare"
+_STEPS = ("experiments.protocol.context:make_steps", "experiments.protocol.context:glue_step")
+_NOT_OF_EXPERTS = (*_STEPS, "experiments.protocol.training:make_evaluate", "experiments.protocol.splits:draw_target")
+
+
+class Context(NamedTuple):
+    """What the stages share.
+
+    Attributes:
+        config: every number of the protocol.
+        dataset: as it was loaded, in the host's memory.
+        splits: rows of the training split: validation images, each expert's, and the rest.
+        targets: rows of the target images of each seed.
+        train: the training split, on the device.
+        test: the images that models are reported on, on the device.
+        validation: the validation images, on the device.
+        problem: the network with the preparation of its images.
+        training: of the experts.
+        tuning: of the blends.
+        alpha_optimizer: of the coefficients.
+        step_fns: the steps of Configs 3, 4 and 5.
+        evaluate: `evaluate(variables, examples) -> {"loss", "accuracy"}`.
+        stages: the results that are kept on disk.
+        progress: what is shown meanwhile.
+    """
+
+    config: Config
+    dataset: Dataset
+    splits: Splits
+    targets: dict[int, Indices]
+    train: Examples
+    test: Examples
+    validation: Examples
+    problem: Problem
+    training: Trainer
+    tuning: Trainer
+    alpha_optimizer: optax.GradientTransformation
+    step_fns: Mapping[int, Any]
+    evaluate: Callable[[Variables, Examples], dict[str, float]]
+    stages: Stages
+    progress: ProgressBars
+
+    @property
+    def trained_together(self) -> int:
+        """How many experts are trained at once: all fill an accelerator, one fills a CPU."""
+        return 1 if on_cpu(self.train) else self.config.num_experts
+
+    @property
+    def expert_fields(self) -> dict[str, Any]:
+        """What an expert depends on, beside its number."""
+        fields = {**part(self.config, ExpertFields), "network_options": self.config.network_options}
+        # When experts are trained together, an expert's last bits depend on how many are trained at once.
+        fields["num_experts"] = self.trained_together
+        fields |= {"data": self.dataset.name, "checksum": self.dataset.checksum, "version": _FINGERPRINT_VERSION}
+        return {**fields, "code": self._code(leaving_out=_NOT_OF_EXPERTS)}
+
+    def code(self, *functions: Callable[..., Any], has_steps: bool = True) -> str:
+        """Returns the digest of the source of this context, of its experts, and of what is computed with them.
+
+        Args:
+            *functions: what computes it.
+            has_steps: whether the steps that learn coefficients have a part in it.
+        """
+        return self._code(*map(name_of, functions), leaving_out=() if has_steps else _STEPS)
+
+    def _code(self, *names: str, leaving_out: tuple[str, ...]) -> str:
+        """A digest of the source, with the one network of the config, and what the data's checksum does not see."""
+        network = name_of(models.MODULES[self.config.network])
+        begin = _PREPARE, "experiments.protocol.expert_training:_train_experts", network
+        found = digest(*begin, *names, leaving_out=(*leaving_out, "experiments.models:MODULES"))
+        shape = "x".join(map(str, self.dataset.train.images.shape[1:]))
+        return f"{found}, {self.dataset.num_classes} classes of {shape}"
+
+
+def prepare(
+    config: Config, dataset: Dataset, folder: Path, progress: ProgressBars, *, accept_stages: Collection[str] = ()
+) -> Context:
+    """Draws the splits and builds the network; a config that does not fit the data is refused here.
+
+    Args:
+        config: every number of the protocol.
+        dataset: the config's, in memory.
+        folder: where the stages are kept.
+        progress: what is shown meanwhile.
+        accept_stages: kinds of stages that are taken though other source computed them, see `Stages`.
+
+    Raises:
+        ValueError: more images or larger minibatches asked for than there are.
+    """
+    splits = draw_splits(
+        dataset.train.labels,
+        seed=config.expert_seed,
+        num_validation=config.validation_examples,
+        num_experts=config.num_experts,
+        num_examples=config.expert_examples,
+        concentration=config.concentration,
+    )
+    targets = {seed: draw_target(splits.rest, seed=seed, num_target=config.target_examples) for seed in config.seeds}
+    for field, batch_size, count in (
+        ("expert_batch_size", config.expert_batch_size, config.expert_examples),
+        ("alpha_batch_size", config.alpha_batch_size, len(targets[config.seeds[0]])),
+        ("fine_tuning_batch_size", config.fine_tuning_batch_size, len(targets[config.seeds[0]])),
+    ):
+        if batch_size > count:
+            raise ValueError(f"{field} is {batch_size}, but there are {count} images to draw from")
+    if config.test_examples is not None and config.test_examples > len(dataset.test.labels):
+        raise ValueError(f"test_examples is {config.test_examples}, but the test split has {len(dataset.test.labels)}")
+    network = models.build(
+        config.network,
+        image_shape=dataset.train.images.shape[1:],
+        num_classes=dataset.num_classes,
+        **config.network_options,
+    )
+    mesh = make_mesh()
+    problem = Problem(network, *channel_statistics(dataset.train.images), mesh)
+    trained_as = config.expert_learning_rate, config.expert_batch_size
+    tuned_as = config.fine_tuning_learning_rate, config.fine_tuning_batch_size
+
+    def trainer(learning_rate: float, batch_size: int) -> Trainer:
+        adam = optax.adam(learning_rate, b1=config.expert_b1, b2=config.expert_b2)
+        return make_trainer(problem, adam, batch_size=batch_size, augmentation=config.augmentation)
+
+    training = trainer(*trained_as)
+    train_split = put(dataset.train, mesh)
+    return Context(
+        config=config,
+        dataset=dataset,
+        splits=splits,
+        targets=targets,
+        train=train_split,
+        test=put(jax.tree.map(lambda array: array[: config.test_examples], dataset.test), mesh),
+        validation=take(train_split, splits.validation),
+        problem=problem,
+        training=training,
+        # With the same numbers it is the same program, compiled once where the shapes agree, as they do on a CPU.
+        tuning=training if tuned_as == trained_as else trainer(*tuned_as),
+        alpha_optimizer=optax.adam(config.alpha_learning_rate, b1=config.alpha_b1, b2=config.alpha_b2),
+        step_fns=make_steps(config),
+        evaluate=make_evaluate(problem),
+        stages=Stages(folder, accept_stages, progress.say),
+        progress=progress,
+    )
+
+
+def make_steps(config: Config) -> Mapping[int, Any]:
+    """Returns the steps of Configs 3, 4 and 5, by number."""
+    gauss_newton = functools.partial(glue_jax.gauss_newton_step, matmul_precision=config.matmul_precision)
+    return {3: glue_jax.full_gradient_step, 4: glue_step(config), 5: gauss_newton}
+
+
+def glue_step(config: Config) -> Any:
+    """Returns the step of Config 4."""
+    return functools.partial(
+        glue_jax.spsa_step,
+        radius=config.radius,
+        num_directions=config.num_directions,
+        directions=config.directions,
+        matmul_precision=config.matmul_precision,
+    )
+
+
+def counts(context: Context) -> dict[str, Any]:
+    """What was drawn: images of each class."""
+    labels, num_classes = context.dataset.train.labels, context.dataset.num_classes
+    drawn = {
+        "validation": context.splits.validation,
+        **{f"expert {index}": rows for index, rows in enumerate(context.splits.experts)},
+        **{f"target, seed {seed}": rows for seed, rows in context.targets.items()},
+    }
+    return {
+        "name": context.dataset.name,
+        "description": context.dataset.description,
+        "checksum": context.dataset.checksum,
+        "train": len(labels),
+        "test": len(context.test.labels),
+        "validation": len(context.splits.validation),
+        "target": len(context.targets[context.config.seeds[0]]),
+        "drawn by class": {name: class_counts(labels[rows], num_classes) for name, rows in drawn.items()},
+    }
+
+
+def take(examples: Examples, rows: Indices) -> Examples:
+    """Returns some examples, by their rows `[n]`."""
+    return jax.tree.map(lambda array: array[rows], examples)

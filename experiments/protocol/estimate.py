@@ -1,0 +1,131 @@
+"""How long what is left of a run will take on this backend, measured on a few steps."""
+
+import math
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments.protocol import run as protocol
+from experiments.protocol.context import Context, take
+from experiments.protocol.expert_training import missing_experts
+from experiments.protocol.training import Trainer
+from experiments.runtime.devices import put
+from glue_jax.batches import on_cpu
+
+# On a CPU, where a step is a call; an accelerator's call is an epoch, or the steps between two validations.
+_STEPS = 3
+
+
+def estimate(context: Context) -> dict[str, float]:
+    """Measures a few steps of each kind that is left to do.
+
+    On a CPU, its steps are the programs of the run, which does not compile them again; an accelerator compiles an
+    epoch for each number of images.
+
+    Args:
+        context: of `experiments.protocol.context.prepare`.
+
+    Returns:
+        The seconds of each stage that is not done: an upper bound for the coefficients, which may reach their plateau
+        before the most steps. Compilation is not in it.
+    """
+    config, seconds = context.config, {}
+    variables = put(jax.jit(context.problem.network.init)(jax.random.key(0)), context.problem.mesh)
+    missing = missing_experts(context)
+    left = protocol.remaining(context)
+    if not (missing or any(left.values())):
+        return {}
+    num_validation = len(context.validation.labels)
+    per_image = _second_call(lambda: context.evaluate(variables, context.validation)) / num_validation
+    if missing:
+        together = context.trained_together
+        groups = {index // together for index in missing}
+        step = _training_step(
+            context, context.training, together, config.expert_examples, config.expert_batch_size, variables
+        )
+        steps = config.expert_epochs * (config.expert_examples // config.expert_batch_size)
+        images = num_validation + len(context.targets[config.seeds[0]]) + len(context.test.labels)
+        seconds["experts"] = len(groups) * steps * step + config.num_experts * images * per_image
+    if left["coefficients"]:
+        experts = jax.tree.map(lambda leaf: jnp.stack([leaf] * config.num_experts), variables)
+        target = take(context.train, context.targets[config.seeds[0]])
+        step = {number: _alpha_step(context, number, experts, target) for number in set(left["coefficients"])}
+        seconds["coefficients, at most"] = sum(
+            config.alpha_steps * step[number] + _most_validations(context, number) * num_validation * per_image
+            for number in left["coefficients"]
+        )
+    if left["fine-tuning"]:
+        count, batch_size = len(context.targets[config.seeds[0]]), config.fine_tuning_batch_size
+        step = _training_step(context, context.tuning, 1, count, batch_size, variables)
+        epoch = (count // batch_size) * step + len(context.test.labels) * per_image
+        seconds["fine-tuning"] = len(left["fine-tuning"]) * config.fine_tuning_epochs * epoch
+    return seconds
+
+
+def describe(seconds: dict[str, float]) -> str:
+    """Returns an estimate in words."""
+    if not seconds:
+        return "nothing is left to do: all stages are kept from an earlier run"
+    stages = ", ".join(f"{name} {duration(value)}" for name, value in seconds.items())
+    return f"time, from a few steps measured here: {duration(sum(seconds.values()))} ({stages}), beside compilation"
+
+
+def duration(seconds: float) -> str:
+    """Returns a time in the unit that suits it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def _second_call(call: Callable[[], Any]) -> float:
+    """Seconds that a call takes once it is compiled."""
+    jax.block_until_ready(call())
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - start
+
+
+def _training_step(
+    context: Context, trainer: Trainer, num_models: int, count: int, batch_size: int, variables: Any
+) -> float:
+    """Seconds of a step of training so many models at once, each on `count` images."""
+    if on_cpu(context.train):
+        count = min(count, _STEPS * batch_size)
+    rows = jnp.tile(jnp.arange(count)[None], (num_models, 1))
+    state = trainer.init(jax.tree.map(lambda leaf: jnp.stack([leaf] * num_models), variables))
+    keys = jax.random.split(jax.random.key(0), num_models)
+
+    def epoch() -> Any:
+        # The state is donated: the next call goes on from this one's.
+        nonlocal state
+        state, loss = trainer.epoch(keys, 0, state, context.train, rows)
+        return loss
+
+    return _second_call(epoch) / (count // batch_size)
+
+
+def _most_validations(context: Context, number: int) -> int:
+    """How often one Config's coefficients are validated at most: at the start, and after each chunk of steps."""
+    return 1 + math.ceil(context.config.alpha_steps / protocol.validate_every(context, number))
+
+
+def _alpha_step(context: Context, number: int, experts: Any, target: Any) -> float:
+    """Seconds of a step of one Config's coefficients, without validation."""
+    steps = _STEPS if on_cpu(context.train) else protocol.validate_every(context, number)
+    steps = min(steps, context.config.alpha_steps)
+
+    def learn() -> Any:
+        unjudged = context._replace(validation=None)
+        with warnings.catch_warnings():
+            # The experts are one network K times, whose gradient is 0.
+            warnings.filterwarnings("ignore", "the gradient was exactly 0")
+            found = protocol.learn_coefficients(unjudged, number, jax.random.key(0), experts, target, max_steps=steps)
+        return found.alpha
+
+    return _second_call(learn) / steps

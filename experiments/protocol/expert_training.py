@@ -1,0 +1,191 @@
+"""The experts of a run: trained, kept on disk, and measured."""
+
+import contextlib
+import functools
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.models.network import Variables
+from experiments.protocol.context import Context, take
+from experiments.protocol.training import train
+from experiments.runtime import checkpoints
+from experiments.runtime.devices import everywhere, put
+from experiments.runtime.progress import Stage
+from experiments.runtime.stages import naming
+
+# What the key of the experts' seed is folded with, so that no two uses share one.
+_INITIALIZATION, _EXPERT_TRAINING = range(2)
+
+
+def train_experts(context: Context) -> tuple[list[Variables], list[dict[str, Any]]]:
+    """Trains the experts that are not at hand, and reads the others.
+
+    Args:
+        context: of `experiments.protocol.context.prepare`.
+
+    Returns:
+        Each expert's variables, and a record of each: `training_loss` by epoch, `checksum`, `seconds`, `machine`.
+
+    Raises:
+        FloatingPointError: a loss that is infinite or not a number, with the expert, the epoch and the step.
+        DamagedStageError: a kept expert that is not what was written.
+        LockedError: experts are missing, and another process trains some into the same folder.
+    """
+    config, stages = context.config, context.stages
+    keys = [_stage_of(context, index) for index in range(config.num_experts)]
+    missing = missing_experts(context)
+    stage = context.progress.stage("Experts", config.num_experts * config.expert_epochs)
+    # A group is trained anew if any of it is missing, so that the missing ones come out as they would have.
+    together = context.trained_together
+    groups = [list(range(first, first + together)) for first in range(0, config.num_experts, together)]
+    groups = [group for group in groups if set(group) & set(missing)]
+    stage.skip((config.num_experts - sum(map(len, groups))) * config.expert_epochs)
+    if len(missing) < config.num_experts:
+        context.progress.say(f"kept from an earlier run: {config.num_experts - len(missing)} experts")
+    with stages.lock() if groups else contextlib.nullcontext():
+        for group in groups:
+            _train_and_keep(context, group, missing, stage)
+    like = jax.eval_shape(context.problem.network.init, jax.random.key(0))
+    sharding = everywhere(context.problem.mesh)
+    experts, records = [], []
+    for key in keys:
+        place, record = stages.path(*key), stages.read(*key) or {}
+        # Version 0.1 kept no checksum.
+        experts.append(checkpoints.load(place, like, sharding, expected=record.get("checksum")))
+        if "checksum" not in record:
+            record = stages.write(*key, {**record, "checksum": checkpoints.checksum(experts[-1])})
+        records.append(record)
+    return experts, records
+
+
+def missing_experts(context: Context) -> list[int]:
+    """Returns the numbers of the experts that are not at hand."""
+    keys = [_stage_of(context, index) for index in range(context.config.num_experts)]
+    stages = context.stages
+    # Read first: that takes up what other source has trained, where it is accepted.
+    return [index for index, key in enumerate(keys) if stages.read(*key) is None or not stages.path(*key).is_dir()]
+
+
+def describe_missing(context: Context) -> str:
+    """Returns how many experts are to be trained, and what to do where other source has trained some of them."""
+    missing = missing_experts(context)
+    text = f"experts to train first: {len(missing)} of {context.config.num_experts}"
+    other = [index for index in missing if context.stages.is_of_other_source(*_stage_of(context, index))]
+    if other:
+        text += (
+            f"\n{len(other)} of them are kept, but other source computed them: if it would compute the same, stop this "
+            "command and add --accept-stages experts"
+        )
+    return text
+
+
+def measure_experts(context: Context, experts: list[Variables]) -> dict[str, Any]:
+    """Each expert's loss and accuracy on validation, test and (the first seed's) target images: Table 1."""
+    config = context.config
+    first_seed = config.seeds[0]
+
+    def compute() -> dict[str, Any]:
+        images = {
+            "validation": context.validation,
+            "target": take(context.train, context.targets[first_seed]),
+            "test": context.test,
+        }
+        rows = []
+        for expert in experts:
+            measures = {name: context.evaluate(expert, examples) for name, examples in images.items()}
+            rows.append({f"{name}_{what}": value for name, row in measures.items() for what, value in row.items()})
+        return {"experts": rows}
+
+    return context.stages.run(*measurement(context), compute)
+
+
+def measurement(context: Context) -> tuple[str, dict[str, Any]]:
+    """Returns the name of the stage that measures the experts, and all that it depends on."""
+    config = context.config
+    depends_on = {
+        **context.expert_fields,
+        "experts": config.num_experts,
+        "seed": config.seeds[0],
+        "target_examples": config.target_examples,
+        "test_examples": config.test_examples,
+        "code": context.code(measure_experts, has_steps=False),
+    }
+    return "experts/accuracies", depends_on
+
+
+def initial_variables(context: Context) -> Variables:
+    """Returns what all experts of a common initialisation began with."""
+    if context.config.initialization != "common":
+        raise ValueError(f"initialization is {context.config.initialization!r}; expected 'common', with one origin")
+    numbers = jnp.zeros((1,), jnp.uint32)
+    return jax.tree.map(lambda leaf: leaf[0], _initialize(context, numbers))
+
+
+def _stage_of(context: Context, index: int) -> tuple[str, dict[str, Any]]:
+    """The name of an expert's stage, and all that it depends on."""
+    return f"experts/{index}", {**context.expert_fields, "expert": index}
+
+
+def _train_and_keep(context: Context, group: list[int], missing: list[int], stage: Stage) -> None:
+    """Trains a group of experts at once, and keeps those of them that are missing."""
+    start = time.perf_counter()
+    with naming(f"experts {group}"):
+        trained = _train_experts(context, group, stage)
+    for index, (expert, losses) in zip(group, trained, strict=True):
+        if index not in missing:
+            continue
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(expert)):
+            raise FloatingPointError(
+                f"experts/{index}: it has weights or statistics that are not finite after training, though its losses "
+                "are: expected finite numbers (a smaller expert_learning_rate may help)"
+            )
+        key = _stage_of(context, index)
+        result = {
+            "training_loss": losses,
+            "checksum": checkpoints.save(context.stages.path(*key), expert),
+            "seconds": (time.perf_counter() - start) / len(group),
+        }
+        context.stages.write(*key, result)
+
+
+def _train_experts(context: Context, group: list[int], stage: Stage) -> list[tuple[Variables, list[float]]]:
+    """Trains some experts at once; each one's variables and its mean loss in each epoch."""
+    config = context.config
+    key = jax.random.key(config.expert_seed)
+    numbers = jnp.asarray(group, jnp.uint32)
+    losses = []
+
+    def after_epoch(_: Variables, loss: np.ndarray) -> None:
+        losses.append(loss)
+        stage.advance(len(group))
+
+    trained = train(
+        context.training,
+        _keys(jax.random.fold_in(key, _EXPERT_TRAINING), numbers),
+        _initialize(context, jnp.zeros_like(numbers) if config.initialization == "common" else numbers),
+        context.train,
+        jnp.asarray(np.stack([context.splits.experts[index] for index in group])),
+        num_epochs=config.expert_epochs,
+        after_epoch=after_epoch,
+    )
+    for index, loss in zip(group, losses[-1], strict=True):
+        context.progress.say(f"expert {index}: training loss {loss:.3f} in the last epoch")
+    return [
+        (jax.tree.map(lambda leaf, at=at: leaf[at], trained), [float(loss[at]) for loss in losses])
+        for at in range(len(group))
+    ]
+
+
+def _initialize(context: Context, numbers: jax.Array) -> Variables:
+    """Initial variables of each number, leaves `[M, ...]`."""
+    key = jax.random.fold_in(jax.random.key(context.config.expert_seed), _INITIALIZATION)
+    return put(jax.jit(jax.vmap(context.problem.network.init))(_keys(key, numbers)), context.problem.mesh)
+
+
+def _keys(key: jax.Array, numbers: jax.Array) -> jax.Array:
+    """A key for each number."""
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(numbers)

@@ -1,0 +1,123 @@
+"""Section 5's claims about the paper's four Configs: GLUE's leads on a run, and a verdict on each claim.
+
+Config 5 is ours: no claim is about it, and its leads stand apart.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.reporting.analysis import PAPER_CONFIGS, clear_sign, lead, name_of, signed
+from experiments.reporting.paper import LARGEST_LEAD, LARGEST_VARIATION, MATCHED, experiment_of, is_at_its_scale
+
+EXPLANATION = (
+    "A lead is clear where Student's t test over seeds (one-sided, 5 %) says so; one seed has no verdict. 'Yes' is a "
+    "clear lead, at every epoch and over both Configs where the claim is about all; 'in part' where it is at some and "
+    "GLUE is clearly behind at none; 'no' where GLUE is clearly behind at some; 'undecided' else. 'At most' and "
+    "'within' compare means with their bound, without a test. The seeds share one draw of experts: they tell what the "
+    "target images, minibatches and directions do, not what another draw of experts would."
+)
+"""How `verdicts` judges."""
+
+
+def leads(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Returns GLUE's leads over the paper's other Configs, headers and rows: 'up to' over the epochs of fine-tuning.
+
+    Args:
+        results: of a run.
+    """
+    paper = LARGEST_LEAD.get(experiment_of(results["config"]) or "", {})
+    same_scale = is_at_its_scale(results["config"])
+    headers = ["GLUE against", "up to", "at epoch", "the paper's", "difference", "at the prior", "at the end"]
+    rows = []
+    for number in (1, 2, 3):
+        ours = lead(results, number)
+        epoch, beside = ours.largest_epoch, ["-", "-"]
+        if number in paper:
+            difference = f"{ours.mean[epoch] - paper[number]:+.1f}" if same_scale else "-"
+            beside = [f"{paper[number]:+.1f}", difference]
+        rows.append([name_of(number), ours.at(epoch), str(epoch), *beside, ours.at(0), ours.at(-1)])
+    return headers, rows
+
+
+def leads_of_ours(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Returns Config 5's leads over the paper's Configs, headers and rows, as `leads` of GLUE.
+
+    Args:
+        results: of a run that has Config 5.
+    """
+    rows = []
+    for number in PAPER_CONFIGS:
+        ours = lead(results, number, of=5)
+        epoch = ours.largest_epoch
+        rows.append([name_of(number), ours.at(epoch), str(epoch), ours.at(0), ours.at(-1)])
+    return ["Gauss-Newton (ours) against", "up to", "at epoch", "at the prior", "at the end"], rows
+
+
+def verdicts(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Returns section 5's claims on one run, headers and rows: the paper's figure, ours in points, the verdict.
+
+    Args:
+        results: of a run.
+    """
+    experiment = experiment_of(results["config"]) or ""
+    paper = LARGEST_LEAD.get(experiment, {})
+    leads = {number: lead(results, number) for number in (1, 2, 3)}
+    both = (leads[1], leads[2])
+    rows = []
+
+    def claim(what: str, theirs: str, ours: str, signs: Sequence[int] | np.ndarray) -> None:
+        rows.append([what, theirs, ours, "-" if len(leads[1].points) == 1 else _verdict(signs)])
+
+    for number in (1, 2):
+        ours = leads[number]
+        ahead, behind = (int((ours.signs == sign).sum()) for sign in (1, -1))
+        claim(
+            f"consistently higher test accuracy than Config {number}",
+            f"up to {paper[number]:+.1f}" if number in paper else "-",
+            f"up to {ours.at(ours.largest_epoch)}; of {len(ours.mean)} epochs clearly ahead {ahead}, behind {behind}",
+            ours.signs,
+        )
+    claim(
+        "a stronger prior than Configs 1 and 2",
+        "-",
+        ", ".join(ours.at(0) for ours in both),
+        [ours.signs[0] for ours in both],
+    )
+    over_epochs = [ours.points[:, 1:].mean(axis=1) for ours in both if ours.points.shape[1] > 1]
+    claim(
+        "faster convergence than Configs 1 and 2 (mean over the epochs of fine-tuning)",
+        "-",
+        ", ".join(signed(points) for points in over_epochs) or "-",
+        [clear_sign(points) for points in over_epochs],
+    )
+    claim(
+        "a higher accuracy than Configs 1 and 2 in the end",
+        "-",
+        ", ".join(ours.at(-1) for ours in both),
+        [ours.signs[-1] for ours in both],
+    )
+    ours = leads[3]
+    if 3 in paper:
+        best = ours.points[:, ours.largest_epoch]
+        claim("outperforms Config 3 by up to a few points", f"up to {paper[3]:+.1f}", signed(best), [clear_sign(best)])
+    limit = LARGEST_VARIATION.get(experiment, MATCHED)
+    whole = (
+        f"within {limit:.1f} of Config 3" if experiment in LARGEST_VARIATION else f"at most {limit:.1f} below Config 3"
+    )
+    low, high = ours.mean.min(), ours.mean.max()
+    kept = low >= -limit and (high <= limit or experiment not in LARGEST_VARIATION)
+    verdict = "-" if len(ours.points) == 1 else "yes" if kept else "no"
+    rows.append([f"{whole}, means over seeds", f"{limit:.1f}", f"{low:+.1f} to {high:+.1f} over the epochs", verdict])
+    return ["claim", "the paper", "ours, points", "reproduced"], rows
+
+
+def _verdict(signs: Sequence[int] | np.ndarray) -> str:
+    """What clear leads, or their lack, say about a claim."""
+    signs = np.asarray(signs)
+    if signs.size and (signs > 0).all():
+        return "yes"
+    if (signs < 0).any():
+        return "no"
+    return "in part" if (signs > 0).any() else "undecided"

@@ -1,0 +1,130 @@
+"""Pytrees of arrays on disk, by orbax; all that knows orbax's interface."""
+
+import contextlib
+import errno
+import gc
+import glob
+import hashlib
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from experiments.runtime.stages import DamagedStageError
+
+
+def save(path: Path, tree: Any) -> str:
+    """Writes a pytree of arrays to a folder, whole or not at all.
+
+    Args:
+        path: the folder, whose parents are made. What is there is replaced.
+        tree: any pytree of arrays.
+
+    Returns:
+        The arrays' checksum, for `load`.
+
+    Raises:
+        OSError: a disk without room for it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with _quiet(), _plain(path) as plain:
+            ocp.save(str(plain), tree, overwrite=True)
+    except (ValueError, OSError) as error:
+        # Of tensorstore, or of what orbax writes itself.
+        if os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        # Its room is needed for the next trial.
+        for left in path.parent.glob(f"{glob.escape(path.name)}.orbax-checkpoint-tmp*"):
+            shutil.rmtree(left, ignore_errors=True)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+    return checksum(tree)
+
+
+def load(path: Path, like: Any, sharding: jax.sharding.Sharding | None = None, *, expected: str | None = None) -> Any:
+    """Reads a pytree that `save` wrote.
+
+    Args:
+        path: what was given to `save`.
+        like: a pytree of the same structure, of arrays or `jax.ShapeDtypeStruct`.
+        sharding: where its arrays go; None is the first device.
+        expected: what `save` returned; None does not check.
+
+    Returns:
+        The pytree, of arrays.
+
+    Raises:
+        DamagedStageError: a folder that cannot be read, or whose arrays are not those that were written.
+    """
+    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like)
+    try:
+        with _quiet(), _plain(path) as plain:
+            tree = ocp.load(str(plain), abstract)
+    except jax.errors.JaxRuntimeError:
+        # The device's, as too little memory.
+        raise
+    except Exception as error:
+        # Whatever orbax and tensorstore meet in a folder that lost files, or holds other ones.
+        first_line = next(iter(str(error).splitlines()), "")
+        raise DamagedStageError(path, f"{type(error).__name__}: {first_line[:200]}") from error
+    if expected is not None and checksum(tree) != expected:
+        raise DamagedStageError(path, "its arrays are not what was written: their checksums differ")
+    return tree
+
+
+def checksum(tree: Any) -> str:
+    """Returns a digest of a pytree's paths, shapes, dtypes and numbers."""
+    found = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array = np.asarray(leaf)
+        found.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()
+
+
+@contextlib.contextmanager
+def _plain(path: Path) -> Iterator[Path]:
+    """The same place by a path without `[`, `]` and backslashes: orbax takes a path for a pattern of files."""
+    path = path.absolute()
+    if not set(str(path)) & set("[]\\"):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder) / "link"
+        link.symlink_to(path.parent, target_is_directory=True)
+        yield link / path.name
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps what orbax's and tensorstore's threads say of a failure, a traceback for each array, out of the output.
+
+    They say some of it later, when a task is collected or a write ends, so after a failure they stay quiet.
+    """
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels, hook = [logger.level for logger in loggers], sys.unraisablehook
+
+    def without_closed_loops(unraisable: "sys.UnraisableHookArgs") -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    sys.unraisablehook = without_closed_loops
+    try:
+        yield
+    except BaseException:
+        gc.collect()
+        raise
+    sys.unraisablehook = hook
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)

@@ -1,0 +1,260 @@
+"""The stages of a run, kept on disk, so that none is done twice."""
+
+import contextlib
+import glob
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments.runtime.locks import locked
+
+
+class DamagedStageError(RuntimeError):
+    """A stage's file or folder that does not hold what was written."""
+
+    def __init__(self, path: Path, why: object):
+        """Names what is damaged, why it is taken for that, and the way out."""
+        super().__init__(f"{path} is damaged ({why}); delete it, and its stage is done again")
+
+
+class Stages:
+    """Results of stages under one folder.
+
+    A result is filed under its stage's name and a fingerprint of all that it depends on: settings, data, and the source
+    that computes it (`experiments.runtime.sources`). A run that was interrupted goes on. A run that is repeated has
+    nothing to do. A run with another setting, or by changed source, does anew what the change touches, beside the old
+    results.
+    """
+
+    def __init__(self, folder: Path, accept: Collection[str] = (), say: Callable[[str], object] = print):
+        """Keeps results under a folder.
+
+        Args:
+            folder: where to.
+            accept: kinds of stages, the first part of their names, as `experts`. What other source computed of them,
+                with the same settings and data, is taken for this source's own, and filed as such.
+            say: called with a line on each stage that is taken so.
+        """
+        self._folder, self._accept, self._say = folder, accept, say
+
+    def path(self, name: str, depends_on: Mapping[str, Any]) -> Path:
+        """Returns the place of a stage's result, without a suffix.
+
+        Args:
+            name: of the stage; may contain slashes, and no dots, where a suffix would begin.
+            depends_on: anything that JSON holds; its `code` is the digest of the source that computes the stage.
+
+        Raises:
+            ValueError: a name with a dot, or no `code`.
+        """
+        if "." in name:
+            raise ValueError(f"name is {name!r}; expected one without a dot, where a suffix would begin")
+        if "code" not in depends_on:
+            raise ValueError(
+                f"depends_on of {name!r} has {list(depends_on)}; expected 'code', the digest of its source"
+            )
+        return self._folder / f"{name}-{_fingerprint(depends_on)}"
+
+    def read(self, name: str, depends_on: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Returns a stage's result, or None where it is not done.
+
+        Raises:
+            DamagedStageError: a file that does not hold what `write` wrote there.
+        """
+        path = self.path(name, depends_on).with_suffix(".json")
+        if not path.exists() and not self._carry_over(name, depends_on):
+            return None
+        stage, result = _unsealed(path)
+        if stage != _stage(name, depends_on):
+            raise DamagedStageError(path, "it is the result of another stage")
+        return result
+
+    def write(self, name: str, depends_on: Mapping[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+        """Keeps a stage's result, a dict that JSON holds, with finite numbers alone; returns it with its `machine`."""
+        result = {"machine": machine(), **result}
+        write_json(self.path(name, depends_on).with_suffix(".json"), _sealed(_stage(name, depends_on), result))
+        return result
+
+    def run(self, name: str, depends_on: Mapping[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Returns a stage's result, with its `seconds` and its `machine`, from disk where it is done."""
+        if (done := self.read(name, depends_on)) is not None:
+            return done
+        start = time.perf_counter()
+        with naming(name):
+            result = compute()
+        return self.write(name, depends_on, {**result, "seconds": time.perf_counter() - start})
+
+    def is_of_other_source(self, name: str, depends_on: Mapping[str, Any]) -> bool:
+        """Returns whether a stage is not done, but other source has done it with the same settings and data."""
+        path = self.path(name, depends_on).with_suffix(".json")
+        return not path.exists() and self._of_other_source(name, depends_on) is not None
+
+    def lock(self) -> contextlib.AbstractContextManager[None]:
+        """Keeps the folder for this process: for work whose result several commands may want."""
+        return locked(self._folder)
+
+    def _carry_over(self, name: str, depends_on: Mapping[str, Any]) -> bool:
+        """Files what other source computed as this source's, with the folder beside it, if that is accepted."""
+        if name.partition("/")[0] not in self._accept or (found := self._of_other_source(name, depends_on)) is None:
+            return False
+        old, result = found
+        new = self.path(name, depends_on)
+        if old.with_suffix("").is_dir():
+            # What a run that was killed left there has no result.
+            shutil.rmtree(new, ignore_errors=True)
+            os.replace(old.with_suffix(""), new)
+        write_json(new.with_suffix(".json"), _sealed(_stage(name, depends_on), result))
+        old.unlink()
+        self._say(f"{name}: {old.stem}, computed by other source, is taken for this source's")
+        return True
+
+    def _of_other_source(self, name: str, depends_on: Mapping[str, Any]) -> tuple[Path, dict[str, Any]] | None:
+        """The newest file that holds this stage by other source, and its result."""
+        stage, path = _stage(name, depends_on), self.path(name, depends_on)
+        # Version 0.1 kept the bare result, under a fingerprint that had no digest of the source.
+        bare = path.with_name(f"{name.rpartition('/')[2]}-{_fingerprint(_without_code(depends_on))}.json")
+        pattern = f"{glob.escape(name.rpartition('/')[2])}-{'?' * 12}.json"
+        for old in sorted(path.parent.glob(pattern), key=lambda each: each.stat().st_mtime, reverse=True):
+            with contextlib.suppress(DamagedStageError):
+                if old == bare:
+                    if "machine" in (result := _read(old)):
+                        return old, result
+                    continue
+                found, result = _unsealed(old)
+                if _without_code(found["depends_on"]) == _without_code(stage["depends_on"]):
+                    return old, result
+        return None
+
+
+def machine() -> str:
+    """Returns what this process computes on."""
+    devices = jax.devices()
+    if devices[0].platform == "cpu":
+        # What this process may use, where the system says.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        kind = f"{cores} CPU core{'s' if cores != 1 else ''}"
+    else:
+        kind = f"{len(devices)} x {devices[0].device_kind}"
+    return f"{kind}, JAX {jax.__version__}, Python {platform.python_version()}"
+
+
+@contextlib.contextmanager
+def naming(stage: str) -> Iterator[None]:
+    """Says which stage a loss that is not finite stopped."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{stage}: {error}; the stages that were finished before are kept") from error
+
+
+def read_json(path: Path) -> Any:
+    """Returns what a JSON file holds.
+
+    Raises:
+        ValueError: a file that is no JSON, or has a number that is not finite.
+    """
+
+    def refuse(word: str) -> None:
+        raise ValueError(f"it has {word}, which is no number")
+
+    return json.loads(path.read_bytes(), parse_constant=refuse)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file, whole or not at all; refuses numbers that are not finite."""
+    write_whole(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n"))
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Lets `write` make a file beside `path`, and then moves it there.
+
+    Args:
+        path: the file; its parents are made.
+        write: writes the path that it is given, which has the same suffix, and which no other process writes.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.new{path.suffix}")
+    # A link that somebody put there is not followed.
+    temporary.unlink(missing_ok=True)
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        # Python names no file where the disk is full.
+        error.filename = error.filename or str(path)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Removes what `write_whole` left below a folder in processes that were killed meanwhile."""
+    for left in folder.rglob(".*.new.*"):
+        pid = left.name.split(".")[-3]
+        if pid.isdigit() and not _is_alive(int(pid)):
+            left.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether there is such a process."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _fingerprint(depends_on: Mapping[str, Any]) -> str:
+    """12 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _stage(name: str, depends_on: Mapping[str, Any]) -> dict[str, Any]:
+    """What identifies a stage, as JSON gives it back."""
+    return {"name": name, "depends_on": json.loads(json.dumps(depends_on))}
+
+
+def _without_code(depends_on: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings and the data alone."""
+    return {key: value for key, value in depends_on.items() if key != "code"}
+
+
+def _sealed(stage: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    """What a stage's file holds."""
+    return {"stage": stage, "result": result, "digest": _digest(stage, result)}
+
+
+def _unsealed(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The stage and the result in a stage's file."""
+    content = _read(path)
+    if content.keys() != {"stage", "result", "digest"}:
+        raise DamagedStageError(path, "it is not what a stage writes")
+    if content["digest"] != _digest(content["stage"], content["result"]):
+        raise DamagedStageError(path, "its content is not what was written: their digests differ")
+    return content["stage"], content["result"]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A dict in a file."""
+    try:
+        content = read_json(path)
+    except (ValueError, RecursionError, IsADirectoryError) as error:
+        raise DamagedStageError(path, error) from error
+    if not isinstance(content, dict):
+        raise DamagedStageError(path, "it is not what a stage writes")
+    return content
+
+
+def _digest(stage: Any, result: Any) -> str:
+    """Of all that a stage's file holds."""
+    return hashlib.sha256(json.dumps([stage, result], sort_keys=True).encode()).hexdigest()

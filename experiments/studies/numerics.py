@@ -1,0 +1,275 @@
+"""How right the estimates are, by the number formats of the experts and of the network: which radius, which precision.
+
+    python -m experiments.studies.numerics
+    python -m experiments.studies.numerics --experiment imagenette --data-dir DIR
+
+Experts are read from `--run-dir`, where the experiment's own command keeps them (give it the same options); those that
+are missing are trained. They are measured as they were trained, and drawn together to 1 % of their mean's length; in
+float32, bfloat16 and float16; in a network of float32 products, of products that are rounded to TF32 and to bfloat16
+(emulated, unless they ask for the highest precision), and of bfloat16 layers; under a softmax, and as free
+coefficients, alpha itself. The estimates are of all directions that the link sees, so that an exact one is the
+gradient.
+"""
+
+import dataclasses
+import functools
+import itertools
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+
+import glue_jax
+from experiments.models.network import Variables
+from experiments.protocol import data
+from experiments.protocol.config import CoefficientFields, part
+from experiments.protocol.context import Context, prepare, take
+from experiments.protocol.data import Examples
+from experiments.protocol.expert_training import describe_missing, train_experts
+from experiments.protocol.presets import ExpertArguments, parse
+from experiments.protocol.training import cross_entropy
+from experiments.reporting.presentation import markdown_table, number, rich_table, write_report
+from experiments.runtime.session import exit_on, process, session
+from experiments.runtime.stages import Stages, machine
+from experiments.studies.rounding import with_rounded_products
+from glue_jax.links import directions_of
+from glue_jax.precision import DEFAULT_RADIUS, SHORT_FACTOR, SOFTMAX_RADIUS
+
+NEAR = 0.01
+"""The distance of experts that are near to one another: from their mean, over its length (root mean square)."""
+RADII = (1e-3, 1e-2, 0.1, 1.0)
+"""Of SPSA's probes, at the precision of the network as it is."""
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+"""Of the experts."""
+ARITHMETIC = ("float32", "TF32 products", "bfloat16 products", "bfloat16 layers")
+"""Of the network."""
+LINKS = {"softmax": jax.nn.softmax, "free": glue_jax.unconstrained}
+"""From beta to alpha."""
+BATCHES = 3
+"""Minibatches at each of two points: the uniform average, and the softmax of normally distributed logits."""
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measures, from a command line to the report.
+
+    Args:
+        arguments: the command line; None is the process's.
+
+    Returns:
+        The results: `title`, `command`, `machine`, `distance` (of the experts as they were trained, as `NEAR`), `rows`
+        (each with `link`, `experts`, `dtype`, `arithmetic`, `spsa`, the relative error by radius, `tangents`,
+        `default_spsa` and `default_tangents`, of the steps' own defaults).
+    """
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    console = Console(markup=False)
+    with exit_on(ValueError):
+        parsed = parse(ExpertArguments, "studies.numerics", __doc__ or "", words)
+        parsed.check(least_experts=2)
+    command = shlex.join(["python", "-m", "experiments.studies.numerics", *words])
+    with session(parsed.out_dir, console, command) as progress:
+        with exit_on(ValueError, OSError, data.DatasetNotFoundError):
+            dataset = data.load(parsed.config.dataset, parsed.data_dir, parsed.config.image_size)
+            kept, accept = parsed.run_dir / "stages", parsed.accept_stages
+            context = prepare(parsed.config, dataset, kept, progress, accept_stages=accept)
+        progress.say(f"{dataset.name}; {machine()}\n{describe_missing(context)}")
+        rows, distance = measure(context, parsed.stages(progress))
+        results = {
+            "title": f"The error of the slopes by number format: {parsed.experiment}, preset {parsed.preset}",
+            "command": command,
+            "machine": "; ".join(sorted({row.pop("machine") for row in rows})),
+            "config": dataclasses.asdict(parsed.config),
+            "distance": distance,
+            "rows": rows,
+        }
+        write_report(parsed.out_dir, results, _markdown(results), {})
+    console.print(rich_table(results["title"], *_table(results)))
+    console.print(f"report: {parsed.out_dir / 'report.md'}", highlight=False, soft_wrap=True)
+    return results
+
+
+def measure(context: Context, stages: Stages) -> tuple[list[dict[str, Any]], float]:
+    """Measures what is not measured yet.
+
+    Args:
+        context: of the run whose experts these are; they are trained where they are missing.
+        stages: where the results are kept.
+
+    Returns:
+        The `rows` and the `distance` that `main` returns.
+    """
+    trained = glue_jax.stack_experts(train_experts(context)[0])
+    near, distance = drawn_together(trained, NEAR)
+    banks = {"as trained": trained, f"{100 * NEAR:g} % apart": near}
+    fields = {
+        **context.expert_fields,
+        "experts": context.config.num_experts,
+        "seed": context.config.seeds[0],
+        **part(context.config, CoefficientFields),
+        "code": context.code(_errors, drawn_together),
+    }
+    cases = [("softmax", *case) for case in itertools.product(banks, DTYPES, ARITHMETIC)]
+    # What the number format does, it does under any link.
+    cases += [
+        ("free", experts, next(iter(DTYPES)), arithmetic)
+        for experts, arithmetic in itertools.product(banks, ARITHMETIC)
+    ]
+    bar = context.progress.stage("Number formats", len(cases))
+    rows = []
+    for link, experts, dtype, arithmetic in cases:
+        case = {"link": link, "experts": experts, "dtype": dtype, "arithmetic": arithmetic}
+        name = f"numerics/{link}-{experts}-{dtype}-{arithmetic}".replace(" ", "_").replace("%", "percent")
+        compute = functools.partial(_errors, context, banks[experts], dtype, arithmetic, link)
+        row = stages.run(name, {**fields, **case}, compute)
+        rows.append({**case, **row})
+        bar.advance()
+    return rows, distance
+
+
+def drawn_together(experts: Variables, distance: float) -> tuple[Variables, float]:
+    """Returns experts at a distance from their mean, and at which they were.
+
+    Args:
+        experts: stacked, each leaf `[K, ...]`.
+        distance: root mean square over experts of a parameter vector's distance from the mean, over the mean's length.
+    """
+    mean = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0, keepdims=True), experts)
+    away = jax.tree.map(jnp.subtract, experts, mean)
+    k = glue_jax.num_experts(experts)
+    found = float(optax.tree.norm(away["params"]) / np.sqrt(k) / optax.tree.norm(mean["params"]))
+    return jax.tree.map(lambda centre, leaf: centre + distance / found * leaf, mean, away), found
+
+
+def _errors(context: Context, experts: Variables, dtype: str, arithmetic: str, link: str) -> dict[str, Any]:
+    """The relative errors of the estimates for one case, root mean squares over points and minibatches."""
+    config = context.config
+    bank = jax.tree.map(lambda leaf: leaf.astype(DTYPES[dtype]), experts)
+    exact_bank = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), bank)
+    target, size = take(context.train, context.targets[config.seeds[0]]), config.alpha_batch_size
+    batches = [jax.tree.map(lambda leaf, at=index: leaf[at * size :][:size], target) for index in range(BATCHES)]
+    k, link_fn = config.num_experts, LINKS[link]
+    points = [jnp.zeros(k), jax.random.normal(jax.random.key(0), (k,))]
+    if link == "free":
+        points = [jax.nn.softmax(point) for point in points]
+    num_directions = k - 1 if link == "softmax" else k
+    rounded_loss = _loss(context, arithmetic)
+
+    def objective(loss: Callable[..., jax.Array], experts: Variables, batch: Examples, beta: jax.Array) -> jax.Array:
+        return loss(glue_jax.blend(experts, link_fn(beta), min_dtype=jnp.float32), batch)
+
+    def exact(key: jax.Array, beta: jax.Array, batch: Examples) -> jax.Array:
+        del key
+        with jax.default_matmul_precision("highest"):
+            return jax.grad(functools.partial(objective, context.problem.loss, exact_bank, batch))(beta)
+
+    directions = {"directions": directions_of(link_fn), "num_directions": num_directions}
+
+    def spsa(radius: float, key: jax.Array, beta: jax.Array, batch: Examples) -> jax.Array:
+        fun = functools.partial(objective, rounded_loss, bank, batch)
+        return glue_jax.estimators.spsa_gradient(key, fun, beta, radius=radius, **directions).gradient
+
+    def tangents(key: jax.Array, beta: jax.Array, batch: Examples) -> jax.Array:
+        fun = functools.partial(objective, rounded_loss, bank, batch)
+        return glue_jax.estimators.forward_gradient(key, fun, beta, **directions).gradient
+
+    def of_step(step_fn: Callable[..., Any], key: jax.Array, beta: jax.Array, batch: Examples) -> jax.Array:
+        optimizer = optax.sgd(1.0)
+        state = glue_jax.init(k, optimizer, beta=beta)
+        words = {"loss_fn": rounded_loss, "optimizer": optimizer, "link_fn": link_fn, "num_directions": num_directions}
+        return beta - step_fn(key, state, bank, batch, **words)[0].beta
+
+    gradient = jax.jit(exact)
+    cases = [
+        (index, beta, batch, gradient(None, beta, batch)) for beta in points for index, batch in enumerate(batches)
+    ]
+
+    def error(estimator: Callable[..., jax.Array]) -> float:
+        compiled = jax.jit(estimator)
+        squares = [
+            float(jnp.sum(jnp.square(compiled(jax.random.key(seed), beta, batch) - right)) / jnp.sum(jnp.square(right)))
+            for seed, beta, batch, right in cases
+        ]
+        return float(np.sqrt(np.mean(squares)))
+
+    with warnings.catch_warnings():
+        # That the network multiplies bfloat16 is what is measured.
+        warnings.filterwarnings("ignore", message="loss_fn multiplies bfloat16")
+        return {
+            "spsa": [{"radius": radius, "error": error(functools.partial(spsa, radius))} for radius in RADII],
+            "tangents": error(tangents),
+            "default_spsa": error(functools.partial(of_step, glue_jax.spsa_step)),
+            "default_tangents": error(functools.partial(of_step, glue_jax.forward_gradient_step)),
+        }
+
+
+def _loss(context: Context, arithmetic: str) -> Callable[[Variables, Examples], jax.Array]:
+    """The loss as a network of this arithmetic computes it."""
+    problem = context.problem
+    if arithmetic == "float32":
+        return problem.loss
+    if arithmetic != "bfloat16 layers":
+        return with_rounded_products(problem.loss, 10 if arithmetic.startswith("TF32") else 7)
+
+    def loss(variables: Variables, batch: Examples) -> jax.Array:
+        short = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), variables)
+        logits = problem.network.apply(short, problem.normalize(batch.images).astype(jnp.bfloat16))
+        return cross_entropy(logits.astype(jnp.float32), batch.labels)
+
+    return loss
+
+
+def _table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """A row for each case."""
+    headers = [
+        "coefficients",
+        "experts",
+        "their dtype",
+        "the network's arithmetic",
+        *(f"radius {number(radius)}" for radius in RADII),
+    ]
+    return [*headers, "tangents", "`spsa_step`", "`forward_gradient_step`"], [
+        [
+            row["link"],
+            row["experts"],
+            row["dtype"],
+            row["arithmetic"],
+            *(f"{entry['error']:.4f}" for entry in row["spsa"]),
+            *(f"{row[name]:.4f}" for name in ("tangents", "default_spsa", "default_tangents")),
+        ]
+        for row in results["rows"]
+    ]
+
+
+def _markdown(results: Mapping[str, Any]) -> str:
+    """The report."""
+    return (
+        "\n\n".join(
+            [
+                f"# {results['title']}",
+                f"    {results['command']}",
+                f"Run on {results['machine']}. Rounded products and bfloat16 layers are emulated there.",
+                "The error of an estimate of the gradient for the coefficients, over the length of the exact gradient "
+                f"in float32: root mean squares over {BATCHES} minibatches at each of two points. An estimate probes "
+                "all directions that the coefficients have: K - 1 zero-sum ones under a softmax, K of free "
+                f"coefficients (alpha itself). The experts as trained are {results['distance']:.2f} from their mean, "
+                "over the mean's length.",
+                "The columns of radii and of tangents take the network's products as they come. The last two columns "
+                "are the steps' defaults: `spsa_step` asks for the highest precision of products, and takes the radius "
+                f"{number(SOFTMAX_RADIUS)} under a softmax, {number(SHORT_FACTOR)} times as much where the network has "
+                f"bfloat16 layers, and {number(DEFAULT_RADIUS)} for free coefficients.",
+                markdown_table(*_table(results)),
+            ]
+        )
+        + "\n"
+    )
+
+
+if __name__ == "__main__":
+    with process():
+        main()

@@ -1,0 +1,1 @@
+"""The error of GLUE's gradient estimates on trained experts; `python -m experiments.studies.variance`."""

@@ -1,1 +1,0 @@
-"""The error of GLUE's gradient estimates on trained experts; `python -m experiments.variance`."""
