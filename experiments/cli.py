@@ -13,13 +13,12 @@ from rich.console import Console
 
 from experiments.protocol import data
 from experiments.protocol import run as protocol
-from experiments.protocol.config import Config
+from experiments.protocol.config import CONFIGS, Config
 from experiments.protocol.context import Context, prepare
 from experiments.protocol.estimate import describe, estimate
 from experiments.protocol.expert_training import describe_missing
 from experiments.protocol.presets import folder_of
 from experiments.reporting import run_report
-from experiments.reporting.analysis import CONFIGS
 from experiments.runtime.session import exit_on, session
 from experiments.runtime.stages import machine, naming
 

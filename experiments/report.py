@@ -20,8 +20,9 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
+from experiments.protocol.config import CONFIGS, PAPER_CONFIGS
 from experiments.reporting import claims
-from experiments.reporting.analysis import CONFIGS, PAPER_CONFIGS, configs_of
+from experiments.reporting.analysis import configs_of
 from experiments.reporting.paper import EXPERIMENTS, EXPERT_ACCURACY, experiment_of, is_at_its_scale
 from experiments.reporting.presentation import STYLE, markdown_table, png, shortened, unbroken
 from experiments.reporting.run_report import OURS, PASSES, config_table, cost_table, draw_accuracy

@@ -97,7 +97,7 @@ def test_a_disk_that_is_full_at_the_report_ends_with_one_line_and_is_gone_on_fro
             cli.main("digits", "", {"tiny": TINY}, words)
     assert f"finished stages are kept in {tmp_path}" in str(stopped.value.code)
     monkeypatch.setattr("experiments.protocol.expert_training.train", None)
-    monkeypatch.setattr("experiments.protocol.train", None)
+    monkeypatch.setattr("experiments.protocol.fine_tuning.train", None)
     cli.main("digits", "", {"tiny": TINY}, words)
     assert {path.name for path in tmp_path.iterdir()} == FILES
 
@@ -121,7 +121,7 @@ def test_an_interruption_says_that_the_work_is_kept(tmp_path, capsys, monkeypatc
         context.stages.write("a stage", {"code": ""}, {})
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("experiments.protocol.run", interrupted)
+    monkeypatch.setattr("experiments.protocol.run.run", interrupted)
     with pytest.raises(SystemExit) as stopped:
         cli.main("digits", "", {"tiny": TINY}, ["--out-dir", str(tmp_path)])
     assert stopped.value.code == 130

@@ -45,7 +45,7 @@ def test_a_step_of_the_coefficients_is_measured_once_a_config_and_without_valida
         measured.append(number)
         return SimpleNamespace(alpha=max_steps)
 
-    monkeypatch.setattr(protocol, "learn_coefficients", learn)
+    monkeypatch.setattr(estimate, "learn_coefficients", learn)
     estimate.estimate(_prepare(TINY, digits, tmp_path))
     # Two seeds; the first call of each compiles.
     assert sorted(measured) == [3, 3, 4, 4, 5, 5]
@@ -88,7 +88,7 @@ def test_what_is_done_is_not_counted(digits, tmp_path, steady):
 def test_steps_are_measured_as_they_run(digits, tmp_path, monkeypatch, together):
     if together:
         for module in ("context", "estimate"):
-            monkeypatch.setattr(f"experiments.{module}.on_cpu", lambda tree: False)
+            monkeypatch.setattr(f"experiments.protocol.{module}.on_cpu", lambda tree: False)
     seconds = estimate.estimate(_prepare(ONE_SEED, digits, tmp_path))
     assert len(seconds) == 3
     assert all(0 < value < 60 for value in seconds.values())

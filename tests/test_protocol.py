@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import pathlib
 import shutil
 import sys
 
@@ -15,13 +16,12 @@ import pytest
 from rich.console import Console
 
 import glue_jax
-from experiments.protocol import data, passes
+from experiments.protocol import coefficients, data, fine_tuning, passes
 from experiments.protocol import expert_training as experts
 from experiments.protocol import run as protocol
-from experiments.protocol.config import Config
+from experiments.protocol.config import CONFIGS, Config
 from experiments.protocol.context import prepare
 from experiments.protocol.expert_training import _stage_of, describe_missing, measurement, train_experts
-from experiments.reporting.analysis import CONFIGS
 from experiments.runtime import checkpoints, sources, stages
 from experiments.runtime.locks import LockedError
 from experiments.runtime.progress import ProgressBars
@@ -251,13 +251,13 @@ ALL = {"experts", "accuracies", "coefficients", "fine-tuning"}
 @pytest.mark.parametrize(
     ("module", "name", "before", "after", "anew"),
     [
-        ("experiments.protocol", "_MOST_ALPHAS", "201", "101", {"coefficients"}),
+        ("experiments.protocol.coefficients", "_MOST_ALPHAS", "201", "101", {"coefficients"}),
         ("glue_jax.steps", "spsa_step", "step", "stop", {"coefficients"}),
         ("glue_jax.gauss_newton", "_quadratic", "curved", "bent", {"coefficients"}),
         ("experiments.protocol.context", "make_steps", "5", "6", {"coefficients"}),
         ("experiments.protocol.training", "output_loss", "loss", "worth", {"coefficients"}),
         ("experiments.protocol.passes", "_passes", "2", "3", set()),
-        ("experiments.protocol", "fine_tune", "append", "extend", {"fine-tuning"}),
+        ("experiments.protocol.fine_tuning", "fine_tune", "append", "extend", {"fine-tuning"}),
         (
             "experiments.protocol.training",
             "_EVALUATION_BATCH",
@@ -283,8 +283,8 @@ def test_changed_source_does_anew_what_it_touches(
         stages = {
             "experts": _stage_of(context, 0),
             "accuracies": measurement(context),
-            "coefficients": protocol._coefficients_stage(context, 4, 0),
-            "fine-tuning": protocol._fine_tuning_stage(context, 4, 0, [0.5, 0.5]),
+            "coefficients": coefficients.coefficients_stage(context, 4, 0),
+            "fine-tuning": fine_tuning.fine_tuning_stage(context, 4, 0, [0.5, 0.5]),
         }
         return {(kind, context.stages.path(*stage)) for kind, stage in stages.items()}
 
@@ -302,7 +302,7 @@ def _kind(name):
 
 def _definition_of(code):
     """The definition of this repository that a piece of code is of, as digests name it; None for other code."""
-    folder = os.path.dirname(os.path.dirname(protocol.__file__)) + os.sep
+    folder = str(pathlib.Path(protocol.__file__).parents[2]) + os.sep
     path, line = code.co_filename.removeprefix(folder), code.co_firstlineno
     if path == code.co_filename or not path.startswith(("experiments", "glue_jax")):
         return None
@@ -470,7 +470,9 @@ def test_another_radius_does_anew_what_the_radius_touches(done, digits, monkeypa
 def test_coefficients_are_learned_anew_for_a_setting_that_their_config_uses(digits, tmp_path, change, numbers):
     def places(config):
         context = _prepare(config, digits, tmp_path)
-        return {number: context.stages.path(*protocol._coefficients_stage(context, number, 0)) for number in (3, 4, 5)}
+        return {
+            number: context.stages.path(*coefficients.coefficients_stage(context, number, 0)) for number in (3, 4, 5)
+        }
 
     before, after = places(TINY), places(dataclasses.replace(TINY, **change))
     assert {number for number in before if before[number] != after[number]} == numbers

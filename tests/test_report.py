@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from experiments import report
-from experiments.protocol.config import Config
+from experiments.protocol.config import CONFIGS, PAPER_CONFIGS, Config
 from experiments.reporting import claims, paper, run_report
-from experiments.reporting.analysis import CONFIGS, PAPER_CONFIGS, clear_sign, lead, num_mixed
+from experiments.reporting.analysis import clear_sign, lead, num_mixed
 
 
 def _results(accuracies, dataset="cifar10", network="resnet20"):

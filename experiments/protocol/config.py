@@ -15,6 +15,12 @@ from experiments.models.vit import Pooling, Positions
 from experiments.protocol.training import Augmentation
 from glue_jax.directions import DirectionName, dimension
 
+PAPER_CONFIGS: Mapping[int, str] = {1: "Data size", 2: "Proxy accuracy", 3: "Full gradient", 4: "GLUE (SPSA)"}
+"""The paper's four ways to coefficients, by its numbers."""
+
+CONFIGS: Mapping[int, str] = {**PAPER_CONFIGS, 5: "Gauss-Newton (ours)"}
+"""All ways to coefficients: the paper's, and one of ours, `glue_jax.gauss_newton_step`."""
+
 Initialization = Literal["common", "separate"]
 # JAX makes keys of 32 bits: larger seeds would share their keys with smaller ones.
 _SEEDS = 2**32

@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.protocol import run as protocol
+from experiments.protocol.coefficients import learn_coefficients, validate_every
 from experiments.protocol.context import Context, take
 from experiments.protocol.expert_training import missing_experts
+from experiments.protocol.run import remaining
 from experiments.protocol.training import Trainer
 from experiments.runtime.devices import put
 from glue_jax.batches import on_cpu
@@ -36,7 +37,7 @@ def estimate(context: Context) -> dict[str, float]:
     config, seconds = context.config, {}
     variables = put(jax.jit(context.problem.network.init)(jax.random.key(0)), context.problem.mesh)
     missing = missing_experts(context)
-    left = protocol.remaining(context)
+    left = remaining(context)
     if not (missing or any(left.values())):
         return {}
     num_validation = len(context.validation.labels)
@@ -112,12 +113,12 @@ def _training_step(
 
 def _most_validations(context: Context, number: int) -> int:
     """How often one Config's coefficients are validated at most: at the start, and after each chunk of steps."""
-    return 1 + math.ceil(context.config.alpha_steps / protocol.validate_every(context, number))
+    return 1 + math.ceil(context.config.alpha_steps / validate_every(context, number))
 
 
 def _alpha_step(context: Context, number: int, experts: Any, target: Any) -> float:
     """Seconds of a step of one Config's coefficients, without validation."""
-    steps = _STEPS if on_cpu(context.train) else protocol.validate_every(context, number)
+    steps = _STEPS if on_cpu(context.train) else validate_every(context, number)
     steps = min(steps, context.config.alpha_steps)
 
     def learn() -> Any:
@@ -125,7 +126,7 @@ def _alpha_step(context: Context, number: int, experts: Any, target: Any) -> flo
         with warnings.catch_warnings():
             # The experts are one network K times, whose gradient is 0.
             warnings.filterwarnings("ignore", "the gradient was exactly 0")
-            found = protocol.learn_coefficients(unjudged, number, jax.random.key(0), experts, target, max_steps=steps)
+            found = learn_coefficients(unjudged, number, jax.random.key(0), experts, target, max_steps=steps)
         return found.alpha
 
     return _second_call(learn) / steps

@@ -15,7 +15,7 @@ def prior_cost(
     Args:
         context: of `experiments.protocol.context.prepare`.
         number: of the Config.
-        weights: the coefficients, as `experiments.protocol.kept` returns them.
+        weights: the coefficients, as `experiments.protocol.run.kept` returns them.
         measured: what `experiments.protocol.expert_training.measure_experts` returned: Config 2 needs a part of it.
 
     Returns:

@@ -6,11 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-PAPER_CONFIGS: Mapping[int, str] = {1: "Data size", 2: "Proxy accuracy", 3: "Full gradient", 4: "GLUE (SPSA)"}
-"""The paper's four ways to coefficients, by its numbers."""
-
-CONFIGS: Mapping[int, str] = {**PAPER_CONFIGS, 5: "Gauss-Newton (ours)"}
-"""All ways to coefficients: the paper's, and one of ours, `glue_jax.gauss_newton_step`."""
+from experiments.protocol.config import CONFIGS
 
 _LEARNED = (3, 4, 5)
 

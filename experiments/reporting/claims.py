@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.reporting.analysis import PAPER_CONFIGS, clear_sign, lead, name_of, signed
+from experiments.protocol.config import PAPER_CONFIGS
+from experiments.reporting.analysis import clear_sign, lead, name_of, signed
 from experiments.reporting.paper import LARGEST_LEAD, LARGEST_VARIATION, MATCHED, experiment_of, is_at_its_scale
 
 EXPLANATION = (

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 
-from experiments.reporting.analysis import CONFIGS, by_config, configs_of, learned_configs_of, name_of, num_mixed
+from experiments.protocol.config import CONFIGS
+from experiments.reporting.analysis import by_config, configs_of, learned_configs_of, name_of, num_mixed
 from experiments.reporting.claims import leads, leads_of_ours
 from experiments.reporting.paper import EXPERT_ACCURACY, experiment_of, is_at_its_scale
 from experiments.reporting.presentation import STYLE, markdown_table, rich_table, spread, unbroken, write_report

@@ -25,11 +25,11 @@ from matplotlib.figure import Figure
 
 import glue_jax
 from experiments.models.network import Variables
+from experiments.protocol.coefficients import coefficients_key
 from experiments.protocol.config import CoefficientFields, part
 from experiments.protocol.context import Context, take
 from experiments.protocol.expert_training import train_experts
 from experiments.protocol.presets import ExpertArguments
-from experiments.protocol.run import coefficients_key
 from experiments.protocol.training import cross_entropy, output_loss
 from experiments.reporting.presentation import STYLE, markdown_table, spread
 from experiments.runtime.session import process

@@ -25,7 +25,7 @@ from rich.console import Console
 import glue_jax
 from experiments.models.network import Variables
 from experiments.protocol import data
-from experiments.protocol import run as protocol
+from experiments.protocol.coefficients import coefficients_key, learn_coefficients
 from experiments.protocol.config import CoefficientFields, part
 from experiments.protocol.context import Context, prepare, take
 from experiments.protocol.expert_training import describe_missing, train_experts
@@ -176,10 +176,10 @@ def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _learn(context: Context, experts: Variables, seed: int, radius: float) -> dict[str, Any]:
     """The best validation loss with a radius."""
     step = functools.partial(context.step_fns[4], radius=radius)
-    result = protocol.learn_coefficients(
+    result = learn_coefficients(
         context._replace(step_fns={4: step}),
         4,
-        protocol.coefficients_key(seed),
+        coefficients_key(seed),
         experts,
         take(context.train, context.targets[seed]),
         max_steps=context.config.alpha_steps,

@@ -10,9 +10,9 @@ import numpy as np
 
 import glue_jax
 from experiments.models.network import Variables
+from experiments.protocol.coefficients import coefficients_key, learn_coefficients
 from experiments.protocol.context import Context, take
 from experiments.protocol.data import Examples
-from experiments.protocol.run import coefficients_key, learn_coefficients
 from experiments.protocol.splits import Indices
 from experiments.studies.budget import Sharing, coefficients
 from experiments.studies.ways import Coefficients

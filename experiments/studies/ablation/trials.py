@@ -15,11 +15,13 @@ import optax
 import glue_jax
 from experiments.models.network import Variables
 from experiments.models.permutations import SPECS
+from experiments.protocol.coefficients import coefficients_key
 from experiments.protocol.config import CoefficientFields, FineTuningFields, part
 from experiments.protocol.context import Context, take
 from experiments.protocol.data import Examples
 from experiments.protocol.expert_training import initial_variables, measure_experts, train_experts
-from experiments.protocol.run import coefficients_key, fine_tune, kept
+from experiments.protocol.fine_tuning import fine_tune
+from experiments.protocol.run import kept
 from experiments.protocol.training import Problem, cross_entropy
 from experiments.runtime.sources import functions_in
 from experiments.runtime.stages import Stages

@@ -13,11 +13,11 @@ import optax
 from jax.tree_util import Partial
 
 import glue_jax
+from experiments.protocol.coefficients import learn_coefficients
 from experiments.protocol.config import CoefficientFields, Config, part
 from experiments.protocol.context import Context, take
 from experiments.protocol.data import Examples
 from experiments.protocol.expert_training import train_experts
-from experiments.protocol.run import learn_coefficients
 from experiments.runtime.progress import Stage
 from experiments.runtime.stages import Stages
 from experiments.studies.variance import statistics

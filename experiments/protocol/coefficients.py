@@ -1,0 +1,148 @@
+"""The coefficients of the paper's Configs 1 to 4 and of our Config 5.
+
+Configs 3, 4 and 5 learn theirs. They see the same minibatches.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+import glue_jax
+from experiments.models.network import Variables
+from experiments.protocol.config import CoefficientFields, part
+from experiments.protocol.context import Context
+from experiments.protocol.data import Examples
+from experiments.protocol.training import output_loss
+from experiments.runtime.progress import Stage
+
+# Of the coefficients by step, so many at most are kept, evenly spaced.
+_MOST_ALPHAS = 201
+# Of Config 5: a few of its steps go as far as many others. It is `glue_jax.learn`'s own default.
+_GAUSS_NEWTON_VALIDATES_EVERY = 5
+_ONLY_OF_SPSA = ("radius", "num_directions", "directions")
+# The fields of `CoefficientFields` that a Config does not use: its coefficients do not depend on them.
+_NOT_USED = {3: _ONLY_OF_SPSA, 5: (*_ONLY_OF_SPSA, "alpha_learning_rate", "alpha_b1", "alpha_b2", "validate_every")}
+# What a seed's key is folded with, so that no two uses share one: fine-tuning has another.
+_COEFFICIENTS = 2
+
+
+def validate_every(context: Context, number: int) -> int:
+    """Returns the steps between two validations of Config 3, 4 or 5."""
+    return _GAUSS_NEWTON_VALIDATES_EVERY if number == 5 else context.config.validate_every
+
+
+def coefficients_key(seed: int) -> jax.Array:
+    """Returns what decides a seed's minibatches and directions while the coefficients are learned."""
+    return jax.random.fold_in(jax.random.key(seed), _COEFFICIENTS)
+
+
+def learn_coefficients(
+    context: Context,
+    number: int,
+    key: jax.Array,
+    experts: Variables,
+    target: Examples,
+    *,
+    max_steps: int,
+    callback: Callable[[glue_jax.types.Progress], None] | None = None,
+) -> glue_jax.LearnResult:
+    """Learns the coefficients of Config 3, 4 or 5.
+
+    Args:
+        context: of `experiments.protocol.context.prepare`; its validation images, if any, judge the plateau.
+        number: 3, 4 or 5.
+        key: decides the minibatches, the same for these Configs, and the directions.
+        experts: stacked, each leaf `[K, ...]`.
+        target: the images to learn on.
+        max_steps: the most steps.
+        callback: of `glue_jax.learn`.
+
+    Returns:
+        As `glue_jax.learn` does.
+
+    Raises:
+        glue_jax.NonFiniteLossError: a loss or a gradient that is infinite or not a number, with its step.
+    """
+    config = context.config
+    with jax.default_matmul_precision(config.matmul_precision):
+        return glue_jax.learn(
+            key,
+            experts,
+            target,
+            loss_fn=output_loss(context.problem),
+            optimizer=None if number == 5 else context.alpha_optimizer,
+            step_fn=context.step_fns[number],
+            validation_data=context.validation,
+            batch_size=config.alpha_batch_size,
+            max_steps=max_steps,
+            validate_every=validate_every(context, number),
+            patience=None if context.validation is None else config.patience,
+            callback=callback,
+        )
+
+
+def heuristic_coefficients(context: Context, number: int, measured: dict[str, Any]) -> list[float]:
+    """The coefficients of Configs 1 and 2."""
+    if number == 1:
+        weights = glue_jax.coefficients.data_size_weights([len(rows) for rows in context.splits.experts])
+    else:
+        weights = glue_jax.coefficients.proxy_accuracy_weights(
+            [row["validation_accuracy"] for row in measured["experts"]]
+        )
+    return np.asarray(weights).tolist()
+
+
+def coefficients_stage(context: Context, number: int, seed: int) -> tuple[str, dict[str, Any]]:
+    """The name of a stage that learns coefficients, and all that it depends on."""
+    fields = part(context.config, CoefficientFields)
+    depends_on = {
+        **context.expert_fields,
+        **{name: value for name, value in fields.items() if name not in _NOT_USED.get(number, ())},
+        "experts": context.config.num_experts,
+        "seed": seed,
+        "code": context.code(coefficients_of),
+    }
+    return f"coefficients/seed{seed}-config{number}", depends_on
+
+
+def coefficients_of(
+    context: Context,
+    number: int,
+    seed: int,
+    target: Examples,
+    experts: Variables,
+    measured: dict[str, Any],
+    stage: Stage,
+) -> dict[str, Any]:
+    """The coefficients of one Config, and how they were learned."""
+    config = context.config
+    if number not in context.step_fns:
+        return {"alpha": heuristic_coefficients(context, number, measured)}
+    steps_done = 0
+
+    def callback(progress: glue_jax.types.Progress) -> None:
+        nonlocal steps_done
+        stage.advance(progress.step - steps_done)
+        steps_done = progress.step
+
+    def compute() -> dict[str, Any]:
+        key = coefficients_key(seed)
+        result = learn_coefficients(
+            context, number, key, experts, target, max_steps=config.alpha_steps, callback=callback
+        )
+        history = result.history
+        alphas = np.concatenate([history.metrics.alpha, np.asarray(result.last_alpha)[None]])
+        rows = np.unique(np.linspace(0, len(alphas) - 1, _MOST_ALPHAS).round().astype(int))
+        return {
+            "alpha": np.asarray(result.alpha).tolist(),
+            "validation_steps": history.validation_steps.tolist(),
+            "validation_loss": history.validation_values.tolist(),
+            "alpha_steps": rows.tolist(),
+            "alphas": alphas[rows].tolist(),
+        }
+
+    learned = context.stages.run(*coefficients_stage(context, number, seed), compute)
+    stage.skip(config.alpha_steps - steps_done)
+    return learned
