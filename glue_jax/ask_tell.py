@@ -169,33 +169,44 @@ class OutputProbes(NamedTuple):
     """What `ask_outputs` wants to know the outputs of, and all that `tell_outputs` needs beside them.
 
     Attributes:
-        alpha: of each blend, leaves `[d + 2, ...]`: at beta, at the proposed step, and around the proposed step along
-            each of the d directions.
+        alpha: of each blend, leaves `[m + 2, ...]`: at beta, at the proposed step, and around the proposed step along
+            each of the m directions. All directions are m = d.
         state: the state that was given to `ask_outputs`.
         radius: of the differences, `[]`.
+        rows: the directions, `[m, d]`, as coordinates in `glue_jax.directions.basis`; None for all of them.
         link_fn: of the coefficients.
     """
 
     alpha: PyTree
     state: GlueState
     radius: ArrayLike
+    rows: jax.Array | None
     link_fn: LinkFn
 
 
-def ask_outputs(state: GlueState, *, link_fn: LinkFn = jax.nn.softmax, radius: ArrayLike | None = None) -> OutputProbes:
+def ask_outputs(
+    state: GlueState,
+    key: jax.Array | None = None,
+    *,
+    link_fn: LinkFn = jax.nn.softmax,
+    radius: ArrayLike | None = None,
+    num_directions: int | None = None,
+) -> OutputProbes:
     """Returns the coefficients whose outputs `tell_outputs` wants: the first half of `gauss_newton_step`.
 
     Args:
         state: of `init(num_experts, link_fn=link_fn)` or `tell_outputs`.
+        key: as for `gauss_newton_step`.
         link_fn: as for `gauss_newton_step`.
         radius: as for `gauss_newton_step`. Outputs of few digits want a larger one.
+        num_directions: as for `gauss_newton_step`.
 
     Returns:
         The probes, for `tell_outputs`. The first two are the same where nothing is proposed yet.
 
     Raises:
         ValueError: an argument out of its range, or a state of another link.
-        TypeError: a state that is none, or of an optimizer.
+        TypeError: a state that is none, or of an optimizer; `num_directions` without a key.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpy as np
@@ -211,12 +222,13 @@ def ask_outputs(state: GlueState, *, link_fn: LinkFn = jax.nn.softmax, radius: A
         True
     """
     model = gauss_newton.check_gauss_newton_state(state, link_fn)
-    radius = radius_of(link_fn) if radius is None else radius
+    radius = gauss_newton.difference_radius(link_fn) if radius is None else radius
     check_positive("radius", radius)
+    rows = gauss_newton.subspace(key, state, model, num_directions)
     with jax.default_matmul_precision("highest"):
-        points = gauss_newton.probe_points(state.beta, model, link_fn, radius)
+        points = gauss_newton.probe_points(state.beta, model, link_fn, radius, rows)
         alpha = jax.vmap(functools.partial(apply_link, link_fn))(points)
-    return OutputProbes(alpha=alpha, state=state, radius=radius, link_fn=link_fn)
+    return OutputProbes(alpha=alpha, state=state, radius=radius, rows=rows, link_fn=link_fn)
 
 
 def tell_outputs(
@@ -226,7 +238,7 @@ def tell_outputs(
 
     Args:
         probes: of `ask_outputs`.
-        outputs: of the probes in their order, on one minibatch: an array `[d + 2, B, ...]`, or a list of d + 2 outputs,
+        outputs: of the probes in their order, on one minibatch: an array `[m + 2, B, ...]`, or a list of m + 2 outputs,
             in which None is a blend that could not be evaluated. Without one of the directions, the step learns nothing
             new. Without the proposal's, it turns the proposal down.
         batch: for `loss`, such as the labels.
@@ -258,14 +270,21 @@ def tell_outputs(
     if not leaves or any(
         np.ndim(leaf) < 2 or len(leaf) != count or jnp.result_type(leaf).kind != "f" for leaf in leaves
     ):
-        raise ValueError(f"outputs have shape {shapes}; expected floating point [d + 2, B, ...] with d + 2 = {count}")
-    return _tell(probes.state, outputs, batch, probes.radius, link_fn=probes.link_fn, loss=loss)
+        raise ValueError(f"outputs have shape {shapes}; expected floating point [m + 2, B, ...] with m + 2 = {count}")
+    return _tell(probes.state, outputs, batch, probes.radius, probes.rows, link_fn=probes.link_fn, loss=loss)
 
 
 @functools.partial(jax.jit, static_argnames=("link_fn", "loss"))
 def _tell(
-    state: GlueState, outputs: PyTree, batch: Batch, radius: ArrayLike, *, link_fn: LinkFn, loss: LossOfOutputs
+    state: GlueState,
+    outputs: PyTree,
+    batch: Batch,
+    radius: ArrayLike,
+    rows: jax.Array | None,
+    *,
+    link_fn: LinkFn,
+    loss: LossOfOutputs,
 ) -> tuple[GlueState, GlueMetrics]:
     """The step, of outputs in at least float32."""
     outputs = jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), outputs)
-    return gauss_newton.move(state, outputs, batch, radius, link_fn=link_fn, loss=loss)
+    return gauss_newton.move(state, outputs, batch, radius, rows, link_fn=link_fn, loss=loss)

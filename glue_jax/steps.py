@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from glue_jax import gauss_newton
+from glue_jax import quadratic_model
 from glue_jax.blending import blend, merge_for_learning
 from glue_jax.checks import check_callable, check_counts, check_optimizer, check_state
 from glue_jax.coefficients import check_floating
@@ -74,7 +74,7 @@ def init(
 
 def opt_state_of(beta: PyTree, optimizer: optax.GradientTransformation | None, link_fn: LinkFn) -> Any:
     """Returns what learning carries on beside beta, at its start; without an optimizer, Gauss-Newton's."""
-    return gauss_newton.start(beta, link_fn) if optimizer is None else optimizer.init(beta)
+    return quadratic_model.start(beta, link_fn) if optimizer is None else optimizer.init(beta)
 
 
 def alpha(state: GlueState | LearnResult, link_fn: LinkFn = jax.nn.softmax) -> PyTree:

@@ -169,16 +169,21 @@ def outputs_problem():
     return stacked, outputs, loss, jnp.asarray(y, jnp.float32), loss_fn
 
 
-@pytest.mark.parametrize("link_fn", [jax.nn.softmax, glue_jax.unconstrained], ids=["softmax", "unconstrained"])
-def test_told_outputs_take_the_step_of_gauss_newton(link_fn):
+@pytest.mark.parametrize(
+    ("link_fn", "m"),
+    [(jax.nn.softmax, None), (glue_jax.unconstrained, None), (glue_jax.unconstrained, 2)],
+    ids=["softmax", "unconstrained", "some directions"],
+)
+def test_told_outputs_take_the_step_of_gauss_newton(link_fn, m):
     experts, outputs, loss, batch, loss_fn = outputs_problem()
     told = stepped = glue_jax.init(3, link_fn=link_fn)
+    key = jax.random.key(5)
     for _ in range(6):
-        probes = glue_jax.ask_outputs(told, link_fn=link_fn)
+        probes = glue_jax.ask_outputs(told, key, link_fn=link_fn, num_directions=m)
+        assert len(probes.alpha) == 2 + (m or (3 if link_fn is glue_jax.unconstrained else 2))
         told, metrics = glue_jax.tell_outputs(probes, outputs(probes), batch, loss=loss)
-        stepped, expected = glue_jax.gauss_newton_step(
-            None, stepped, experts, batch, loss_fn=loss_fn, link_fn=link_fn, tangents="differences"
-        )
+        words = {"loss_fn": loss_fn, "link_fn": link_fn, "tangents": "differences", "num_directions": m}
+        stepped, expected = glue_jax.gauss_newton_step(key, stepped, experts, batch, **words)
         np.testing.assert_allclose(told.beta, stepped.beta, rtol=2e-3, atol=1e-4)
         np.testing.assert_allclose(metrics.loss, expected.loss, rtol=1e-4)
     assert float(jnp.linalg.norm(told.beta)) > 0.1
@@ -203,7 +208,7 @@ def test_outputs_that_do_not_fit_are_refused():
     _, outputs, loss, batch, _ = outputs_problem()
     probes = glue_jax.ask_outputs(glue_jax.init(3))
     tell: Any = functools.partial(glue_jax.tell_outputs, batch=batch, loss=loss)
-    with pytest.raises(ValueError, match=r"outputs have shape \(3, 20\); expected .* d \+ 2 = 4"):
+    with pytest.raises(ValueError, match=r"outputs have shape \(3, 20\); expected .* m \+ 2 = 4"):
         tell(probes, outputs(probes)[:3])
     with pytest.raises(ValueError, match=r"outputs have shape \(4,\)"):
         tell(probes, np.zeros(4))

@@ -18,7 +18,7 @@ PAPER = functools.partial(glue_jax.spsa_step, radius=1e-2, directions="sphere")
 WAYS = ways(RATES, PAPER, optax.adam(1e-2))
 
 
-@pytest.mark.parametrize("way", WAYS, ids=[way.name for way in WAYS])
+@pytest.mark.parametrize("way", [way for way in WAYS if way.above < K - 1], ids=lambda way: way.name)
 def test_each_way_lowers_the_loss(way):
     experts, data = classification()
     merge = functools.partial(glue_jax.blend, min_dtype=jnp.float32)
@@ -47,6 +47,7 @@ def test_what_a_step_of_each_way_takes():
         "full gradient": (1, 1),
         "Gauss-Newton, differences": (11, 0),
         "Gauss-Newton, tangents": (11, 0),
+        "Gauss-Newton, differences, m = 16": (18, 0),
         "CMA-ES": (10, 0),
         "NGOpt": (1, 0),
     }

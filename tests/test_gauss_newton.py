@@ -12,8 +12,8 @@ from jax import export
 
 import glue_jax
 from glue_jax import gauss_newton
-from glue_jax.gauss_newton import GaussNewtonState
 from glue_jax.links import directions_of
+from glue_jax.quadratic_model import GaussNewtonState
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -177,6 +177,43 @@ def test_the_network_is_never_differentiated_backwards(guard, tangents):
     plain, expected = steps(3, glue_jax.init(K), experts, batch, loss_fn=CLASSIFICATION, tangents=tangents)
     np.testing.assert_allclose(state.beta, plain.beta, rtol=1e-5)
     np.testing.assert_allclose(metrics.loss, expected.loss, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tangents", ["differences", "forward_mode"])
+def test_a_step_along_some_directions_sees_the_part_of_the_model_that_lies_along_them(tangents):
+    experts, batch = classification()
+    state, key = glue_jax.init(K), jax.random.key(0)
+    gradient, curvature = exact_model(jax.nn.softmax, state, experts, batch, CLASSIFICATION)
+    rows = gauss_newton.subspace(key, state, state.opt_state, 2)
+    assert rows is not None
+    np.testing.assert_allclose(rows @ rows.T, np.eye(2), atol=1e-6)
+    step = functools.partial(glue_jax.gauss_newton_step, loss_fn=CLASSIFICATION, tangents=tangents, num_directions=2)
+    model = step(key, state, experts, batch)[0].opt_state
+    along, factor = rows.T @ rows, (K - 1) / 2
+    scale = float(jnp.abs(curvature).max())
+    np.testing.assert_allclose(model.gradient, factor * along @ gradient, atol=0.02 * float(jnp.linalg.norm(gradient)))
+    np.testing.assert_allclose(model.curvature, factor * along @ curvature @ along, atol=0.02 * scale)
+    other = step(jax.random.key(1), state, experts, batch)[0].opt_state
+    assert not np.allclose(other.gradient, model.gradient)
+
+
+def test_steps_along_some_directions_come_to_the_least_loss():
+    experts, data = classification()
+    step = jax.jit(functools.partial(glue_jax.gauss_newton_step, loss_fn=CLASSIFICATION, num_directions=2))
+    state = glue_jax.init(K)
+    for _ in range(100):
+        state, _ = step(jax.random.key(3), state, experts, data)
+    loss = CLASSIFICATION(glue_jax.blend(experts, glue_jax.alpha(state)), data)
+    assert float(loss) < 1.01 * best_loss(experts, data)
+
+
+def test_no_step_moves_a_coefficient_by_more_than_one():
+    experts, batch = regression()
+    batch = {**batch, "y": 100 * batch["y"]}
+    state = undamped(glue_jax.init(K, link_fn=glue_jax.unconstrained))
+    words = {"loss_fn": REGRESSION, "link_fn": glue_jax.unconstrained}
+    state, _ = steps(1, state, experts, batch, **words)
+    np.testing.assert_allclose(jnp.max(jnp.abs(state.opt_state.proposal)), 1, rtol=1e-5)
 
 
 def test_permuted_experts_give_permuted_coefficients():
@@ -386,6 +423,12 @@ def test_what_does_not_fit_is_refused():
         step(glue_jax.init(K), experts, batch, loss_fn=glue_jax.OutputLoss(network, lambda out, _: out[:, 0]))
     with pytest.raises(ValueError, match=r"expected floating-point outputs \[B, ...\]"):
         step(glue_jax.init(K), experts, batch, loss_fn=glue_jax.OutputLoss(CLASSIFICATION, lambda out, _: out))
+    with pytest.raises(ValueError, match="num_directions is 4; expected at most d = 3"):
+        glue_jax.gauss_newton_step(
+            jax.random.key(0), glue_jax.init(K), experts, batch, loss_fn=CLASSIFICATION, num_directions=4
+        )
+    with pytest.raises(TypeError, match=r"key is None; expected a jax\.random\.key"):
+        step(glue_jax.init(K), experts, batch, loss_fn=CLASSIFICATION, num_directions=2)
     learn: Any = functools.partial(glue_jax.learn, jax.random.key(0), experts, batch, loss_fn=CLASSIFICATION)
     with pytest.raises(ValueError, match="optimizer was given, but step_fn, gauss_newton_step, takes none"):
         learn(step_fn=glue_jax.gauss_newton_step, optimizer=adam)

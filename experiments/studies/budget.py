@@ -130,7 +130,7 @@ def measure(context: Context, parsed: Arguments, stages: Stages) -> list[dict[st
         chosen = [
             way
             for way in ways(rates, context.step_fns[4], context.alpha_optimizer)
-            if not parsed.ways or any(word in way.name for word in parsed.ways)
+            if problem.dimension > way.above and (not parsed.ways or any(word in way.name for word in parsed.ways))
         ]
         evaluate = _evaluation(context, problem)
         bar = context.progress.stage(f"Ways, {sharing}", len(chosen) * len(config.seeds))

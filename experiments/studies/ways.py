@@ -21,6 +21,8 @@ from glue_jax.types import Batch, LinkFn, MergeFn
 
 # Of a learning rate that falls, at the last step.
 _LAST_RATE = 0.02
+# Of Gauss-Newton along random directions, where there are more.
+_SOME = 16
 
 
 class Coefficients(NamedTuple):
@@ -72,6 +74,7 @@ class Way:
         forward: from d to the forward passes of one model that a step takes on each image of its minibatch.
         backward: the backward passes likewise.
         batch_size: images in a minibatch.
+        above: the way is for problems with more than so many directions.
     """
 
     name: str
@@ -79,6 +82,7 @@ class Way:
     forward: Callable[[int], int]
     backward: int = 0
     batch_size: int = 64
+    above: int = 0
 
 
 def ways(rates: Mapping[str, float], paper_step: Callable[..., Any] | None, paper_adam: Any) -> list[Way]:
@@ -111,6 +115,13 @@ def ways(rates: Mapping[str, float], paper_step: Callable[..., Any] | None, pape
             "Gauss-Newton, differences", functools.partial(_gauss_newton, "differences"), lambda d: d + 2, batch_size=16
         ),
         Way("Gauss-Newton, tangents", functools.partial(_gauss_newton, "forward_mode"), lambda d: d + 2, batch_size=16),
+        Way(
+            f"Gauss-Newton, differences, m = {_SOME}",
+            functools.partial(_gauss_newton, "differences", num_directions=_SOME),
+            lambda d: _SOME + 2,
+            batch_size=16,
+            above=_SOME,
+        ),
         Way("CMA-ES", _cma, cma_population, batch_size=256),
         Way("NGOpt", _nevergrad, lambda d: 1),
     ]
@@ -136,10 +147,13 @@ def _spsa_of_all(optimizer_of: Callable[[int], Any], problem: Coefficients, key:
     return _gradient(step_fn, optimizer_of, problem, key, num_steps)
 
 
-def _gauss_newton(tangents: Any, problem: Coefficients, key: jax.Array, num_steps: int) -> Stepper:
+def _gauss_newton(
+    tangents: Any, problem: Coefficients, key: jax.Array, num_steps: int, *, num_directions: int | None = None
+) -> Stepper:
     """Gauss-Newton, which has nothing to tune."""
     state = glue_jax.init(_num_experts(problem), beta=problem.beta, link_fn=problem.link_fn)
-    return _begun(functools.partial(glue_jax.gauss_newton_step, tangents=tangents), state, problem, key)
+    step_fn = functools.partial(glue_jax.gauss_newton_step, tangents=tangents, num_directions=num_directions)
+    return _begun(step_fn, state, problem, key)
 
 
 def _begun(step_fn: Any, state: glue_jax.GlueState, problem: Coefficients, key: jax.Array) -> Stepper:

@@ -1,0 +1,165 @@
+"""The quadratic model of the loss that Gauss-Newton steps on.
+
+The model is a running mean over the minibatches so far. Each minibatch's part is carried over to the present
+coefficients, as in recursive least squares. The model proposes a step. A minibatch that the model has not seen accepts
+the proposal or turns it down, and the damping follows (after Levenberg, 1944, and Marquardt, 1963).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from glue_jax.directions import dimension
+from glue_jax.links import directions_of
+from glue_jax.types import LinkFn, PyTree
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+# Learning starts with much damping, so with short steps. The loss of a blend has several minima, and long steps from
+# the uniform blend end in one of a few experts that happened to be near.
+_FIRST_DAMPING, _LEAST_DAMPING, _MOST_DAMPING = 10.0, 3e-3, 100.0
+# A proposal that is turned down multiplies the damping by the first. A proposal whose fall of the loss is at least a
+# quarter of the predicted fall multiplies the damping by the second. Near a minimum, minibatches turn down about half
+# of the proposals, whatever the damping. So the damping rises by less than it falls.
+_MORE, _LESS, _ENOUGH = 1.5, 0.5, 0.25
+# The least damping of a coefficient that no output depends on, as a share of the mean coefficient's.
+_FLOOR = 1e-3
+# No coefficient moves farther than this in a step: not by more than a factor e against another one under a softmax, not
+# by more than a whole expert without. A small minibatch accepts a wild step now and then.
+_LONGEST = 1.0
+# The weight of a minibatch against the one after it: at first this, at step t of many t / (t + _FORGETTING).
+_LEAST_MEMORY, _FORGETTING = 0.8, 3.0
+
+
+class GaussNewtonState(NamedTuple):
+    """What Gauss-Newton carries on beside beta: a quadratic model of the loss around beta, and a proposed step.
+
+    Vectors are coordinates in `glue_jax.directions.basis`, d of them.
+
+    Attributes:
+        proposal: the step from beta that the next minibatch judges, `[d]`.
+        gradient: of the model at beta, `[d]`.
+        curvature: of the model, `[d, d]`.
+        weight: how many minibatches the model is the mean of, older ones counted less, `[]`.
+        damping: how much is added to the curvature, `[]`. To a coefficient's own curvature, the step adds `damping`
+            times the geometric mean of that curvature and the mean curvature of all coefficients.
+    """
+
+    proposal: jax.Array
+    gradient: jax.Array
+    curvature: jax.Array
+    weight: jax.Array
+    damping: jax.Array
+
+
+def start(beta: PyTree, link_fn: LinkFn) -> GaussNewtonState:
+    """Returns the state in which nothing is known and nothing is proposed.
+
+    Args:
+        beta: where learning starts.
+        link_fn: of the steps. It says which directions matter.
+
+    Raises:
+        ValueError: nothing to learn, as with one expert under a softmax.
+    """
+    d = dimension(beta, directions_of(link_fn))
+    return GaussNewtonState(
+        proposal=jnp.zeros((d,)),
+        gradient=jnp.zeros((d,)),
+        curvature=jnp.zeros((d, d)),
+        weight=jnp.zeros(()),
+        damping=jnp.full((), _FIRST_DAMPING),
+    )
+
+
+def judged(model: GaussNewtonState, fall: jax.Array) -> tuple[jax.Array, GaussNewtonState]:
+    """Returns whether the proposal is accepted, and the model with the damping that follows.
+
+    Args:
+        model: with the proposal.
+        fall: of the loss, on a minibatch that the model has not seen. It is NaN where a loss is not finite.
+    """
+    accepted = fall >= 0
+    predicted = -model.proposal @ (model.gradient + 0.5 * product(model.curvature, model.proposal))
+    factor = jnp.where(accepted, jnp.where(fall > _ENOUGH * predicted, _LESS, 1.0), _MORE)
+    damping = jnp.clip(model.damping * factor, _LEAST_DAMPING, _MOST_DAMPING)
+    # At the first step nothing was proposed.
+    return accepted, model._replace(damping=jnp.where(model.weight > 0, damping, model.damping))
+
+
+def refined(
+    model: GaussNewtonState,
+    gradient: jax.Array,
+    curvature: jax.Array,
+    rows: jax.Array | None,
+    *,
+    step: jax.Array,
+    accepted: jax.Array,
+) -> GaussNewtonState:
+    """Returns the model around the next beta, with a minibatch taken into its mean.
+
+    Args:
+        model: around the beta before.
+        gradient: of the minibatch at the proposal along the step's directions, `[m]`.
+        curvature: of the minibatch at the proposal along the step's directions, `[m, m]`.
+        rows: the step's directions in coordinates, orthonormal, `[m, d]`; None for all of them, m = d.
+        step: steps taken before.
+        accepted: whether the next beta is the proposal.
+    """
+    if rows is not None:
+        # The factor makes the mean over random subspaces the whole gradient.
+        m, d = rows.shape
+        gradient = d / m * product(rows.T, gradient)
+        curvature = d / m * product(rows.T, product(curvature, rows))
+    memory = jnp.maximum(_LEAST_MEMORY, step / (step + _FORGETTING))
+    weight = memory * model.weight + 1
+    old, new = memory * model.weight / weight, 1 / weight
+    at_proposal = model.gradient + product(model.curvature, model.proposal)
+    mean_gradient = old * at_proposal + new * gradient
+    mean_curvature = old * model.curvature + new * 0.5 * (curvature + curvature.T)
+    # An output that is not finite tells nothing.
+    known = jnp.isfinite(gradient).all() & jnp.isfinite(curvature).all()
+    mean_gradient = jnp.where(known, mean_gradient, at_proposal)
+    mean_curvature = jnp.where(known, mean_curvature, model.curvature)
+    back_at_beta = mean_gradient - product(mean_curvature, model.proposal)
+    return model._replace(
+        gradient=jnp.where(accepted, mean_gradient, back_at_beta),
+        curvature=mean_curvature,
+        weight=jnp.where(known, weight, model.weight),
+    )
+
+
+def with_proposal(model: GaussNewtonState, directions: PyTree) -> GaussNewtonState:
+    """Returns the model with its damped minimum as the proposal.
+
+    Levenberg damps all directions alike. Then the steepest coefficients alone move. Marquardt damps each coefficient
+    by its own curvature. Then a coefficient that hardly matters leaps on noise. The geometric mean lies between. Under
+    a softmax an expert's curvature falls with the square of its alpha, and its gradient falls with its alpha. So the
+    step of beta is as long for an expert of small alpha as for an expert of large alpha.
+
+    Args:
+        model: with gradient and curvature at the next beta.
+        directions: all d of them, leaves `[d, ...]`.
+    """
+    d = len(model.gradient)
+    rows = jnp.concatenate([leaf.reshape(d, -1) for leaf in jax.tree.leaves(directions)], axis=1)
+    own = jnp.maximum(jnp.sum(rows * product(model.curvature, rows), axis=0), 0)
+    mean = jnp.mean(own)
+    # Where no output changes at all, any damping will do.
+    damped = model.damping * jnp.where(mean > 0, jnp.sqrt(own * mean) + _FLOOR * mean, 1.0)
+    step = -jnp.linalg.solve(model.curvature + product(rows * damped[None], rows.T), model.gradient)
+    longest = jnp.max(jnp.abs(product(step, rows)))
+    step *= _LONGEST / jnp.maximum(longest, _LONGEST)
+    return model._replace(proposal=jnp.where(jnp.isfinite(step).all(), step, 0))
+
+
+def product(first: jax.Array, second: jax.Array) -> jax.Array:
+    """Returns a product of full precision."""
+    return jnp.matmul(first, second, precision=_HIGHEST)
+
+
+def lift(coordinates: jax.Array, directions: PyTree) -> PyTree:
+    """Returns a step of beta's structure from its coordinates `[d]`."""
+    return jax.tree.map(
+        lambda leaf: jnp.tensordot(coordinates, leaf, axes=1, precision=_HIGHEST).astype(leaf.dtype), directions
+    )
