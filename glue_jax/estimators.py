@@ -100,9 +100,7 @@ def spsa_gradient(
     u = sample_directions(key, beta, num_directions, directions)
     fun = scalar_valued(fun)
     values = map_probes(fun, spsa_probes(beta, u, radius), probe_batch_size)
-    pairs = values.reshape(-1, 2)
-    gradient = combine_slopes(_slopes(values, radius), u, factor)
-    estimate = Estimate(value=jnp.mean(pairs), gradient=gradient, probe_values=pairs)
+    estimate = spsa_estimate(values, u, radius, factor)
     if not diagnostics:
         return estimate
     double = 2 * jnp.asarray(radius)
@@ -178,6 +176,13 @@ def spsa_probes(beta: PyTree, directions: PyTree, radius: ArrayLike) -> PyTree:
         return jnp.stack([leaf[None] + step, leaf[None] - step], axis=1).reshape(-1, *leaf.shape)
 
     return jax.tree.map(perturbed, jax.tree.map(jnp.asarray, beta), directions)
+
+
+def spsa_estimate(values: jax.Array, directions: PyTree, radius: ArrayLike, factor: float) -> Estimate:
+    """Returns SPSA's estimate (Eq. 3-6) from the values `[2m]` at the points of `spsa_probes`."""
+    pairs = values.reshape(-1, 2)
+    gradient = combine_slopes(_slopes(values, radius), directions, factor)
+    return Estimate(value=jnp.mean(pairs), gradient=gradient, probe_values=pairs)
 
 
 def _slopes(values: jax.Array, radius: ArrayLike) -> jax.Array:

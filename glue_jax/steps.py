@@ -318,9 +318,8 @@ def _radius(
         return suited
     warnings.warn(
         "loss_fn multiplies bfloat16 or float16 arrays, which rounds away most of the difference of two nearby models. "
-        f"spsa_step therefore takes the radius {SHORT_FACTOR * suited:g}, and its slopes are off by several percent at "
-        "least. forward_gradient_step gives right slopes. Or compute in float32, or pass a radius (glue_jax.calibrate "
-        "finds one).",
+        f"spsa_step takes the radius {SHORT_FACTOR * suited:g}, whose slopes are off by several percent at least. "
+        "forward_gradient_step is right there. Or compute in float32, or give a radius (glue_jax.calibrate finds one).",
         stacklevel=5,
     )
     return SHORT_FACTOR * suited

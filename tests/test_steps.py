@@ -164,7 +164,7 @@ def test_a_network_of_bfloat16_products_is_told_and_takes_a_large_radius():
         return jnp.mean((outputs.astype(jnp.float32) - targets) ** 2)
 
     step = functools.partial(glue_jax.spsa_step, loss_fn=loss, optimizer=SGD)
-    with pytest.warns(UserWarning, match="multiplies bfloat16 or float16 arrays.*forward_gradient_step gives right slopes"):
+    with pytest.warns(UserWarning, match="multiplies bfloat16 or float16 arrays.*forward_gradient_step is right there"):
         _, told = step(jax.random.key(0), glue_jax.init(4, SGD), experts, batch)
     # A radius that is given is taken without a word.
     _, given = step(jax.random.key(0), glue_jax.init(4, SGD), experts, batch, radius=1.0)
