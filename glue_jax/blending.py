@@ -55,7 +55,7 @@ def blend(
     if alpha.ndim != (1 if groups is None else 2) or alpha.shape[-1] != k:
         raise ValueError(
             f"alpha has shape {alpha.shape}; expected {expected} with K = {k}, the experts' leading axis"
-            + ("; pass groups to blend by rows" if groups is None and alpha.ndim == 2 else "")
+            + ("; to blend by rows, pass groups" if groups is None and alpha.ndim == 2 else "")
         )
     if jnp.iscomplexobj(alpha):
         raise TypeError(f"alpha has dtype {alpha.dtype}; expected real coefficients")
@@ -92,7 +92,7 @@ def merge_for_learning(merge_fn: MergeFn) -> MergeFn:
         params = merge_fn(experts, alpha, **words)
         given = {id(leaf) for leaf in jax.tree.leaves(experts)}
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-            # A leaf that depends on alpha is traced, and is none of the given leaves.
+            # A leaf that depends on alpha is traced, and is not one of the given leaves.
             if isinstance(leaf, Tracer) and id(leaf) not in given and is_short(leaf.dtype):
                 raise ValueError(
                     f"merge_fn returned {leaf.dtype} at {path_name(path)}; expected at least float32 while the "
@@ -178,7 +178,7 @@ def _broadcast_groups(groups: PyTree, experts: Params, *, num_groups: int) -> Py
     try:
         rows = jax.tree.broadcast(groups, experts)
     except ValueError as error:
-        raise ValueError(f"groups is no prefix of the experts' tree: {error}") from error
+        raise ValueError(f"groups does not fit; expected a prefix of the experts' tree: {error}") from error
 
     def checked(path: tuple[Any, ...], row: Any) -> int:
         try:

@@ -53,7 +53,7 @@ def check_positive(name: str, value: Any) -> None:
 
 
 def compiled(name: str, pattern: Any) -> re.Pattern[str]:
-    """Returns a compiled regular expression. Refuses a pattern that is none."""
+    """Returns a compiled regular expression. Refuses a pattern that is no regular expression."""
     try:
         return re.compile(pattern)
     except TypeError as error:

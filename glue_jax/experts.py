@@ -37,9 +37,10 @@ def stack_experts(
         The experts as one pytree, each leaf `[K, ...]`.
 
     Raises:
-        ValueError: if experts differ; the error lists every difference with its path. If a weight is infinite or NaN.
-            If JAX's dtype cannot hold an integer. If an entry of `take_first` matches no leaf, or a floating-point
-            leaf.
+        ValueError: if experts differ; the error lists every difference with its path.
+        ValueError: if a weight is infinite or NaN.
+        ValueError: if JAX's dtype cannot hold an integer.
+        ValueError: if an entry of `take_first` matches no leaf, or matches a floating-point leaf.
         TypeError: if `experts` is a single pytree, or if a leaf is a PRNG key or no array of numbers.
 
     Warns:
@@ -132,14 +133,14 @@ def _as_array(index: int, path: tuple[Any, ...], leaf: Any) -> Any:
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             raise TypeError(
                 f"expert {index} holds a PRNG key at {path_name(path)}, which cannot be blended: split off the "
-                "parameters and the batch statistics, and stack those"
+                "parameters and the batch statistics, and stack only these"
             )
         return leaf
     if isinstance(leaf, bool | int | float | complex):
         array = np.asarray(leaf)
         return array.astype(jax.dtypes.canonicalize_dtype(array.dtype)) if isinstance(leaf, float | complex) else array
     if not hasattr(leaf, "__array__"):
-        raise TypeError(f"{where}; expected arrays alone")
+        raise TypeError(f"{where}; expected only arrays")
     try:
         array = np.asarray(leaf)
     except (TypeError, RuntimeError, ValueError) as error:
@@ -164,7 +165,9 @@ def _resolve_take_first(
             expression = compiled("an entry of take_first", entry)
             found = {name for name, path in slashed_paths.items() if expression.search(path)}
         if not found:
-            raise ValueError(f"take_first has {entry!r}, which finds no leaf of {list(slashed_paths.values())}")
+            raise ValueError(
+                f"take_first has {entry!r}, which matches no path; the paths are {[*slashed_paths.values()]}"
+            )
         if wrong := sorted(name for name in found if jnp.issubdtype(leaves[name].dtype, jnp.inexact)):
             raise ValueError(f"take_first has {entry!r}, but floating-point leaves are blended, not taken: {wrong}")
         kept |= found

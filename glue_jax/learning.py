@@ -18,7 +18,6 @@ from glue_jax.batches import on_cpu
 from glue_jax.blending import blend
 from glue_jax.checks import check_optimizer, check_state
 from glue_jax.experts import num_experts
-from glue_jax.failures import NonFiniteLossError
 from glue_jax.runs import MOST_UNREAD, Run
 from glue_jax.steps import init, spsa_step
 from glue_jax.streams import ArrayBatches, is_stream, stream_batches
@@ -36,8 +35,6 @@ from glue_jax.types import (
     StepFn,
 )
 from glue_jax.validation import make_judge
-
-__all__ = ["NonFiniteLossError", "learn"]
 
 # The key is folded with these numbers, so that minibatches and directions share no random numbers.
 _MINIBATCHES, _STEPS = range(2)
@@ -67,6 +64,20 @@ def learn(
 ) -> LearnResult:
     """Learns the coefficients from minibatches until validation stops improving (section 3.3 of the paper).
 
+    `data` has one of three forms:
+
+    - Arrays `[N, ...]`, in a pytree. The minibatches are those of `minibatch_indices(jax.random.fold_in(key, 0), ...)`.
+      An epoch leaves out the examples that fill no whole minibatch.
+    - An iterator of batches. It is read once. If it ends before `max_steps`, the run ends.
+    - A loader of batches. Each epoch iterates it anew. An epoch may be endless.
+
+    To JAX a list is a pytree, so pass `iter(batches)` for a list of batches. A batch with a new shape compiles anew.
+
+    A run can be continued: pass its `LearnResult` as `state`. The new call keeps the best coefficients, the patience
+    and the history. It continues an iterator where it is, and begins a new epoch of a loader. With arrays or an
+    iterator, several calls return what one long call returns. There is one exception: if `max_steps` stops a run
+    between two validations, the run validates there once more, and keeps these coefficients if they are the best.
+
     The functions and the optimizer are static arguments of compiled programs. Build them once; then a second call
     compiles nothing. A function that reads an outside variable reads it when the program compiles. If the variable
     changes, pass a new function.
@@ -79,19 +90,12 @@ def learn(
             minibatches.
         experts: stacked experts, each leaf `[K, ...]`. Other leaves may be among them, such as the base that adapters
             share, if you pass a `state` and a `merge_fn` that knows these leaves.
-        data: the training data, in one of three forms. (1) A pytree of arrays `[N, ...]`: the minibatches are those of
-            `minibatch_indices(jax.random.fold_in(key, 0), ...)`, and an epoch leaves out the examples that fill no
-            whole minibatch. (2) An iterator of batches: it is read once, and the run ends with it. (3) A loader: each
-            epoch iterates it anew, and an epoch may be endless. A batch with a new shape compiles anew. A list counts
-            as a pytree, so pass `iter(batches)` for a list of batches.
+        data: the training data: arrays, an iterator or a loader, as described above.
         loss_fn: `loss_fn(params, batch) -> scalar`, the mean over a batch of `data`. Its params have at least float32,
             whatever the dtype of the experts.
         optimizer: the optimizer of beta. Pass None with `gauss_newton_step`, which needs no optimizer.
-        state: where to start. None is `init(K, optimizer, link_fn=link_fn)`, the link's own start. A `LearnResult`
-            continues its run, with its best coefficients, its patience and its history. A run that is stopped and
-            continued returns what one long run returns. There is one exception: a run that `max_steps` stops between
-            two validations is validated there once more, and these coefficients are kept if they are the best. An
-            iterator continues where it is. A loader begins an epoch.
+        state: a state to start from, or a result to continue. None is `init(K, optimizer, link_fn=link_fn)`, the link's
+            own start.
         step_fn: the step, and with it the estimator: `spsa_step`, `gauss_newton_step`, `full_gradient_step` or
             `forward_gradient_step`. A `functools.partial` of a step sets its options, such as `radius`.
         link_fn: `link_fn(beta) -> alpha`.
@@ -118,7 +122,8 @@ def learn(
 
     Raises:
         ValueError: before any work, if an argument is out of its range, if arrays have different lengths, or if the
-            validation data differ in kind from the data. Later, if a loss or a validation value is no scalar.
+            validation data differ in kind from the data.
+        ValueError: if a loss or a validation value is no scalar.
         TypeError: if an argument has the wrong type.
         NonFiniteLossError: if a loss, a gradient, a validation value or beta becomes infinite or NaN.
 
@@ -181,7 +186,7 @@ def learn(
             if (callback and _says_stop(callback(run.progress(max_steps)))) or run.taken < before + wanted:
                 break
         if not run.taken and not run.out_of_patience(patience):
-            raise ValueError(f"data, a {type(data).__name__}, gave no batch: an iterator can be read once")
+            raise ValueError(f"data, a {type(data).__name__}, gave no batch: an iterator can be read only once")
     except BaseException as error:
         _keep_result(error, run, experts)
         raise
@@ -201,8 +206,8 @@ def _begin(
     before = state if isinstance(state, LearnResult) else None
     if before is not None and len(before.history.validation_steps) and validation_data is None:
         raise ValueError(
-            "state is a LearnResult with validations, but there is no validation_data: pass the same again, or "
-            "state=result.state"
+            "state is a LearnResult with validations, but validation_data is None: pass the same validation_data "
+            "again, or pass state=result.state"
         )
     if state is None:
         try:

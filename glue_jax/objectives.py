@@ -108,8 +108,8 @@ def error_rate(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
 def entropy(logits: ArrayLike) -> jax.Array:
     """Returns the mean entropy of predictions in nats, `[]`, in at least float32. This objective needs no labels.
 
-    AdaMerging learns by it (Yang et al., 2024, https://arxiv.org/abs/2310.02575). A logit of -inf, as of a masked
-    class, adds 0.
+    AdaMerging learns by it (Yang et al., 2024, https://arxiv.org/abs/2310.02575). A class with logit -inf,
+    such as a masked class, adds 0.
 
     Args:
         logits: the scores of C classes, `[..., C]`.

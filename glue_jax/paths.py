@@ -99,7 +99,7 @@ def matching(tree: PyTree, pattern: str) -> PyTree:
     expression = compiled("the pattern", pattern)
     found = jax.tree.map(lambda path: expression.search(path) is not None, paths)
     if not any(jax.tree.leaves(found)):
-        raise ValueError(f"the pattern {pattern!r} is in no path; the paths are {jax.tree.leaves(paths)}")
+        raise ValueError(f"the pattern {pattern!r} matches no path; the paths are {jax.tree.leaves(paths)}")
     return found
 
 
@@ -122,7 +122,7 @@ def by_path(tree: PyTree, *, keep_none: bool = False) -> dict[str, Any]:
     leaves = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf):
         if slashed(path) in leaves:
-            raise ValueError(f"two leaves have the path {slashed(path)!r}; expected one, so rename a key of the tree")
+            raise ValueError(f"two leaves have the path {slashed(path)!r}; expected one: rename a key of the tree")
         leaves[slashed(path)] = leaf
     return leaves
 

@@ -82,7 +82,8 @@ def plan(
 
     Raises:
         ValueError: before any timing, if an argument is out of its range, if the coefficients do not fit the experts,
-            or if the loss is no finite scalar. Also if no step runs.
+            or if the loss is no finite scalar.
+        ValueError: if no step runs.
         TypeError: if an argument has the wrong type, or if `plan` is called under a transformation of JAX.
 
     Warns:

@@ -3,7 +3,7 @@
 SPSA subtracts the losses of two nearby models. Rounding can destroy this difference. `experiments.studies.numerics`
 measured how much of it is left:
 
-- A float32 network at the highest precision of products gives slopes within 2 % at the link's radius. This holds for
+- A float32 network with products at the highest precision gives slopes within 2 % at the link's radius. This holds for
   experts that are far apart and for experts that differ by 1 %.
 - A network that casts to bfloat16 or float16 itself rounds the difference away, at the softmax's radius. At
   `SHORT_FACTOR` times this radius, slopes are usable if the experts are far apart. Without a softmax, a probe moves the

@@ -74,10 +74,10 @@ def learn_from_starts(
     if is_stream(data) and hasattr(data, "__next__"):
         raise TypeError(
             f"data is an iterator ({type(data).__name__}), which only the first start could read; expected arrays, or "
-            "a loader that each start can iterate anew"
+            "a loader that can be iterated anew for each start"
         )
     if isinstance(starts, list):
-        raise TypeError("starts is a list; expected one array or pytree with leaves [S, ...] (jnp.stack makes it)")
+        raise TypeError("starts is a list; expected one array or pytree with leaves [S, ...] (jnp.stack makes one)")
     count = num_examples("starts", starts)
     starts = jax.tree.map(jnp.asarray, as_arrays("starts", starts))
     if isinstance(starts, jax.Array) and starts.ndim < 2:

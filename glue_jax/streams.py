@@ -93,7 +93,7 @@ def check_validation_stream(stream: Any) -> None:
             "be iterated anew at each validation"
         )
     if operator.length_hint(stream) >= sys.maxsize:
-        raise ValueError(f"validation_data is a {name} without end; expected a loader that ends, as all of it is read")
+        raise ValueError(f"validation_data is a {name} without end; expected a loader that ends")
 
 
 def stream_mean(value_fn: Callable[[Batch], jax.Array], stream: Any) -> float:

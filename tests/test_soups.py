@@ -86,7 +86,9 @@ def test_leaves_that_are_not_floating_point_have_no_fisher_information():
 def test_fisher_information_of_other_shapes_is_refused():
     experts = {"w": jnp.ones((2, 3))}
     for shape in ((2, 1), (2, 4)):
-        with pytest.raises(ValueError, match="fishers are not of the structure and the shapes of experts"):
+        with pytest.raises(
+            ValueError, match="fishers do not fit; expected the structure and the shapes of the experts"
+        ):
             glue_jax.merging.fisher_merge(experts, {"w": jnp.ones(shape)}, glue_jax.coefficients.uniform(2))
     with pytest.raises(ValueError, match="epsilon is 0"):
         glue_jax.merging.fisher_merge(experts, experts, glue_jax.coefficients.uniform(2), epsilon=0)
