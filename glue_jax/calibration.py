@@ -76,8 +76,9 @@ def calibrate(
         The proposal and the measurements.
 
     Raises:
-        ValueError: if the radii are not finite, positive and ascending, if a count is below 1, if `fun` returns no
-            scalar, or if it returns the same value at all probes.
+        ValueError: if the radii are not finite, positive and ascending, if `first_step` is not positive, or if a count
+            is below 1.
+        ValueError: if `fun` returns no scalar, or the same value at all probes.
         TypeError: if the coefficients are not floating point.
 
     Example:

@@ -76,9 +76,10 @@ def plan(
         repeats: how often each program is timed. The median counts.
 
     Returns:
-        The plan. `learn(..., step_fn=plan.best.step_fn)` uses its recommendation. The plan leaves out, with the reason,
-        each step that does not fit into the device's memory, that needs a derivative which JAX does not have, or whose
-        gradient is 0 or not finite. A metric that counts has a gradient of 0.
+        The plan. `learn(..., step_fn=plan.best.step_fn)` uses its recommendation. Steps that do not run are listed in
+        `left_out`, with the reason. A step is left out if it does not fit into the device's memory, or if JAX lacks a
+        derivative for it. Except for SPSA, a step is also left out if its gradient is 0 or not finite. A metric that
+        counts has a gradient of 0.
 
     Raises:
         ValueError: before any timing, if an argument is out of its range, if the coefficients do not fit the experts,

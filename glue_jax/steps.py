@@ -1,4 +1,4 @@
-"""Steps that learn the coefficients, one minibatch each: SPSA, forward mode and backpropagation.
+"""The steps `spsa_step`, `forward_gradient_step` and `full_gradient_step`, their start `init`, and `alpha`.
 
 Each step is a pure function: `step(key, state, experts, batch, *, loss_fn, optimizer, ...) -> (state, metrics)`. The
 caller jits it. Bind the keyword arguments that are functions with `functools.partial` before `jax.jit`. A step draws
@@ -152,8 +152,8 @@ def spsa_step(
         The next state, and the metrics of the state that was given.
 
     Raises:
-        ValueError: if an argument is out of its range, if the coefficients do not fit the experts, if the loss is no
-            scalar, or if the state belongs to another optimizer.
+        ValueError: if an argument is out of its range, or if the loss is no scalar.
+        ValueError: if the coefficients do not fit the experts, or if the state belongs to another optimizer.
         TypeError: if an argument has the wrong type.
 
     Warns:

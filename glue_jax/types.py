@@ -66,7 +66,7 @@ class GlueState(NamedTuple):
     Attributes:
         step: the number of steps taken, int32 `[]`.
         beta: the learned coefficients, `[K]` or any pytree.
-        opt_state: the optimizer's state. `gauss_newton_step` keeps its `GaussNewtonState` here.
+        opt_state: the optimizer's state. `gauss_newton_step` keeps a `glue_jax.gauss_newton.GaussNewtonState` here.
     """
 
     step: jax.Array

@@ -55,8 +55,8 @@ def refresh_statistics(
         collection: a regular expression that matches the paths of statistics in `params`, and no paths of parameters.
             The paths of `statistics_fn`'s tree may contain it or not. Pass "" if statistics and parameters share one
             tree, as in `nnx.to_pure_dict(nnx.state(model))`.
-        mean: a regular expression for the paths of means. A mean and a variance are a pair if their paths are the same
-            without the text that `mean` and `var` match, as in `norm1/mean` and `norm1/var`.
+        mean: a regular expression for the paths of means. A mean and a variance form a pair if their paths differ only
+            in the text that `mean` and `var` match, as in `norm1/mean` and `norm1/var`.
         var: a regular expression for the paths of (biased) variances.
         num_batches: the largest number of batches to take, for a loader without an end. None takes all.
 
@@ -67,8 +67,8 @@ def refresh_statistics(
         TypeError: if `batches` is an array or a mapping, which is a single batch, or if a statistic is no
             floating-point array.
         ValueError: if there are no batches.
-        ValueError: after the first batch, if a statistic is neither a mean nor a variance, if `params` has no place for
-            it, or if `statistics_fn` leaves out a statistic of `params`.
+        ValueError: after the first batch, if a statistic is neither a mean nor a variance, or has no place in `params`.
+        ValueError: after the first batch, if `statistics_fn` leaves out a statistic of `params`.
         ValueError: if a variance is negative or NaN.
     """
     if hasattr(batches, "shape") or hasattr(batches, "_fields") or isinstance(batches, Mapping):

@@ -49,8 +49,8 @@ def group_by_path(experts: Params, pattern: str | Callable[[str], str]) -> Group
         The groups, numbered in the order of the leaves.
 
     Raises:
-        ValueError: if the pattern matches no path, if a group has an empty name (as when the first capture group of
-            `(w)|(b)` matches nothing), or if the experts have no leaves.
+        ValueError: if the pattern matches no path, or if the experts have no leaves.
+        ValueError: if a group has an empty name, as when the first capture group of `(w)|(b)` matches nothing.
         TypeError: if the function returns no string, or if the pattern is no regular expression.
 
     Example:

@@ -52,8 +52,9 @@ def chain_spec(params: Params, layers: Sequence[str], *, kernel_layout: KernelLa
         The spec of all leaves of these layers. The units of layer i are named `"units{i}"`.
 
     Raises:
-        ValueError: if there are fewer than two layers, if a pattern matches no path, if two patterns match the same
-            path, if the shapes do not fit the layout, or if they fit both layouts and none is given.
+        ValueError: if there are fewer than two layers.
+        ValueError: if a pattern matches no path, or if two patterns match the same path.
+        ValueError: if the shapes do not fit the layout, or if they fit both layouts and none is given.
         TypeError: if `layers` is one string.
 
     Example:

@@ -127,9 +127,10 @@ def regmean_merge(experts: Params, grams: Mapping[str, ArrayLike], *, scale: flo
         not floating point are the first expert's.
 
     Raises:
-        ValueError: if the experts do not have a path, if Gram matrices do not fit their kernel (the error shows both
-            shapes) or are not finite, if a kernel is not floating point, or if `scale` is out of its range. Traced
-            values are not checked.
+        ValueError: if the experts do not have a path of `grams`, or if a kernel is not floating point.
+        ValueError: if Gram matrices do not fit their kernel; the error shows both shapes.
+        ValueError: if Gram matrices are not finite. Traced values are not checked.
+        ValueError: if `scale` is out of its range.
         TypeError: if `grams` is no mapping, or if `scale` is no real number.
 
     Example:

@@ -52,8 +52,8 @@ def weight_similarity(experts: Params, groups: Groups | None = None, *, origin: 
         The similarities, as float64 NumPy arrays. The function copies one leaf at a time to the host, as float64.
 
     Raises:
-        ValueError: if the origin does not have the structure and shapes of one expert, if the groups belong to another
-            tree, or if a row of the groups has no name.
+        ValueError: if the origin does not have the structure and shapes of one expert.
+        ValueError: if the groups belong to another tree, or if a row of the groups has no name.
         TypeError: if `groups` is no `Groups`, or if weights are complex.
     """
     k = num_experts(experts)
@@ -82,9 +82,9 @@ def loss_barriers(
 ) -> np.ndarray:
     """Returns how much the loss rises on the line between each pair of experts (Entezari et al., 2022).
 
-    The barrier between experts a and b is the largest value of `L((1 - t) a + t b) - (1 - t) L(a) - t L(b)` over t in
-    [0, 1] (https://arxiv.org/abs/2110.06296). If it is near 0, the two experts lie in one valley of the loss, and their
-    average is as good as they are.
+    The barrier between experts a and b is the largest value of `L((1 - t) a + t b) - (1 - t) L(a) - t L(b)` for t in
+    [0, 1]. If it is near 0, the two experts lie in one valley of the loss, and their average is as good as they are.
+    The source is https://arxiv.org/abs/2110.06296.
 
     Args:
         experts: stacked experts, each leaf `[K, ...]`.
