@@ -369,7 +369,7 @@ def test_complex_weights_and_a_check_that_checks_nothing_are_refused():
     with pytest.raises(TypeError, match=r"params or reference is complex at '.*'; expected real weights"):
         glue_jax.merging.align(jax.tree.map(lambda leaf: leaf * 1j, models[0]), models[1], MLP)
     experts = glue_jax.stack_experts(models)
-    with pytest.raises(ValueError, match="check_fn returned None; expected outputs"):
+    with pytest.raises(ValueError, match="check_fn returned None; expected arrays"):
         glue_jax.merging.align_experts(experts, MLP, check_fn=lambda params: None)
     with pytest.raises(TypeError, match=r"reference is 1.0; expected an integer"):
         glue_jax.merging.align_experts(experts, MLP, reference=1.0)  # pyright: ignore[reportArgumentType]
