@@ -68,8 +68,7 @@ def init(
             f"{num_experts}"
             + ("" if link_fn else " (if beta has another shape on purpose, pass the link_fn that takes it)")
         )
-    # A copy, because a step may donate its state. Without a weak type, because the first step would change the type
-    # and retrace.
+    # A copy, because a step may donate its state. A weak type would change in the first step and retrace.
     start = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.result_type(leaf)), start)
     return GlueState(jnp.zeros((), jnp.int32), start, opt_state_of(start, optimizer, link_fn or jax.nn.softmax))
 
@@ -141,11 +140,11 @@ def spsa_step(
             change of all coefficients, so it gets `simplex_orthogonal`. Other links get `orthogonal`.
         scale: as for `spsa_gradient`.
         probe_batch_size: as for `spsa_gradient`.
-        matmul_precision: the precision of matrix products in `loss_fn`, `merge_fn` and `link_fn`, a value of
-            `jax.default_matmul_precision`. A product that names its own precision keeps it. By default an accelerator
-            rounds the weights of both probes to bfloat16 or TF32, which destroys most of their difference. The highest
-            precision prevents this and costs more time. None leaves JAX's setting unchanged. It cannot help a network
-            that casts to bfloat16 itself: use `forward_gradient_step` there.
+        matmul_precision: the precision of the matrix products in `loss_fn`, `merge_fn` and `link_fn` that name none
+            themselves, a value of `jax.default_matmul_precision`. By default an accelerator rounds the weights of both
+            probes to bfloat16 or TF32, which destroys most of their difference. The highest precision prevents this and
+            costs more time. None leaves JAX's setting unchanged. If the network casts to bfloat16 itself, use
+            `forward_gradient_step`.
         diagnostics: whether the metrics include `diagnostics`. This takes 2m + 1 more forward passes.
 
     Returns:
@@ -328,17 +327,10 @@ def _radius(
 def update(
     estimate: Estimate, state: GlueState, optimizer: optax.GradientTransformation, alpha: PyTree
 ) -> tuple[GlueState, GlueMetrics]:
-    """Updates the state by an estimate of the gradient.
+    """Returns the next state, and the metrics of `state`, from an estimate of the gradient at `state.beta`.
 
-    Args:
-        estimate: the estimate of the gradient at `state.beta`.
-        state: the state before the step.
-        optimizer: the optimizer of beta. It is given the loss too, which `optax.polyak_sgd` and
-            `optax.contrib.reduce_on_plateau` need.
-        alpha: the coefficients of `state`.
-
-    Returns:
-        The next state, and the metrics of `state`.
+    The optimizer is given the loss too, which `optax.polyak_sgd` and `optax.contrib.reduce_on_plateau` need. `alpha`
+    are the coefficients of `state`.
     """
     updates, opt_state = optax.with_extra_args_support(optimizer).update(
         estimate.gradient, state.opt_state, state.beta, value=estimate.value, grad=estimate.gradient
