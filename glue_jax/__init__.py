@@ -1,20 +1,37 @@
 """GLUE: blend pretrained experts into one model, with coefficients learned from forward passes alone.
 
-The method is of Park, Chaudhari, Pranav, Joe-Wong and Moura, "GLUE: Gradient-free Learning to Unify Experts"
-(https://arxiv.org/abs/2512.22467). Equation numbers in this package are that paper's first version's.
+The method comes from Park, Chaudhari, Pranav, Joe-Wong and Moura, "GLUE: Gradient-free Learning to Unify Experts"
+(https://arxiv.org/abs/2512.22467). This package cites the equations by their numbers in the first version of that
+paper.
 
-This page has what a first reader needs. The rest stands in its module:
+This page lists what a first reader needs. The modules hold the rest:
 
-- `glue_jax.merging`: are experts alike, permutations, BatchNorm, coefficients by layer, soups.
-- `glue_jax.links`: coefficients outside the convex hull; a temperature.
+- `glue_jax.merging`: compare experts, align their permutations, repair BatchNorm, learn coefficients by layer, make
+  soups.
+- `glue_jax.links`: coefficients outside the convex hull, and a learned temperature.
 - `glue_jax.coefficients`: coefficients that need no learning.
-- `glue_jax.objectives`: what to learn by, beside a loss.
+- `glue_jax.objectives`: losses in two parts, the error rate, and the entropy.
 - `glue_jax.estimators` and `glue_jax.directions`: gradients of any function of few coefficients.
-- `glue_jax.batches`: minibatches of arrays. `glue_jax.paths`: parts of a pytree.
-- `glue_jax.theory`: the paper's formulas. `glue_jax.types`: the types in signatures.
+- `glue_jax.plans`: the parts of the report that `plan` returns.
+- `glue_jax.batches`: minibatches of arrays.
+- `glue_jax.paths`: parts of a pytree, named by paths.
+- `glue_jax.theory`: the paper's formulas for cost and error.
+- `glue_jax.types`: the types in the signatures.
 """
 
-from glue_jax import batches, coefficients, directions, estimators, links, merging, objectives, paths, theory, types
+from glue_jax import (
+    batches,
+    coefficients,
+    directions,
+    estimators,
+    links,
+    merging,
+    objectives,
+    paths,
+    plans,
+    theory,
+    types,
+)
 from glue_jax.ask_tell import OutputProbes, Probes, ask, ask_outputs, tell, tell_outputs
 from glue_jax.blending import blend
 from glue_jax.calibration import Calibration, calibrate
@@ -66,6 +83,7 @@ __all__ = [
     "partition",
     "paths",
     "plan",
+    "plans",
     "spsa_step",
     "stack_experts",
     "tell",

@@ -1,4 +1,4 @@
-"""What `learn` refuses before any work."""
+"""Checks of the arguments of `learn`, made before any work."""
 
 import functools
 import inspect
@@ -16,14 +16,14 @@ from glue_jax.gauss_newton import gauss_newton_step
 from glue_jax.streams import as_arrays, check_same_kind, check_validation_stream, is_stream
 from glue_jax.types import PyTree
 
-# The defaults of `learn`; what differs from them was given.
+# The defaults of `learn`. A value that differs from them was given by the user.
 BATCH_SIZE, PATIENCE = 64, 10
-# What `learn` itself passes to each step.
+# The keyword arguments that `learn` itself passes to each step.
 _OWN = ("loss_fn", "optimizer", "link_fn", "merge_fn")
 
 
 def check_functions(functions: dict[str, Any], **optional: Any) -> None:
-    """Refuses what cannot be called, and functions of `learn` that are hidden in its `step_fn`."""
+    """Refuses values that cannot be called, and functions of `learn` that are hidden in its `step_fn`."""
     given = {name: function for name, function in optional.items() if function is not None}
     check_callable(**{name: function for name, function in functions.items() if name != "optimizer"}, **given)
     for step_fn in _unwrapped(functions["step_fn"]):
@@ -31,39 +31,39 @@ def check_functions(functions: dict[str, Any], **optional: Any) -> None:
         if hidden:
             raise ValueError(
                 f"step_fn is a functools.partial that holds {', '.join(hidden)}, which learn would overwrite: "
-                f"pass {', '.join(f'{name}=' for name in hidden)} to learn itself"
+                f"pass {', '.join(f'{name}=' for name in hidden)} to learn instead"
             )
     _check_optimizer(functions.get("optimizer"), functions["step_fn"])
 
 
 def validate_every_of(step_fn: Any) -> int:
-    """The steps between two validations by default: few of Gauss-Newton's go as far as many others."""
+    """Returns the default number of steps between validations. Gauss-Newton needs fewer steps than other estimators."""
     return 5 if list(_unwrapped(step_fn))[-1] is gauss_newton_step else 50
 
 
 def _check_optimizer(optimizer: Any, step_fn: Any) -> None:
-    """Refuses what is no optimizer, and an optimizer that the step does not take, or takes and was not given."""
+    """Refuses a value that is no optimizer, an optimizer that the step does not take, and a missing optimizer."""
     name = getattr(list(_unwrapped(step_fn))[-1], "__name__", repr(step_fn))
     try:
         words = inspect.signature(step_fn).parameters
     except ValueError:
-        # A function that does not say what it takes.
+        # Some functions have no signature.
         words = {}
     if optimizer is None:
         if "optimizer" in words:
             raise TypeError(
                 f"optimizer is None; expected an optax.GradientTransformation, for instance optax.adam(1e-2), which "
-                f"step_fn, {name}, takes (gauss_newton_step takes none)"
+                f"step_fn, {name}, takes (gauss_newton_step needs none)"
             )
         return
     check_optimizer(optimizer)
     takes_any = not words or any(word.kind is inspect.Parameter.VAR_KEYWORD for word in words.values())
     if "optimizer" not in words and not takes_any:
-        raise ValueError(f"optimizer was given, but step_fn, {name}, takes none: leave it out")
+        raise ValueError(f"optimizer was given, but step_fn, {name}, takes none: leave the optimizer out")
 
 
 def _unwrapped(step_fn: Any) -> Iterator[Any]:
-    """A step, and what it is a partial or a jitted version of, one after another."""
+    """Yields a step, and then each function that it wraps as a partial or a jitted function."""
     yield step_fn
     while isinstance(step_fn, functools.partial) or hasattr(step_fn, "__wrapped__"):
         step_fn = step_fn.func if isinstance(step_fn, functools.partial) else step_fn.__wrapped__
@@ -73,7 +73,7 @@ def _unwrapped(step_fn: Any) -> Iterator[Any]:
 def check_numbers(
     max_steps: Any, validate_every: Any, batch_size: Any, validation_batch_size: Any, patience: Any, steps_per_call: Any
 ) -> None:
-    """Refuses numbers that are no counts; the last three may be None."""
+    """Refuses numbers that are not counts. The last three may be None."""
     check_counts(max_steps=max_steps, validate_every=validate_every, batch_size=batch_size)
     optional = {
         "validation_batch_size": validation_batch_size,
@@ -84,12 +84,12 @@ def check_numbers(
 
 
 def check_key_and_trees(key: Any, *trees: PyTree) -> None:
-    """Refuses a key that is none, and a call under a transformation of JAX."""
+    """Refuses a value that is no key, and a call under a transformation of JAX."""
     trees = tuple(tree for tree in trees if not is_stream(tree))
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((key, trees))):
         raise TypeError(
-            "learn was called under jit, vmap or another transformation of JAX: it reads losses back and stops by "
-            "them, so call it outside (it jits its own steps)"
+            "learn was called under jit, vmap or another transformation of JAX: call it outside. It jits its own "
+            "steps, and it must read losses back to know when to stop"
         )
     typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()
     if not typed and (getattr(key, "dtype", None) != np.uint32 or np.ndim(key) != 1):
@@ -97,17 +97,17 @@ def check_key_and_trees(key: Any, *trees: PyTree) -> None:
 
 
 def checked_data(data: Any, batch_size: int, steps_per_call: int | None) -> Any:
-    """The arrays on the device, or the stream."""
+    """Returns the arrays on the device, or the stream."""
     if is_stream(data):
         if batch_size != BATCH_SIZE:
             raise ValueError(
-                f"batch_size is {batch_size}, but data is a {type(data).__name__}, whose batches have their own "
-                "size (for validation there is validation_batch_size)"
+                f"batch_size is {batch_size}, but data is a {type(data).__name__}, and its batches have a size: "
+                "leave batch_size out (validation_batch_size sets the size of validation batches)"
             )
         if steps_per_call not in (None, 1):
             raise ValueError(
-                f"steps_per_call is {steps_per_call}, but data is a {type(data).__name__}, read batch after batch; "
-                "expected None or 1"
+                f"steps_per_call is {steps_per_call}, but data is a {type(data).__name__}, which is read batch after "
+                "batch; expected None or 1"
             )
         return data
     if batch_size > num_examples("data", data):
@@ -118,10 +118,13 @@ def checked_data(data: Any, batch_size: int, steps_per_call: int | None) -> Any:
 def checked_validation(
     validation_data: Any, data: Any, validation_fn: Any, patience: int | None, batch_size: int | None
 ) -> Any:
-    """The same for what validates, of the kind of data unless a function of its own may want another."""
+    """Returns the validation arrays on the device, or the stream.
+
+    Without a `validation_fn`, the validation data must be of the same kind as the data.
+    """
     if validation_data is None and (validation_fn is not None or patience not in (None, PATIENCE)):
         name = "validation_fn" if validation_fn is not None else f"patience={patience}"
-        raise ValueError(f"{name} was given without validation_data, which it needs")
+        raise ValueError(f"{name} was given without validation_data; expected validation_data too")
     if batch_size is not None and (validation_data is None or is_stream(validation_data)):
         what = "None" if validation_data is None else f"a {type(validation_data).__name__} with batches of its own size"
         raise ValueError(f"validation_batch_size is {batch_size}, but validation_data is {what}")

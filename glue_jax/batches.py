@@ -1,4 +1,4 @@
-"""Minibatches of data that lies on the device, a pytree of arrays `[N, ...]`."""
+"""Minibatches of arrays `[N, ...]` on the device, and means over them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +11,8 @@ from jax.core import Tracer
 from glue_jax.checks import check_callable, check_counts
 from glue_jax.types import Batch, Params, PyTree
 
+__all__ = ["batched_mean", "minibatch_indices"]
+
 # The most shapes that a message prints.
 _MOST_SHAPES = 8
 
@@ -20,28 +22,29 @@ def minibatch_indices(
 ) -> jax.Array:
     """Returns the examples of consecutive minibatches from shuffled epochs.
 
-    Step s sees minibatch `s % (N // B)` of epoch `s // (N // B)`; an epoch is a permutation that the key and the
-    epoch's number decide, so that a window of steps may begin anywhere.
+    An epoch has N // B minibatches. Step s sees minibatch `s % (N // B)` of epoch `s // (N // B)`. The key and the
+    number of the epoch decide its order, so a run can continue at any step.
 
     Args:
         key: a `jax.random.key`.
-        first_step: the first step's number, an integer of at least 0; may be traced.
-        num_steps: the number of steps, S.
-        num_examples: N.
+        first_step: the number of the first step, an integer of at least 0. It may be traced.
+        num_steps: S, the number of steps.
+        num_examples: N, the number of examples.
         batch_size: B, at most N.
 
     Returns:
-        Indices into the examples, int32 `[S, B]`.
+        Indices of examples, int32 `[S, B]`.
 
     Raises:
-        ValueError: a count below 1, a first step below 0, or a batch size above the number of examples.
-        TypeError: a count or a first step that is not an integer.
+        ValueError: if a count is below 1, if the first step is below 0, or if the batch size exceeds the number of
+            examples.
+        TypeError: if a count or the first step is no integer.
     """
     check_counts(num_steps=num_steps, num_examples=num_examples, batch_size=batch_size)
     if batch_size > num_examples:
         raise ValueError(f"batch_size is {batch_size}, but there are {num_examples} examples")
     steps_per_epoch = num_examples // batch_size
-    # A first step that is traced may be an epoch's last one.
+    # A traced first step could be the last of its epoch.
     offset = steps_per_epoch - 1
     if not isinstance(first_step, Tracer):
         check_counts(at_least=0, first_step=first_step)
@@ -53,33 +56,33 @@ def minibatch_indices(
 
 
 def epoch_batches(key: jax.Array, epoch: int | jax.Array, num_examples: int, batch_size: int) -> jax.Array:
-    """The examples of all minibatches of one epoch, int32 `[N // B, B]`."""
+    """Returns the examples of all minibatches of one epoch, int32 `[N // B, B]`."""
     order = jax.random.permutation(jax.random.fold_in(key, epoch), num_examples)
     return order[: num_examples // batch_size * batch_size].reshape(-1, batch_size)
 
 
 def batched_mean(fn: Callable[[Params, Batch], PyTree], params: Params, data: Batch, batch_size: int) -> PyTree:
-    """Returns the mean of `fn(params, batch)` over all examples, batch after batch.
+    """Returns the mean of `fn(params, batch)` over all examples, computed batch after batch.
 
     Args:
-        fn: returns a scalar, or a pytree of scalars, each a mean over its batch.
+        fn: `fn(params, batch)`, which returns a scalar or a pytree of scalars. Each scalar is a mean over the batch.
         params: a model.
         data: a pytree of arrays `[N, ...]`.
-        batch_size: B. A last batch of fewer than B examples counts by its size.
+        batch_size: B, the number of examples in a batch. The last batch may be smaller; it is weighted by its size.
 
     Returns:
-        What `fn` returns, averaged, in at least float32.
+        The averaged value of `fn`, in at least float32.
 
     Raises:
-        ValueError: data of different lengths, a batch size below 1, or a `fn` that returns nothing, or no scalars.
-        TypeError: a batch size that is not an integer, or data that holds no arrays.
+        ValueError: if the arrays have different lengths, if the batch size is below 1, or if `fn` returns no scalars.
+        TypeError: if the batch size is no integer, or if `data` holds no arrays.
     """
     check_callable(fn=fn)
     return mean_over_batches(lambda batch: _wide_scalars(fn(params, batch)), data, batch_size)
 
 
 def mean_over_batches(means_of: Callable[[Batch], PyTree], data: Batch, batch_size: int) -> PyTree:
-    """The mean over all examples of arrays of any shape, each a mean over its batch, in the dtypes that they have."""
+    """Returns the mean of arrays over all examples. `means_of` returns their means over one batch."""
     check_counts(batch_size=batch_size)
     n = num_examples("data", data)
     whole = n // batch_size
@@ -98,7 +101,7 @@ def mean_over_batches(means_of: Callable[[Batch], PyTree], data: Batch, batch_si
 
 
 def num_examples(name: str, data: Any) -> int:
-    """N, the leading axis that the data's leaves share."""
+    """Returns N, the length of the leading axis that all leaves share."""
     leaves = jax.tree_util.tree_leaves_with_path(data)
     if not leaves:
         raise ValueError(f"{name} holds no arrays: expected a pytree of arrays [N, ...]")
@@ -110,7 +113,7 @@ def num_examples(name: str, data: Any) -> int:
             )
     shapes = [(f"{name}{jax.tree_util.keystr(path)}", np.shape(leaf)) for path, leaf in leaves]
     if len({shape[:1] for _, shape in shapes}) > 1 or not all(shape and shape[0] for _, shape in shapes):
-        # One path of each length comes first, so that the difference is among those printed.
+        # One path of each length comes first, so that the message shows the difference.
         first: dict[Any, Any] = {}
         for path, shape in shapes:
             first.setdefault(shape[:1], (path, shape))
@@ -121,12 +124,12 @@ def num_examples(name: str, data: Any) -> int:
 
 
 def on_cpu(tree: PyTree) -> bool:
-    """Whether all arrays lie on CPUs."""
+    """Returns whether all arrays lie on CPUs."""
     return all(device.platform == "cpu" for leaf in jax.tree.leaves(tree) for device in leaf.devices())
 
 
 def _wide_scalars(means: PyTree) -> PyTree:
-    """The scalars of a tree in at least float32, so that nothing is averaged in half precision."""
+    """Returns the scalars of a tree in at least float32, so that no mean is taken in half precision."""
     leaves = jax.tree.leaves(means)
     if not leaves or any(jnp.shape(leaf) != () for leaf in leaves):
         shapes = jax.tree.map(jnp.shape, means)

@@ -1,4 +1,4 @@
-"""The blend of stacked experts (Eq. 1), from experts of any floating-point dtype and without a wider copy of them."""
+"""The blend of stacked experts (Eq. 1), for every floating-point dtype, without a wider copy of the experts."""
 
 import functools
 import inspect
@@ -19,24 +19,25 @@ def blend(
 ) -> Params:
     """Blends stacked experts into one model: theta(alpha) = sum_i alpha_i theta_i (Eq. 1).
 
-    Each leaf is summed in at least float32. Float32 and float64 leaves take one `jnp.tensordot` of the highest
-    precision. Leaves of fewer bits are widened within the sum, so that no wider copy of the experts is made. The sum is
-    then cast to the expert's dtype. Leaves that are not floating point are the first expert's.
+    Each leaf is summed in at least float32, and the sum is then cast to the dtype of the experts. Float32 and float64
+    leaves take one `jnp.tensordot` at the highest precision. Shorter leaves are widened inside the sum, so no wider
+    copy of the experts is made. Leaves that are not floating point are not summed: the result has the first expert's.
 
     Args:
         experts: stacked experts, each leaf `[K, ...]`.
         alpha: the coefficients, `[K]`, or `[G, K]` with `groups`. They need not lie on the simplex.
-        groups: a pytree of row numbers in `range(G)`, of the experts' structure or a prefix of it: the row of
-            `alpha` that blends a leaf. A part of the model whose row is `g` is blended by `alpha[g]`.
-        min_dtype: the narrowest dtype of the result. The steps and `learn` pass float32: cast to bfloat16, two blends
-            of nearby coefficients are mostly the same. None casts every leaf to the expert's dtype.
+        groups: which row of `alpha` blends which leaf. It is a pytree of row numbers in `range(G)` with the structure
+            of one expert. It may also be a prefix of that structure: one number for a part of the model blends the
+            whole part by that row.
+        min_dtype: the narrowest dtype of the result. The steps and `learn` pass float32, because two nearby blends
+            become mostly equal when they are cast to bfloat16. None casts every leaf to the dtype of the experts.
 
     Returns:
         The blended model, each leaf `[...]`.
 
     Raises:
-        ValueError: shapes of `alpha`, `groups` and the experts that do not fit.
-        TypeError: complex coefficients, or no array of them.
+        ValueError: if the shapes of `alpha`, `groups` and the experts do not fit.
+        TypeError: if the coefficients are complex, or no array.
 
     Example:
         >>> import jax.numpy as jnp
@@ -54,7 +55,7 @@ def blend(
     if alpha.ndim != (1 if groups is None else 2) or alpha.shape[-1] != k:
         raise ValueError(
             f"alpha has shape {alpha.shape}; expected {expected} with K = {k}, the experts' leading axis"
-            + ("; pass groups to blend by rows" if groups is None and alpha.ndim == 2 else "")
+            + ("; to blend by rows, pass groups" if groups is None and alpha.ndim == 2 else "")
         )
     if jnp.iscomplexobj(alpha):
         raise TypeError(f"alpha has dtype {alpha.dtype}; expected real coefficients")
@@ -73,17 +74,17 @@ def blend(
 
 
 def merge_for_learning(merge_fn: MergeFn) -> MergeFn:
-    """Returns `merge_fn` as the steps and `learn` call it: its result keeps at least float32.
+    """Returns `merge_fn` in the form that the steps and `learn` call: its result keeps at least float32.
 
-    A `merge_fn` that takes `min_dtype`, as `blend` and a `functools.partial` of it do, is called with float32. The
-    result of any other is checked.
+    If `merge_fn` has a keyword `min_dtype`, as `blend` and a `functools.partial` of `blend` have, it is called with
+    float32. The result of any other `merge_fn` is checked.
 
     Args:
         merge_fn: `merge_fn(experts, alpha) -> params`.
 
     Returns:
-        The function. It raises a ValueError, with the path, where a leaf that is none of the experts' own has fewer
-        bits than float32.
+        The function. It raises a ValueError, with the path, if a leaf has fewer bits than float32. It accepts a short
+        leaf that `merge_fn` takes unchanged from the experts.
     """
     words = {"min_dtype": jnp.float32} if _takes_min_dtype(merge_fn) else {}
 
@@ -91,13 +92,13 @@ def merge_for_learning(merge_fn: MergeFn) -> MergeFn:
         params = merge_fn(experts, alpha, **words)
         given = {id(leaf) for leaf in jax.tree.leaves(experts)}
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-            # What depends on alpha is among these.
+            # A leaf that depends on alpha is traced, and is not one of the given leaves.
             if isinstance(leaf, Tracer) and id(leaf) not in given and is_short(leaf.dtype):
                 raise ValueError(
                     f"merge_fn returned {leaf.dtype} at {path_name(path)}; expected at least float32 while the "
-                    "coefficients are learned, since two nearby blends are mostly the same in fewer bits: pass "
-                    "min_dtype=jnp.float32 to glue_jax.blend in it, and cast the finished model; or, if the leaf does "
-                    "not depend on alpha, widen it by .astype(jnp.float32)"
+                    "coefficients are learned, because two nearby blends are mostly equal in fewer bits. Inside "
+                    "merge_fn, pass min_dtype=jnp.float32 to glue_jax.blend, and cast the finished model. If the leaf "
+                    "does not depend on alpha, widen it by .astype(jnp.float32)"
                 )
         return params
 
@@ -105,15 +106,15 @@ def merge_for_learning(merge_fn: MergeFn) -> MergeFn:
 
 
 def is_short(dtype: DTypeLike) -> bool:
-    """Returns whether a dtype is floating point of fewer bits than float32."""
+    """Returns whether a dtype is floating point with fewer bits than float32."""
     return bool(jnp.issubdtype(dtype, jnp.floating)) and jnp.finfo(dtype).bits < 32
 
 
 @jax.jit
 def _weighted_sums(alphas: list[jax.Array], leaves: list[jax.Array]) -> list[jax.Array]:
-    """Eq. (1) for each leaf `[K, ...]` and its coefficients `[K]`, in at least float32.
+    """Returns Eq. (1) for each leaf `[K, ...]` and its coefficients `[K]`, in at least float32.
 
-    Jitted, since a choice by platform is compiled anew at every call that is not.
+    It is jitted, because outside `jit` a choice by platform would compile anew at every call.
     """
 
     def of_each(one: Any, alphas: list[jax.Array], leaves: list[jax.Array]) -> list[jax.Array]:
@@ -128,10 +129,10 @@ def _weighted_sums(alphas: list[jax.Array], leaves: list[jax.Array]) -> list[jax
 
 
 def _weighted_sum(alpha: jax.Array, leaf: jax.Array) -> jax.Array:
-    """Eq. (1) for one leaf on an accelerator.
+    """Returns Eq. (1) for one leaf on an accelerator.
 
-    A product of a short leaf would be rounded, or would need a wide copy of it: it is multiplied and added, which one
-    loop over the leaf does.
+    A matrix product would round a short leaf, or would need a wide copy of it. So a short leaf is multiplied and added,
+    which takes one loop over the leaf.
     """
     if is_short(leaf.dtype):
         return jnp.sum(jnp.expand_dims(alpha, tuple(range(1, leaf.ndim))) * leaf.astype(alpha.dtype), axis=0)
@@ -139,11 +140,11 @@ def _weighted_sum(alpha: jax.Array, leaf: jax.Array) -> jax.Array:
 
 
 def _weighted_sum_on_cpu(alpha: jax.Array, leaf: jax.Array) -> jax.Array:
-    """Eq. (1) for one leaf, as XLA:CPU has a fast program for it and for its derivative.
+    """Returns Eq. (1) for one leaf in a form that XLA:CPU runs fast, and differentiates fast.
 
-    The derivative of a product with more than two axes transposes the whole leaf there, so that the product is of a
-    matrix. Of a short leaf one expert after another is added. The barrier ties the leaf to the expert's number: XLA
-    would take the widening of the whole leaf out of the loop otherwise.
+    A wide leaf is reshaped to a matrix, because the derivative of a product with more than two axes would transpose the
+    whole leaf. The experts of a short leaf are added one after another. The barrier ties the leaf to the expert's
+    number. Without it XLA would move the widening of the whole leaf out of the loop.
     """
     if not is_short(leaf.dtype):
         return _weighted_sum(alpha, leaf.reshape(len(leaf), -1)).reshape(leaf.shape[1:])
@@ -159,12 +160,12 @@ def _weighted_sum_on_cpu(alpha: jax.Array, leaf: jax.Array) -> jax.Array:
 
 
 def _wider(dtype: DTypeLike, least: DTypeLike = jnp.float32) -> DTypeLike:
-    """The wider of two floating-point dtypes, of one of a leaf and of another, real one."""
+    """Returns the wider of two real floating-point dtypes, or a complex dtype unchanged if it is wide enough."""
     return least if jnp.finfo(dtype).bits < jnp.finfo(least).bits else dtype
 
 
 def _takes_min_dtype(merge_fn: MergeFn) -> bool:
-    """Whether a merge has an argument `min_dtype` that nothing has been given for."""
+    """Returns whether a merge has a keyword `min_dtype` that is still None."""
     try:
         parameter = inspect.signature(merge_fn).parameters.get("min_dtype")
     except ValueError:
@@ -173,11 +174,11 @@ def _takes_min_dtype(merge_fn: MergeFn) -> bool:
 
 
 def _broadcast_groups(groups: PyTree, experts: Params, *, num_groups: int) -> PyTree:
-    """The row of each leaf as an int, checked."""
+    """Returns the row of each leaf as an int, checked."""
     try:
         rows = jax.tree.broadcast(groups, experts)
     except ValueError as error:
-        raise ValueError(f"groups is no prefix of the experts' tree: {error}") from error
+        raise ValueError(f"groups does not fit; expected a prefix of the experts' tree: {error}") from error
 
     def checked(path: tuple[Any, ...], row: Any) -> int:
         try:

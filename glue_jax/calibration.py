@@ -1,4 +1,4 @@
-"""Which radius and learning rate SPSA needs."""
+"""`calibrate`: the radius and the learning rate that SPSA needs."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,17 +17,18 @@ from glue_jax.types import PyTree
 
 
 class Calibration(NamedTuple):
-    """What `calibrate` proposes, and what it saw; R radii.
+    """The proposal of `calibrate`, and the measurements behind it. R is the number of radii.
 
     Attributes:
-        radius: the proposal for `spsa_step`.
-        interior: whether larger and smaller radii than the proposal were tried. If not, try more.
-        learning_rate: for plain SGD, the one at which the first step's root mean square over the entries of beta is
-            about `first_step`, as far as so few directions tell. Adam's first step is its learning rate, whatever the
-            gradient's size: pass it `first_step`.
-        radii: tried, ascending, `[R]`.
-        disagreement: of the slopes at a radius and at its neighbours, relative to their size, `[R]`: rounding or steps
-            in the loss below the best radius, its curvature above.
+        radius: the proposed radius for `spsa_step`.
+        interior: whether larger and smaller radii than the proposal were tried. If it is False, try more radii.
+        learning_rate: the proposed learning rate for plain SGD. With it, the first step has a root mean square of about
+            `first_step` over the entries of beta. This is a rough estimate, because it rests on few directions. Adam
+            needs no such value: its first step is its learning rate, so give Adam `first_step` itself.
+        radii: the radii that were tried, ascending, `[R]`.
+        disagreement: how much the slopes at each radius differ from the slopes at the neighbouring radii, relative to
+            their size, `[R]`. Below the best radius it is large because of rounding, or because the loss has steps.
+            Above the best radius it is large because the loss is curved.
     """
 
     radius: float
@@ -49,34 +50,43 @@ def calibrate(
     step_directions: int = 1,
     probe_batch_size: int | None = None,
 ) -> Calibration:
-    """Proposes a radius and a learning rate from probe pairs along a few directions, each at all radii.
+    """Proposes a radius and a learning rate. It measures slopes along a few directions, each at all radii.
 
-    As Qiskit's SPSA calibrates its first step, and as a step size for finite differences is chosen: where slopes along
-    one direction agree from radius to radius, neither rounding (or, of a metric that counts, its steps) nor
-    curvature spoils them. `2 R m` evaluations, 72 by default.
+    If the slopes along one direction agree between neighbouring radii, neither rounding nor curvature spoils them. A
+    metric that counts has steps, which act like rounding. Step sizes for finite differences are often chosen in this
+    way. The learning rate is found as Qiskit's SPSA finds its first step. The call takes `2 R m` evaluations, 72 by
+    default.
 
     Args:
         key: a `jax.random.key`.
-        fun: `fun(beta) -> scalar`, the objective on one batch, a large one if the metric counts.
-            Let it blend by `glue_jax.blend(..., min_dtype=jnp.float32)`, and wrap it in
-            `jax.default_matmul_precision("highest")` on an accelerator, as `spsa_step` does: rounding hides the
-            difference of two probes otherwise.
-        beta: where learning starts.
-        radii: to try, at least three, ascending.
-        num_directions: m.
-        directions: those of the step, as for `spsa_gradient`.
-        first_step: the root mean square that the first step is to have, in units of beta.
-        step_directions: m of the steps that the learning rate is for; their directions are of the same distribution,
-            their scale is `unbiased`.
-        probe_batch_size: as for `spsa_gradient`; on an accelerator all `2 R m` models are in memory at once otherwise.
+        fun: `fun(beta) -> scalar`, the objective on one batch. If it is a metric that counts, use a large batch.
+            Rounding can hide the difference of two probes. To prevent this, blend with `glue_jax.blend(...,
+            min_dtype=jnp.float32)` inside `fun`. On an accelerator, also call it under
+            `jax.default_matmul_precision("highest")`. `spsa_step` does both.
+        beta: the point where learning starts, any pytree of floating-point coefficients.
+        radii: the radii to try, at least three, ascending.
+        num_directions: m, the number of directions.
+        directions: the directions of the step, as for `spsa_gradient`.
+        first_step: the root mean square that the first step should have, in units of beta.
+        step_directions: the number of directions of the steps that the learning rate is for. The learning rate assumes
+            the same distribution of directions and the `unbiased` scale.
+        probe_batch_size: as for `spsa_gradient`. By default, an accelerator holds all `2 R m` models in memory at once.
 
     Returns:
-        The proposal.
+        The proposal and the measurements.
 
     Raises:
-        ValueError: radii that are not finite, positive and ascending, a count below 1, a function whose value is no
-            scalar, or that has the same value at all probes.
-        TypeError: coefficients that are not floating point.
+        ValueError: if the radii are not finite, positive and ascending, if `first_step` is not positive, or if a count
+            is below 1.
+        ValueError: if `fun` returns no scalar, or the same value at all probes.
+        TypeError: if the coefficients are not floating point.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import glue_jax
+        >>> found = glue_jax.calibrate(jax.random.key(0), lambda beta: jnp.sum(jnp.exp(beta)), jnp.zeros(3))
+        >>> bool(1e-3 < found.radius < 0.1)
+        True
     """
     check_floating(beta)
     check_counts(num_directions=num_directions, step_directions=step_directions)
@@ -91,18 +101,18 @@ def calibrate(
     )
     values = as_numbers("the value of fun", map_probes(scalar_valued(fun), at_all, probe_batch_size))
     pairs = values.reshape(len(tried), num_directions, 2)
-    # Of probes that are infinite there is no slope.
+    # Infinite probes have no slope.
     with np.errstate(divide="ignore", invalid="ignore"):
         slopes = (pairs[..., 0] - pairs[..., 1]) / (2 * tried[:, None])
         disagreement = _disagreement(slopes)
     if not np.isfinite(disagreement).any():
         raise ValueError(
-            f"the function has the same value, or none that is finite, at all probes of radii {list(radii)}: expected "
-            "one that the coefficients change; try larger radii or a larger batch"
+            f"fun has the same value, or no finite value, at all probes of radii {list(radii)}; expected a function "
+            "that the coefficients change: try larger radii or a larger batch"
         )
     best = int(np.argmin(np.where(np.isfinite(disagreement), disagreement, np.inf)))
     d, size = dimension(beta, directions), sum(leaf.size for leaf in jax.tree.leaves(beta))
-    # Directions u have E[u u^T] = I / d, so that the mean of squared slopes is the squared norm of the gradient over d.
+    # Since E[u u^T] = I / d, the mean of the squared slopes is the squared norm of the gradient, divided by d.
     squared_norm = d * np.mean(slopes[best] ** 2)
     name = directions if isinstance(directions, str) else "sphere"
     of_estimate = (1 + theory.relative_variance(d, step_directions, name)) * squared_norm
@@ -116,7 +126,14 @@ def calibrate(
 
 
 def _disagreement(slopes: np.ndarray) -> np.ndarray:
-    """From slopes `[R, m]`, how far those of a radius are from its neighbours', over their own size, `[R]`."""
+    """Returns how much the slopes at each radius differ from the neighbours', relative to their size.
+
+    Args:
+        slopes: the slopes, `[R, m]`.
+
+    Returns:
+        The disagreement, `[R]`.
+    """
     squares = np.mean(np.diff(slopes, axis=0) ** 2, axis=1)
     to_neighbours = (np.append(squares, squares[-1]) + np.insert(squares, 0, squares[0])) / 2
     return np.sqrt(to_neighbours / np.mean(slopes**2, axis=1))

@@ -15,7 +15,7 @@ from glue_jax.types import GlueState
 
 
 def check_counts(*, at_least: int = 1, **counts: Any) -> None:
-    """Refuses what is no integer, and integers below `at_least`."""
+    """Refuses values that are not integers, and integers below `at_least`."""
     for name, count in counts.items():
         try:
             number = operator.index(count)
@@ -26,7 +26,7 @@ def check_counts(*, at_least: int = 1, **counts: Any) -> None:
 
 
 def as_numbers(name: str, values: Any) -> NDArray[np.float64]:
-    """Returns real numbers as float64; refuses complex ones, texts, None, and what is traced."""
+    """Returns real numbers as float64. Refuses complex numbers, text, None and traced values."""
     try:
         array = np.asarray([np.asarray(value) for value in values] if isinstance(values, list | tuple) else values)
         return array.astype(np.float64, casting="same_kind")
@@ -36,7 +36,7 @@ def as_numbers(name: str, values: Any) -> NDArray[np.float64]:
 
 
 def as_number(name: str, value: Any) -> float:
-    """Returns one real number as a Python float; refuses all else."""
+    """Returns one real number as a Python float. Refuses anything else."""
     number = as_numbers(name, value)
     if number.shape != ():
         raise ValueError(f"{name} has shape {number.shape}; expected one real number")
@@ -44,7 +44,7 @@ def as_number(name: str, value: Any) -> float:
 
 
 def check_positive(name: str, value: Any) -> None:
-    """Refuses what is no real scalar or, where its value is known, no finite number above 0."""
+    """Refuses a value that is not a real scalar above 0 and finite. The value of a traced scalar is not checked."""
     if isinstance(value, Tracer):
         if value.shape != () or jnp.iscomplexobj(value):
             raise ValueError(f"{name} has shape {value.shape}, dtype {value.dtype}; expected one real number")
@@ -53,7 +53,7 @@ def check_positive(name: str, value: Any) -> None:
 
 
 def compiled(name: str, pattern: Any) -> re.Pattern[str]:
-    """Returns a regular expression; refuses what is none."""
+    """Returns a compiled regular expression. Refuses a pattern that is no regular expression."""
     try:
         return re.compile(pattern)
     except TypeError as error:
@@ -63,25 +63,25 @@ def compiled(name: str, pattern: Any) -> re.Pattern[str]:
 
 
 def check_callable(**functions: Any) -> None:
-    """Refuses what cannot be called."""
+    """Refuses values that cannot be called."""
     for name, function in functions.items():
         if not callable(function):
             raise TypeError(f"{name} is {function!r}; expected a function")
 
 
 def check_state(state: Any) -> None:
-    """Refuses what is no state."""
+    """Refuses a value that is no `GlueState`."""
     if not isinstance(state, GlueState):
         raise TypeError(
-            f"state is a {type(state).__name__}; expected a GlueState, as glue_jax.init and the steps return (a "
-            "LearnResult holds one as its attribute state)"
+            f"state is a {type(state).__name__}; expected a GlueState, which glue_jax.init and the steps return (a "
+            "LearnResult holds one in its attribute state)"
         )
     if not jnp.issubdtype(getattr(state.step, "dtype", type(state.step)), np.integer) or np.shape(state.step):
         raise TypeError(f"state.step is {state.step!r}; expected one integer")
 
 
 def check_optimizer(optimizer: Any, state: GlueState | None = None) -> None:
-    """Refuses what is no optimizer of optax, as the function that makes one, and one that a state is not of."""
+    """Refuses a value that is no optimizer of optax, and an optimizer that did not make the state."""
     if not callable(getattr(optimizer, "init", None)) or not callable(getattr(optimizer, "update", None)):
         raise TypeError(
             f"optimizer is {optimizer!r}; expected an optax.GradientTransformation, for instance optax.adam(1e-2)"
@@ -95,6 +95,6 @@ def check_optimizer(optimizer: Any, state: GlueState | None = None) -> None:
     if expected != found:
         raise ValueError(
             "state.opt_state is not of this optimizer and beta: it has leaves "
-            f"{[(jax.tree_util.keystr(path), shape) for path, shape in found]}, where optimizer.init gives "
+            f"{[(jax.tree_util.keystr(path), shape) for path, shape in found]}; expected those of optimizer.init, "
             f"{[(jax.tree_util.keystr(path), shape) for path, shape in expected]}"
         )

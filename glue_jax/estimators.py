@@ -1,7 +1,7 @@
-"""Three estimators of the gradient of a function of few coefficients, under one contract.
+"""Three estimators of the gradient of a function of few coefficients: SPSA, forward mode and backpropagation.
 
-`estimator(key, fun, beta, ...) -> Estimate`. `fun(beta) -> scalar` is any function; `beta` any pytree of
-floating-point coefficients.
+All have one form, `estimator(key, fun, beta, ...) -> Estimate`. Here `fun(beta) -> scalar` is any function, and `beta`
+is any pytree of floating-point coefficients.
 """
 
 import functools
@@ -19,17 +19,21 @@ from glue_jax.directions import Directions, dimension, sample_directions
 from glue_jax.precision import DEFAULT_RADIUS
 from glue_jax.types import Diagnostics, PyTree
 
+__all__ = ["Estimate", "Scale", "forward_gradient", "full_gradient", "spsa_gradient"]
+
 Scale = Literal["unbiased", "paper"]
+"""What multiplies Eq. (6): d for `unbiased`, 1 for `paper`."""
 
 
 class Estimate(NamedTuple):
-    """A gradient estimate.
+    """The estimate of a gradient.
 
     Attributes:
-        value: the function's value, `[]`; for SPSA the mean of its 2m probes.
-        gradient: of beta's structure.
-        probe_values: `[m, 2]`, the values at `beta + radius u` and `beta - radius u` (Eq. 3); None for the others.
-        diagnostics: of `spsa_gradient(..., diagnostics=True)`; None otherwise.
+        value: the function's value, `[]`. SPSA gives the mean of its 2m probes.
+        gradient: the estimated gradient, with the structure of beta.
+        probe_values: the values at `beta + radius u` and `beta - radius u` for each direction u (Eq. 3), `[m, 2]`. Only
+            SPSA has them; the other estimators give None.
+        diagnostics: how good the estimate is. It is None unless `spsa_gradient` was called with `diagnostics=True`.
     """
 
     value: jax.Array
@@ -50,36 +54,36 @@ def spsa_gradient(
     probe_batch_size: int | None = None,
     diagnostics: bool = False,
 ) -> Estimate:
-    """Estimates a gradient from two evaluations a direction, without differentiating (Eq. 3-6).
+    """Estimates a gradient from two evaluations per direction. It never differentiates the function (Eq. 3-6).
 
-    The mean over m directions of `(L+ - L-) / (2 radius) u`, times d for `scale="unbiased"`: then the estimate's
-    mean is the gradient, up to O(radius²). The paper's literal Eq. (6), `scale="paper"`, has mean g/d.
-    `glue_jax.theory` has the mean squared errors.
+    Each direction u gives the vector `(L+ - L-) / (2 radius) u`. The estimate is the mean of these vectors over m
+    directions. With `scale="unbiased"` the mean is multiplied by d, the dimension of the space probed. The expected
+    estimate is then the gradient g, up to O(radius²). With `scale="paper"` the estimate is the paper's literal Eq. (6),
+    and its expectation is g/d. `glue_jax.theory` gives the mean squared errors.
 
     Args:
         key: a `jax.random.key`.
-        fun: `fun(beta) -> scalar`.
-            Let it blend by `glue_jax.blend(..., min_dtype=jnp.float32)`, and wrap it in
-            `jax.default_matmul_precision("highest")` on an accelerator, as `spsa_step` does: rounding hides the
-            difference of two probes otherwise.
-        beta: where to estimate, any pytree of floating-point coefficients.
-        radius: the (root mean square) length of a probe's step, above 0, in the units of beta.
-        num_directions: m.
-        directions: a name (see `glue_jax.directions`) or a function.
+        fun: `fun(beta) -> scalar`. Rounding can hide the difference of two probes. To prevent this, blend with
+            `glue_jax.blend(..., min_dtype=jnp.float32)` inside `fun`. On an accelerator, also call it under
+            `jax.default_matmul_precision("highest")`. `spsa_step` does both.
+        beta: the point at which to estimate, any pytree of floating-point coefficients.
+        radius: the root mean square length of a probe's step, above 0, in the units of beta.
+        num_directions: m, the number of directions.
+        directions: the name of a distribution (see `glue_jax.directions`), or a function.
         scale: `unbiased`, or `paper` for the literal Eq. (5) and (6).
-        probe_batch_size: how many of the 2m probes are evaluated together, by `vmap`. The default is all of them
-            where the program is lowered for an accelerator, and one at a time where it is lowered for a CPU, on
-            which a convolution with a kernel for each probe is slow. (The loop serves networks in JAX's usual layout,
-            images `[B, H, W, C]` and kernels `[H, W, in, out]`. In the layout of PyTorch, XLA:CPU runs a convolution
-            slowly within a loop: pass 2m there.)
-        diagnostics: whether to measure how good the estimate is, by 2m + 1 evaluations more.
+        probe_batch_size: the number of probes that `vmap` evaluates together, out of 2m. By default, an accelerator
+            evaluates all probes together. A CPU evaluates one at a time, because it is slow at a convolution with a
+            different kernel for each probe. That loop is fast for networks in JAX's usual layout, with images `[B, H,
+            W, C]` and kernels `[H, W, in, out]`. In PyTorch's layout, XLA:CPU runs a convolution slowly inside a loop,
+            so pass 2m there.
+        diagnostics: whether to measure how good the estimate is. This takes 2m + 1 more evaluations.
 
     Returns:
         An `Estimate` with `probe_values` `[m, 2]`.
 
     Raises:
-        ValueError: an argument out of its range, or a `fun` whose value is no scalar.
-        TypeError: coefficients that are not floating point.
+        ValueError: if an argument is out of its range, or if `fun` returns no scalar.
+        TypeError: if the coefficients are not floating point.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -116,24 +120,25 @@ def forward_gradient(
 ) -> Estimate:
     """Estimates a gradient from exact slopes along random directions, by forward-mode differentiation.
 
-    As `spsa_gradient` in the limit of radius 0: one `jax.jvp` a direction in place of two evaluations
+    It is the limit of `spsa_gradient` at radius 0. Each direction takes one `jax.jvp` instead of two evaluations
     (Baydin et al., 2022, https://arxiv.org/abs/2202.08587).
 
     Args:
         key: a `jax.random.key`.
         fun: `fun(beta) -> scalar`, differentiable.
-        beta: where to estimate, any pytree of floating-point coefficients.
-        num_directions: m.
+        beta: the point at which to estimate, any pytree of floating-point coefficients.
+        num_directions: m, the number of directions.
         directions: as for `spsa_gradient`.
         scale: as for `spsa_gradient`.
-        probe_batch_size: how many of the m slopes are computed together; the default as for `spsa_gradient`.
+        probe_batch_size: the number of slopes that are computed together, out of m. The default is as for
+            `spsa_gradient`.
 
     Returns:
         An `Estimate` whose `value` is `fun(beta)`.
 
     Raises:
-        ValueError: an argument out of its range, or a `fun` whose value is no scalar, or an integer.
-        TypeError: coefficients that are not floating point.
+        ValueError: if an argument is out of its range, or if `fun` returns no scalar or an integer.
+        TypeError: if the coefficients are not floating point.
     """
     factor = scale_factor(scale, dimension(beta, directions))
     u = sample_directions(key, beta, num_directions, directions)
@@ -143,19 +148,19 @@ def forward_gradient(
 
 
 def full_gradient(key: jax.Array | None, fun: Callable[[PyTree], jax.Array], beta: PyTree) -> Estimate:
-    """Computes a gradient by `jax.grad`, through the whole of `fun`: the paper's Config 3.
+    """Computes a gradient by `jax.grad`, with backpropagation through all of `fun`. This is the paper's Config 3.
 
     Args:
-        key: not used; the estimators share one contract.
+        key: not used. It is here because all estimators have the same form.
         fun: `fun(beta) -> scalar`, differentiable.
-        beta: where to differentiate, any pytree of floating-point coefficients.
+        beta: the point at which to differentiate, any pytree of floating-point coefficients.
 
     Returns:
         An `Estimate` whose `value` is `fun(beta)`.
 
     Raises:
-        ValueError: a `fun` whose value is no scalar, or an integer.
-        TypeError: coefficients that are not floating point.
+        ValueError: if `fun` returns no scalar or an integer.
+        TypeError: if the coefficients are not floating point.
     """
     del key
     check_floating(beta)
@@ -164,7 +169,7 @@ def full_gradient(key: jax.Array | None, fun: Callable[[PyTree], jax.Array], bet
 
 
 def spsa_probes(beta: PyTree, directions: PyTree, radius: ArrayLike) -> PyTree:
-    """The points `[2m, ...]` that SPSA evaluates: `beta + radius u` and `beta - radius u` of each direction in turn."""
+    """Returns SPSA's points `[2m, ...]`: for each direction in turn, `beta + radius u` and `beta - radius u`."""
 
     def perturbed(leaf: jax.Array, directions: jax.Array) -> jax.Array:
         step = (jnp.asarray(radius) * directions).astype(leaf.dtype)
@@ -174,27 +179,34 @@ def spsa_probes(beta: PyTree, directions: PyTree, radius: ArrayLike) -> PyTree:
 
 
 def spsa_estimate(values: jax.Array, directions: PyTree, radius: ArrayLike, factor: float) -> Estimate:
-    """Eq. (3) to (6), from the values `[2m]` at the points of `spsa_probes`."""
+    """Returns SPSA's estimate (Eq. 3-6) from the values `[2m]` at the points of `spsa_probes`."""
     pairs = values.reshape(-1, 2)
     gradient = combine_slopes(_slopes(values, radius), directions, factor)
     return Estimate(value=jnp.mean(pairs), gradient=gradient, probe_values=pairs)
 
 
 def _slopes(values: jax.Array, radius: ArrayLike) -> jax.Array:
-    """Eq. (4), `[m]`, from the values `[2m]` at the points of `spsa_probes`."""
+    """Returns the slopes of Eq. (4), `[m]`, from the values `[2m]` at the points of `spsa_probes`."""
     pairs = values.reshape(-1, 2)
     return (pairs[:, 0] - pairs[:, 1]) / (2 * jnp.asarray(radius))
 
 
 def _diagnose(values: jax.Array, wide: jax.Array, centre: jax.Array, radius: ArrayLike) -> Diagnostics:
-    """What the values at the radius `[2m]`, at twice the radius `[2m]` and in the middle tell about the slopes."""
+    """Compares the slopes at the radius with those at twice the radius.
+
+    Args:
+        values: the values at the radius, `[2m]`.
+        wide: the values at twice the radius, `[2m]`.
+        centre: the value at beta, `[]`.
+        radius: the radius.
+    """
     near, far = _slopes(values, radius), _slopes(wide, 2 * jnp.asarray(radius))
     size, difference = (jnp.sqrt(jnp.mean(jnp.square(part))) for part in (far, near - far))
     return Diagnostics(disagreement=difference / size, curvature=2 * (jnp.mean(values) - centre) / jnp.square(radius))
 
 
 def map_probes(fun: Callable[[PyTree], Any], probes: PyTree, probe_batch_size: int | None) -> Any:
-    """`fun` over the leading axis of `probes`, all at once or some at a time."""
+    """Returns `fun` of each probe along the leading axis, evaluated together or some at a time."""
     all_at_once = jax.vmap(fun)
     num_probes = jax.tree.leaves(probes)[0].shape[0]
     if probe_batch_size is None:
@@ -208,7 +220,7 @@ def map_probes(fun: Callable[[PyTree], Any], probes: PyTree, probe_batch_size: i
 
 
 def combine_slopes(slopes: jax.Array, directions: PyTree, factor: float) -> PyTree:
-    """Eq. (6): the mean of slope times direction, times the scale's factor."""
+    """Returns Eq. (6): the mean of slope times direction, times the factor of the scale."""
 
     def combine(leaf: jax.Array) -> jax.Array:
         mean = jnp.tensordot(slopes, leaf, axes=1, precision=jax.lax.Precision.HIGHEST) / slopes.shape[0]
@@ -218,14 +230,17 @@ def combine_slopes(slopes: jax.Array, directions: PyTree, factor: float) -> PyTr
 
 
 def scale_factor(scale: Scale, d: int) -> float:
-    """What Eq. (6) is multiplied by."""
+    """Returns the factor that multiplies Eq. (6): d for `unbiased`, 1 for `paper`."""
     if scale not in get_args(Scale):
         raise ValueError(f"scale is {scale!r}; expected one of {get_args(Scale)}")
     return float(d) if scale == "unbiased" else 1.0
 
 
 def scalar_valued(fun: Callable[[PyTree], jax.Array], *, differentiable: bool = False) -> Callable[[PyTree], jax.Array]:
-    """`fun`, whose value must be a real scalar, and no integer where it is differentiated, in at least float32."""
+    """Returns `fun` with its value checked and cast to at least float32.
+
+    The value must be a real scalar. It must also be floating point if `differentiable` is True.
+    """
     check_callable(fun=fun)
 
     def checked(beta: PyTree) -> jax.Array:

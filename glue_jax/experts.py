@@ -1,4 +1,4 @@
-"""Experts as one pytree with a leading axis K."""
+"""`stack_experts` and `num_experts`: K experts as one pytree whose leaves have a leading axis K."""
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,30 +19,32 @@ def stack_experts(
 ) -> Params:
     """Stacks K experts of one architecture into one pytree whose leaves are `[K, ...]`.
 
-    Leaves that are not floating point (counters, masks) are never averaged: the experts must agree on them, or
-    they must be named in `take_first`. The stack is filled leaf by leaf. An iterator that yields expert after expert
-    and keeps none of them needs memory for the stack and one leaf; a list needs it for the experts and the stack.
+    Leaves that are not floating point, such as counters and masks, are never averaged. The experts must agree on them,
+    or `take_first` must name them. To save memory, pass an iterator that yields one expert after another and keeps
+    none: the call then needs memory for the stack and one leaf. With a list it needs memory for all experts and the
+    stack.
 
     Args:
-        experts: K pytrees of one structure, with leaves of the same shapes and dtypes: arrays of JAX or NumPy, or
-            what `np.asarray` takes.
-        take_first: leaves that are not floating point and may differ; the first expert's are kept. Each entry is a
-            regular expression for their paths (`glue_jax.paths`), as `"num_batches_tracked$"`, or a path as errors
-            print it.
-        sharding: where the stack goes: a `jax.sharding.Sharding` of the stacked leaves, or a pytree of them, a prefix
-            of an expert's. None is JAX's default.
+        experts: K pytrees of one structure, whose leaves have the same shapes and dtypes. A leaf is an array of JAX or
+            NumPy, or anything that `np.asarray` takes.
+        take_first: which leaves may differ although they are not floating point. The stack keeps the first expert's. An
+            entry is a regular expression for paths (`glue_jax.paths`), such as `"num_batches_tracked$"`, or a path as
+            errors print it.
+        sharding: the place of the stack: a `jax.sharding.Sharding` of the stacked leaves, or a pytree of shardings
+            whose structure is a prefix of an expert's. None is JAX's default.
 
     Returns:
         The experts as one pytree, each leaf `[K, ...]`.
 
     Raises:
-        ValueError: experts that differ, with every difference by its path; weights that are infinite or not a
-            number; integers that JAX's dtype does not hold; an entry of `take_first` that finds no leaf, or a
-            floating-point one.
-        TypeError: experts that are one pytree, a leaf that is no array of numbers, or a PRNG key.
+        ValueError: if experts differ; the error lists every difference with its path.
+        ValueError: if a weight is infinite or NaN.
+        ValueError: if JAX's dtype cannot hold an integer.
+        ValueError: if an entry of `take_first` matches no leaf, or matches a floating-point leaf.
+        TypeError: if `experts` is a single pytree, or if a leaf is a PRNG key or no array of numbers.
 
     Warns:
-        UserWarning: float64 leaves, which JAX stores as float32 unless `jax_enable_x64` is set.
+        UserWarning: if a leaf is float64. JAX stores it as float32 unless `jax_enable_x64` is set.
 
     Example:
         >>> import jax.numpy as jnp
@@ -79,7 +81,7 @@ def stack_experts(
         raise ValueError("stack_experts got no experts: expected at least one pytree")
     if differences:
         raise ValueError("\n".join(differences))
-    # The last of an iterator's experts is freed with the others.
+    # Frees the last expert of an iterator too.
     expert = flat = leaves = None
     shardings = [None] * len(paths) if sharding is None else _broadcast(sharding, treedef)
     stacked = []
@@ -92,13 +94,14 @@ def stack_experts(
 
 
 def num_experts(experts: Params) -> int:
-    """Returns K, the leading axis that every leaf of stacked experts shares.
+    """Returns K, the length of the leading axis that all leaves of stacked experts share.
 
     Args:
         experts: stacked experts, each leaf `[K, ...]`.
 
     Raises:
-        ValueError: no leaves, a leaf without a leading axis, leading axes that differ, by path, or of length 0.
+        ValueError: if there are no leaves, or if the leading axes are missing, empty or of different lengths; the error
+            names the paths.
     """
     leaves = jax.tree_util.tree_leaves_with_path(experts)
     if not leaves:
@@ -117,12 +120,12 @@ def num_experts(experts: Params) -> int:
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """Returns a path of `jax.tree_util` as errors print it."""
+    """Returns a path of `jax.tree_util` in the form that errors print."""
     return jax.tree_util.keystr(path) or "the root"
 
 
 def _as_array(index: int, path: tuple[Any, ...], leaf: Any) -> Any:
-    """A leaf of expert `index` as an array of JAX or NumPy; refuses what cannot be stacked."""
+    """Returns a leaf of expert `index` as an array of JAX or NumPy. Refuses a leaf that cannot be stacked."""
     where = f"expert {index} holds a {type(leaf).__name__} at {path_name(path)}"
     if isinstance(leaf, np.ma.MaskedArray):
         raise TypeError(f"{where}, whose mask would be lost: fill it first")
@@ -130,20 +133,20 @@ def _as_array(index: int, path: tuple[Any, ...], leaf: Any) -> Any:
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             raise TypeError(
                 f"expert {index} holds a PRNG key at {path_name(path)}, which cannot be blended: split off the "
-                "parameters and the batch statistics, and stack those"
+                "parameters and the batch statistics, and stack only these"
             )
         return leaf
     if isinstance(leaf, bool | int | float | complex):
         array = np.asarray(leaf)
         return array.astype(jax.dtypes.canonicalize_dtype(array.dtype)) if isinstance(leaf, float | complex) else array
     if not hasattr(leaf, "__array__"):
-        raise TypeError(f"{where}; expected arrays alone")
+        raise TypeError(f"{where}; expected only arrays")
     try:
         array = np.asarray(leaf)
     except (TypeError, RuntimeError, ValueError) as error:
         raise TypeError(
-            f"{where}, which NumPy cannot read ({error}); of a PyTorch tensor pass tensor.detach().cpu().numpy(), of a "
-            "bfloat16 one tensor.detach().cpu().float().numpy().astype(jnp.bfloat16)"
+            f"{where}, which NumPy cannot read ({error}). For a PyTorch tensor, pass tensor.detach().cpu().numpy(); if "
+            "it is bfloat16, pass tensor.detach().cpu().float().numpy().astype(jnp.bfloat16)"
         ) from error
     if not (jnp.issubdtype(array.dtype, jnp.number) or jnp.issubdtype(array.dtype, jnp.bool_)):
         raise TypeError(f"{where} of dtype {array.dtype}; expected numbers")
@@ -153,7 +156,7 @@ def _as_array(index: int, path: tuple[Any, ...], leaf: Any) -> Any:
 def _resolve_take_first(
     paths: Sequence[tuple[Any, ...]], leaves: dict[str, Any], take_first: str | Sequence[str]
 ) -> set[str]:
-    """The names of the leaves that `take_first` finds."""
+    """Returns the names of the leaves that `take_first` matches."""
     slashed_paths = {path_name(path): slashed(path) for path in paths}
     kept = set()
     for entry in (take_first,) if isinstance(take_first, str) else take_first:
@@ -162,7 +165,9 @@ def _resolve_take_first(
             expression = compiled("an entry of take_first", entry)
             found = {name for name, path in slashed_paths.items() if expression.search(path)}
         if not found:
-            raise ValueError(f"take_first has {entry!r}, which finds no leaf of {list(slashed_paths.values())}")
+            raise ValueError(
+                f"take_first has {entry!r}, which matches no path; the paths are {[*slashed_paths.values()]}"
+            )
         if wrong := sorted(name for name in found if jnp.issubdtype(leaves[name].dtype, jnp.inexact)):
             raise ValueError(f"take_first has {entry!r}, but floating-point leaves are blended, not taken: {wrong}")
         kept |= found
@@ -170,7 +175,7 @@ def _resolve_take_first(
 
 
 def _differences(first: dict[str, Any], other: dict[str, Any], kept: set[str]) -> list[str]:
-    """What keeps two experts from being stacked."""
+    """Returns the differences that keep two experts from being stacked."""
     found = [f"in that it has no {path}" for path in first if path not in other]
     found += [f"in that it has {path}, which expert 0 lacks" for path in other if path not in first]
     return found + [
@@ -181,7 +186,7 @@ def _differences(first: dict[str, Any], other: dict[str, Any], kept: set[str]) -
 
 
 def _difference(first: Any, other: Any, *, kept: bool) -> str | None:
-    """What keeps two leaves from being stacked, or None."""
+    """Returns the difference that keeps two leaves from being stacked, or None."""
     if first.shape != other.shape:
         return f"{other.shape} against {first.shape}"
     if first.dtype != other.dtype:
@@ -198,7 +203,7 @@ def _difference(first: Any, other: Any, *, kept: bool) -> str | None:
 
 
 def _stacked(path: str, column: Sequence[Any], sharding: Any) -> jax.Array:
-    """One leaf of all experts, `[K, ...]`, in its place."""
+    """Returns one leaf of all experts, `[K, ...]`, in its place."""
     dtype = column[0].dtype
     stored = jax.dtypes.canonicalize_dtype(dtype)
     if any(isinstance(leaf, jax.Array) for leaf in column):
@@ -208,7 +213,7 @@ def _stacked(path: str, column: Sequence[Any], sharding: Any) -> jax.Array:
         stacked = on_host.astype(stored, copy=False)
         if jnp.issubdtype(dtype, jnp.integer) and not np.array_equal(stacked, on_host):
             raise ValueError(
-                f"{path} has {dtype} values that JAX's {stored} does not hold; set jax_enable_x64, or leave it out"
+                f"{path} has {dtype} values that JAX's {stored} does not hold; set jax_enable_x64, or drop the leaf"
             )
     if stored != dtype and jnp.issubdtype(dtype, jnp.inexact):
         warnings.warn(
@@ -219,7 +224,7 @@ def _stacked(path: str, column: Sequence[Any], sharding: Any) -> jax.Array:
 
 
 def _broadcast(sharding: PyTree, treedef: Any) -> list[Any]:
-    """The sharding of each leaf, from a prefix of the tree."""
+    """Returns the sharding of each leaf, from a prefix of the tree."""
     like = jax.tree.unflatten(treedef, range(treedef.num_leaves))
     return jax.tree.leaves(
         jax.tree.broadcast(sharding, like, is_leaf=lambda node: isinstance(node, jax.sharding.Sharding)),

@@ -1,4 +1,4 @@
-"""A loss, a gradient or coefficients that are no longer finite, and what may be the reason."""
+"""`NonFiniteLossError`, and the advice in its message: why a loss, a gradient or beta may not be finite."""
 
 import functools
 from typing import Any
@@ -9,19 +9,19 @@ import numpy as np
 
 from glue_jax.types import LearnResult, PyTree, StepFn
 
-# The most paths that a message names.
+# A message names at most so many paths.
 _MOST_PATHS = 3
 
 
 class NonFiniteLossError(FloatingPointError):
-    """A loss, the norm of its gradient, a validation value or beta became infinite or not a number.
+    """A loss, a gradient norm, a validation value or beta became infinite or NaN.
 
     Attributes:
-        what: which of them.
-        step: the step that it belongs to.
-        value: what it was.
-        advice: what may be the reason.
-        result: the `LearnResult` of what was finite before it; `learn(..., state=error.result)` goes on from there.
+        what: which of these it was.
+        step: the number of the step.
+        value: the value that was not finite.
+        advice: the likely reason.
+        result: the `LearnResult` before that step. `learn(..., state=error.result)` continues from it.
     """
 
     result: LearnResult
@@ -32,19 +32,19 @@ class NonFiniteLossError(FloatingPointError):
         self.what, self.step, self.value, self.advice = what, step, value, advice
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Its parts, from which `copy` and `pickle` build it anew."""
+        """Returns the parts from which `copy` and `pickle` rebuild the error."""
         return type(self), (self.what, self.step, self.value, self.advice), self.__dict__
 
 
 def explain(what: str, step: int, *, first_step: int, step_fn: StepFn, inputs: dict[str, PyTree]) -> str:
-    """What may be the reason, and what to do.
+    """Returns the likely reason, and what to do.
 
     Args:
-        what: is not finite.
-        step: the one that it belongs to.
-        first_step: of the run. A learning rate has done nothing before it.
+        what: the name of the value that is not finite.
+        step: the number of the step.
+        first_step: the number of the run's first step. The learning rate has had no effect at that step.
         step_fn: the step, perhaps a `functools.partial` with a radius.
-        inputs: the arrays that the loss was computed from, by name.
+        inputs: the arrays from which the loss was computed, by name.
     """
     if _radius_is_zero(step_fn, step) and what == "gradient_norm":
         return "the radius is 0 there, and the probes' difference is divided by it"
@@ -64,7 +64,7 @@ def explain(what: str, step: int, *, first_step: int, step_fn: StepFn, inputs: d
 
 
 def _non_finite(name: str, tree: PyTree) -> list[str]:
-    """The leaves that are not finite, each by its path and its first such row."""
+    """Returns the names of the leaves that are not finite, each with its path and its first bad row."""
     found = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
@@ -77,12 +77,12 @@ def _non_finite(name: str, tree: PyTree) -> list[str]:
 
 @jax.jit
 def _rows_non_finite(leaf: jax.Array) -> jax.Array:
-    """Which entries along the leading axis hold what is not finite."""
+    """Returns which entries along the leading axis are not finite."""
     return ~jnp.all(jnp.isfinite(leaf), axis=tuple(range(1, leaf.ndim)))
 
 
 def _radius_is_zero(step_fn: StepFn, step: int) -> bool:
-    """Whether a partial gives its step a radius of 0."""
+    """Returns whether a partial gives its step a radius of 0."""
     radius = step_fn.keywords.get("radius") if isinstance(step_fn, functools.partial) else None
     found = radius(step) if callable(radius) else radius
     return found is not None and bool(np.all(np.asarray(found) == 0))

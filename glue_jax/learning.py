@@ -1,4 +1,4 @@
-"""Learning the coefficients to the validation plateau."""
+"""`learn`: learning the coefficients until validation stops improving."""
 
 import contextlib
 import functools
@@ -18,7 +18,6 @@ from glue_jax.batches import on_cpu
 from glue_jax.blending import blend
 from glue_jax.checks import check_optimizer, check_state
 from glue_jax.experts import num_experts
-from glue_jax.failures import NonFiniteLossError
 from glue_jax.runs import MOST_UNREAD, Run
 from glue_jax.steps import init, spsa_step
 from glue_jax.streams import ArrayBatches, is_stream, stream_batches
@@ -37,9 +36,7 @@ from glue_jax.types import (
 )
 from glue_jax.validation import make_judge
 
-__all__ = ["NonFiniteLossError", "learn"]
-
-# What a call's key is folded with, so that minibatches and directions share none.
+# The key is folded with these numbers, so that minibatches and directions share no random numbers.
 _MINIBATCHES, _STEPS = range(2)
 _STATIC = ("step_fn", "loss_fn", "optimizer", "link_fn", "merge_fn")
 
@@ -65,63 +62,73 @@ def learn(
     steps_per_call: int | None = None,
     callback: Callable[[Progress], bool | None] | None = None,
 ) -> LearnResult:
-    """Learns the coefficients by minibatches until validation stops improving (section 3.3 of the paper).
+    """Learns the coefficients from minibatches until validation stops improving (section 3.3 of the paper).
 
-    The functions and the optimizer are static: build them once, and a second call compiles nothing. (A variable that a
-    function reads from outside is read when it compiles: where the variable changes, give a new function.)
+    `data` has one of three forms:
 
-    An exception that ends a run, Ctrl-C's too, has a `LearnResult` of what was learned before it as its attribute
-    `result` (in a notebook `sys.last_value.result`).
+    - Arrays `[N, ...]`, in a pytree. The minibatches are those of `minibatch_indices(jax.random.fold_in(key, 0), ...)`.
+      An epoch leaves out the examples that fill no whole minibatch.
+    - An iterator of batches. It is read once. If it ends before `max_steps`, the run ends.
+    - A loader of batches. Each epoch iterates it anew. An epoch may be endless.
+
+    To JAX a list is a pytree, so pass `iter(batches)` for a list of batches. A batch with a new shape compiles anew.
+
+    A run can be continued: pass its `LearnResult` as `state`. The new call keeps the best coefficients, the patience
+    and the history. It continues an iterator where it is, and begins a new epoch of a loader. With arrays or an
+    iterator, several calls return what one long call returns. There is one exception: if `max_steps` stops a run
+    between two validations, the run validates there once more, and keeps these coefficients if they are the best.
+
+    The functions and the optimizer are static arguments of compiled programs. Build them once; then a second call
+    compiles nothing. A function that reads an outside variable reads it when the program compiles. If the variable
+    changes, pass a new function.
+
+    If an exception ends the run, Ctrl-C included, the exception's attribute `result` holds the `LearnResult` so far. In
+    a notebook this is `sys.last_value.result`.
 
     Args:
-        key: a `jax.random.key`. It decides the minibatches of arrays, whatever the `step_fn`, and the directions.
-        experts: stacked experts, each leaf `[K, ...]`. With a `state` and a `merge_fn` that knows them, other leaves
-            may be among them, such as the base that adapters share.
-        data: a pytree of arrays `[N, ...]`, whose minibatches are those of
-            `minibatch_indices(jax.random.fold_in(key, 0), ...)` (an epoch leaves out the examples that fill no whole
-            minibatch); or an iterator of batches, read once, which may end before `max_steps` and then ends the run;
-            or a loader, each epoch a new iteration of it, which may be endless. A batch of a new shape compiles anew.
-            A list is a pytree: for a list of batches pass `iter(batches)`.
-        loss_fn: `loss_fn(params, batch) -> scalar`, the mean over a batch of `data`. The params are at least float32,
-            whatever the experts' dtype.
-        optimizer: of beta. None is for `gauss_newton_step`, which has none.
-        state: where to go on from. The default is `init(K, optimizer, link_fn=link_fn)`: the link's own start. From a
-            `LearnResult`, learning goes on with its best coefficients, its patience and its history: stopped runs
-            return what one long run returns. (If `max_steps` stopped a run between two validations, the run was
-            validated there once more, and these coefficients are kept if they are the best.) An iterator goes on
-            where it is, a loader begins an epoch.
-        step_fn: the step, hence the estimator: `spsa_step`, `gauss_newton_step`, `full_gradient_step`,
-            `forward_gradient_step`, or a `functools.partial` of one, for instance with its `radius`.
+        key: a `jax.random.key`. It decides the directions, and the minibatches of arrays. Every `step_fn` sees the same
+            minibatches.
+        experts: stacked experts, each leaf `[K, ...]`. Other leaves may be among them, such as the base that adapters
+            share, if you pass a `state` and a `merge_fn` that knows these leaves.
+        data: the training data: arrays, an iterator or a loader, as described above.
+        loss_fn: `loss_fn(params, batch) -> scalar`, the mean over a batch of `data`. Its params have at least float32,
+            whatever the dtype of the experts.
+        optimizer: the optimizer of beta. Pass None with `gauss_newton_step`, which needs no optimizer.
+        state: a state to start from, or a result to continue. None is `init(K, optimizer, link_fn=link_fn)`, the link's
+            own start.
+        step_fn: the step, and with it the estimator: `spsa_step`, `gauss_newton_step`, `full_gradient_step` or
+            `forward_gradient_step`. A `functools.partial` of a step sets its options, such as `radius`.
         link_fn: `link_fn(beta) -> alpha`.
         merge_fn: `merge_fn(experts, alpha) -> params`.
-        validation_data: what judges the unperturbed blend: arrays `[M, ...]`, or a loader that ends, each of whose
-            batches counts by its size.
-        validation_fn: `validation_fn(params, batch) -> scalar`, the mean over a batch, lower is better; the default
-            is `loss_fn`.
-        batch_size: examples in a minibatch of arrays.
-        validation_batch_size: the same for validation; the default is `batch_size`. A last smaller batch counts by its
-            size.
-        max_steps: the most steps of this call.
-        validate_every: steps between two validations, and between two callbacks. None is 50, and 5 for
-            `gauss_newton_step`.
-        patience: validations without a new best after which to stop; None never stops before `max_steps`.
-        steps_per_call: the most steps in one call of a compiled program. The default is 1 where the data lies on a
-            CPU (in a loop, XLA:CPU runs the backward pass of a convolution many times slower) or is read batch after
-            batch, elsewhere all between two validations, at most 1000.
-        callback: called with a `Progress` after each chunk of `validate_every` steps. If it returns True, the run ends.
-            (The `update` of a tqdm bar returns True at times: do not return it.)
+        validation_data: the data that validates the unperturbed blend: arrays `[M, ...]`, or a loader that ends. Each
+            batch of a loader is weighted by its size. None validates nothing.
+        validation_fn: `validation_fn(params, batch) -> scalar`, the mean over a batch. Lower is better. None is
+            `loss_fn`.
+        batch_size: the number of examples in a minibatch of arrays.
+        validation_batch_size: the number of examples in a validation batch of arrays. None is `batch_size`. The last
+            batch may be smaller; it is weighted by its size.
+        max_steps: the largest number of steps in this call.
+        validate_every: the number of steps between two validations, and between two callbacks. None is 5 for
+            `gauss_newton_step` and 50 for other steps.
+        patience: the run stops after this many validations without a new best value. None runs all `max_steps`.
+        steps_per_call: the largest number of steps in one call of a compiled program. None is 1 if the data lies on a
+            CPU, because XLA:CPU runs the backward pass of a convolution many times slower in a loop. None is also 1 for
+            an iterator or a loader. Otherwise None is the number of steps between two validations, at most 1000.
+        callback: a function that is called with a `Progress` after each chunk of `validate_every` steps. The run ends
+            if it returns True. Do not return the value of a tqdm bar's `update`, which is True at times.
 
     Returns:
-        The best coefficients by validation, the last ones, and the history.
+        The best coefficients by validation, the last coefficients, and the history.
 
     Raises:
-        ValueError: an argument out of its range, data of different lengths, validation data of another kind than
-            data, before any work; a validation or a loss that is no scalar.
-        TypeError: an argument of another type.
-        NonFiniteLossError: a loss, a gradient, a validation value or beta that is infinite or not a number.
+        ValueError: before any work, if an argument is out of its range, if arrays have different lengths, or if the
+            validation data differ in kind from the data.
+        ValueError: if a loss or a validation value is no scalar.
+        TypeError: if an argument has the wrong type.
+        NonFiniteLossError: if a loss, a gradient, a validation value or beta becomes infinite or NaN.
 
     Warns:
-        UserWarning: the first gradients are all exactly 0, or `state` is a result that had run out of patience.
+        UserWarning: if the first gradients are all exactly 0, or if `state` is a result that had run out of patience.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -179,7 +186,7 @@ def learn(
             if (callback and _says_stop(callback(run.progress(max_steps)))) or run.taken < before + wanted:
                 break
         if not run.taken and not run.out_of_patience(patience):
-            raise ValueError(f"data, a {type(data).__name__}, gave no batch: an iterator can be read once")
+            raise ValueError(f"data, a {type(data).__name__}, gave no batch: an iterator can be read only once")
     except BaseException as error:
         _keep_result(error, run, experts)
         raise
@@ -194,20 +201,20 @@ def _begin(
     functions: dict[str, Any],
     validate_every: int,
 ) -> Run:
-    """The run before this call's first step."""
+    """Returns the run before the first step of this call."""
     optimizer = functions.get("optimizer")
     before = state if isinstance(state, LearnResult) else None
     if before is not None and len(before.history.validation_steps) and validation_data is None:
         raise ValueError(
-            "state is a LearnResult with validations, but there is no validation_data: pass the same again, or "
-            "state=result.state"
+            "state is a LearnResult with validations, but validation_data is None: pass the same validation_data "
+            "again, or pass state=result.state"
         )
     if state is None:
         try:
             state = init(num_experts(experts), optimizer, link_fn=functions["link_fn"])
         except ValueError as error:
             raise ValueError(
-                f"{error}. With leaves or a link that are meant so, pass state=glue_jax.init(K, optimizer, ...)"
+                f"{error}. If the leaves and the link are right, pass state=glue_jax.init(K, optimizer, ...)"
             ) from error
     current = state.state if isinstance(state, LearnResult) else state
     check_state(current)
@@ -222,7 +229,7 @@ def _begin(
 
 
 def _beside(state: GlueState, trees: PyTree) -> GlueState:
-    """The state where a step with these arrays returns it, if they have a place, so that no step compiles anew."""
+    """Returns the state on the devices of these arrays, where a step would return it, so that no step compiles anew."""
     shardings = [leaf.sharding for leaf in jax.tree.leaves(trees) if leaf.committed]
     if not shardings:
         return state
@@ -240,7 +247,7 @@ def _steps(
     steps_per_call: int | None,
     chunk: int,
 ) -> Callable[[Run, int], Iterator[tuple[GlueState, GlueMetrics, int]]]:
-    """A function that takes so many steps from where a run is, and yields what each call of a program returned."""
+    """Returns a function that continues a run by a number of steps. It yields the result of each call of a program."""
     key, minibatches = jax.random.fold_in(key, _STEPS), jax.random.fold_in(key, _MINIBATCHES)
 
     def one_by_one(batches: Iterator[Batch], run: Run, count: int) -> Iterator[tuple[GlueState, GlueMetrics, int]]:
@@ -255,7 +262,7 @@ def _steps(
     def many_at_once(run: Run, count: int) -> Iterator[tuple[GlueState, GlueMetrics, int]]:
         for left in range(count, 0, -per_call):
             rows = source.rows(run.step, min(left, per_call))
-            # Of one shape for all numbers of steps, so that they are one program.
+            # Padded, so that one program serves every number of steps.
             padded = np.pad(rows, ((0, per_call - len(rows)), (0, 0)))
             called = _run_steps(key, run.latest, experts, data, padded, np.int32(len(rows)), **functions)
             yield *called, len(rows)
@@ -267,7 +274,7 @@ def _steps(
 def _run_step(
     key: jax.Array, state: GlueState, experts: Params, batch: Batch, *, step_fn: StepFn, **functions: Any
 ) -> tuple[GlueState, GlueMetrics]:
-    """A step; metrics `[1, ...]`."""
+    """Takes one step. The metrics are `[1, ...]`."""
     stepped = step_fn(key, state, experts, batch, **functions)
     if not isinstance(stepped, tuple) or len(stepped) != 2 or not hasattr(stepped[1], "gradient_norm"):
         raise TypeError(
@@ -286,7 +293,10 @@ def _run_steps(
     count: jax.Array,
     **functions: Any,
 ) -> tuple[GlueState, GlueMetrics]:
-    """A step on each of the first `count` of the minibatches `rows` `[S, B]`; metrics `[S, ...]`, after these zeros."""
+    """Takes one step on each of the first `count` minibatches of `rows`, `[S, B]`.
+
+    The metrics are `[S, ...]`. Those after the first `count` are zeros.
+    """
 
     def step(state: GlueState, indices: jax.Array) -> tuple[GlueState, GlueMetrics]:
         return _run_step(key, state, experts, jax.tree.map(lambda leaf: leaf[indices], data), **functions)
@@ -302,8 +312,8 @@ def _run_steps(
 
 
 def _keep_result(error: BaseException, run: Run, experts: Params) -> None:
-    """Gives what ends a run the result before it."""
-    # The error itself is raised, whatever keeps the last steps from being read.
+    """Gives the exception that ends a run the result so far."""
+    # The error itself must be raised, even if the last steps cannot be read.
     with contextlib.suppress(Exception):
         run.read()
     with contextlib.suppress(Exception):
@@ -316,5 +326,5 @@ def _keep_result(error: BaseException, run: Run, experts: Params) -> None:
 
 
 def _says_stop(answer: Any) -> bool:
-    """Whether a callback's answer is True; what else it returns is not for `learn`."""
+    """Returns whether a callback's answer is True. Any other kind of answer means nothing."""
     return isinstance(answer, bool | np.bool_ | jax.Array) and bool(answer)

@@ -1,8 +1,9 @@
-"""From what is learned to the coefficients that blend: `link_fn`s beside the softmax.
+"""Links from the learned beta to the coefficients alpha, beside the softmax: unconstrained, box, temperature.
 
-All of these links leave the convex hull of the experts, where a blended variance of BatchNorm can be negative. Keep
-the statistics out of the blend there, by `partition(experts, "^batch_stats/")`. A `loss_fn` that normalises by the
-minibatch does not need them, and `refresh_statistics` gives the result its own.
+All of these links can leave the convex hull of the experts, except the temperature around a softmax. Outside the hull a
+blended BatchNorm variance can be negative. So keep the statistics out of the blend there, with `partition(experts,
+"^batch_stats/")`. A `loss_fn` that normalises by the minibatch does not need them. `refresh_statistics` computes new
+statistics for the finished model.
 """
 
 import contextlib
@@ -25,18 +26,20 @@ from glue_jax.paths import matching
 from glue_jax.precision import DEFAULT_RADIUS, SOFTMAX_RADIUS
 from glue_jax.types import LinkFn, MergeFn, Params, PyTree
 
+__all__ = ["Link", "Tempered", "box", "task_vector_weights", "tempered_link", "tempered_merge", "unconstrained"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Link:
-    """A `link_fn` that brings its own start, directions and radius.
+    """A `link_fn` with its own start, directions and radius.
 
-    `box` and `tempered_link` return the same link for the same arguments, so that nothing is compiled twice.
+    `box` and `tempered_link` return the same object for the same arguments, so nothing is compiled twice.
 
     Attributes:
         fn: `fn(beta) -> alpha`.
-        start: `start(num_experts) -> beta`, where `init` starts.
-        directions: what `spsa_step` and `forward_gradient_step` probe along by default.
-        radius: how far `spsa_step` probes by default, in units of beta.
+        start: `start(num_experts) -> beta`, the beta at which `init` starts.
+        directions: the default directions of `spsa_step` and `forward_gradient_step`.
+        radius: the default radius of `spsa_step`, in units of beta.
     """
 
     fn: LinkFn
@@ -45,32 +48,33 @@ class Link:
     radius: float = DEFAULT_RADIUS
 
     def __call__(self, beta: PyTree, /) -> PyTree:
-        """Returns alpha."""
+        """Returns alpha, as `fn` does."""
         return self.fn(beta)
 
 
 def start_of(link_fn: LinkFn, num_experts: int) -> PyTree:
-    """Returns the beta that learning starts from: the link's own, or zeros, float32 `[K]`."""
+    """Returns the beta that learning starts from: the link's own start, or zeros, float32 `[K]`."""
     if isinstance(link_fn, Link):
         return link_fn.start(num_experts)
     zeros = jnp.zeros((num_experts,), jnp.float32)
     is_zero = False
-    # A link of betas of another kind says so where it is used.
+    # A link that takes another kind of beta raises its own error when it is used.
     with contextlib.suppress(Exception), jax.ensure_compile_time_eval():
         is_zero = not any(np.any(leaf) for leaf in jax.tree.leaves(link_fn(zeros)))
     if is_zero:
         raise ValueError(
-            "link_fn makes every coefficient 0 of its start, zeros [K], which blends a network of zeros: pass beta, or "
-            "use glue_jax.unconstrained for alpha = beta"
+            "link_fn makes every coefficient 0 at its start, zeros [K], and the blend is then a network of zeros: pass "
+            "beta, or use glue_jax.unconstrained for alpha = beta"
         )
     return zeros
 
 
 def directions_of(link_fn: LinkFn) -> DirectionName:
-    """Returns the directions that suit a link.
+    """Returns the default directions for a link.
 
-    A softmax does not see a common change of all coefficients: `simplex_orthogonal` leaves it out. With two experts,
-    half of the steps along random signs are wasted on it. Of a function that is not known, all is probed.
+    A softmax ignores a common change of all coefficients, and `simplex_orthogonal` leaves this change out. With two
+    experts, random signs would waste half of the steps on it. A link that the library does not know gets `orthogonal`,
+    which probes everything.
     """
     if isinstance(link_fn, Link):
         return link_fn.directions
@@ -78,7 +82,7 @@ def directions_of(link_fn: LinkFn) -> DirectionName:
 
 
 def radius_of(link_fn: LinkFn) -> float:
-    """Returns how far to probe beta under a link, by the measurements of `glue_jax.precision`."""
+    """Returns the default radius for a link, in units of beta. `glue_jax.precision` explains the values."""
     if isinstance(link_fn, Link):
         return link_fn.radius
     return SOFTMAX_RADIUS if _is_softmax(link_fn) else DEFAULT_RADIUS
@@ -92,10 +96,12 @@ def _is_softmax(link_fn: LinkFn) -> bool:
 
 
 def apply_link(link_fn: LinkFn, beta: PyTree) -> PyTree:
-    """Returns alpha; refuses a link that returns none, and the softmax of a beta that is no array."""
+    """Returns alpha. Refuses a link that returns no coefficients, and the softmax of a beta that is no array."""
     check_callable(link_fn=link_fn)
     if link_fn is jax.nn.softmax and not jax.tree_util.all_leaves([beta]):
-        raise TypeError(f"beta is a {type(beta).__name__}; the softmax takes one array: pass the link_fn of this beta")
+        raise TypeError(
+            f"beta is a {type(beta).__name__}; the softmax takes one array: pass the link_fn that takes this beta"
+        )
     alpha = link_fn(beta)
     if not jax.tree.leaves(alpha):
         raise TypeError(f"link_fn returned {alpha!r}; expected coefficients")
@@ -103,26 +109,29 @@ def apply_link(link_fn: LinkFn, beta: PyTree) -> PyTree:
 
 
 def _identity(beta: PyTree) -> PyTree:
-    """Beta itself."""
+    """Returns beta unchanged."""
     return beta
 
 
 unconstrained = Link(_identity, uniform)
-"""The `link_fn` of Eq. (7), which updates alpha without the softmax: alpha is beta. It starts at 1/K."""
+"""The `link_fn` of Eq. (7): alpha is beta, without a softmax. Learning starts at 1/K."""
 
 
 def box(*, low: float = 0.0, high: float = 1.0) -> Link:
-    """Returns the link to coefficients between two bounds, each by itself: `low + (high - low) sigmoid(beta)`.
+    """Returns a link that keeps each coefficient between two bounds: `low + (high - low) sigmoid(beta)`.
 
-    It starts at 1/K, or in the middle where 1/K is not within the bounds.
+    Learning starts at 1/K. If 1/K is not between the bounds, learning starts in the middle.
 
     Args:
-        low: the lower bound; may be negative.
-        high: the upper bound, above it.
+        low: the lower bound. It may be negative.
+        high: the upper bound, greater than `low`.
+
+    Returns:
+        The link. It maps `[K]` to `[K]`, and any pytree leaf by leaf.
 
     Raises:
-        ValueError: bounds that are not finite, not scalars, or not in this order.
-        TypeError: bounds that are no real numbers.
+        ValueError: if a bound is not a finite scalar, or if `low` is not below `high`.
+        TypeError: if a bound is no real number.
 
     Example:
         >>> import jax.numpy as jnp
@@ -138,36 +147,37 @@ def box(*, low: float = 0.0, high: float = 1.0) -> Link:
 
 @functools.cache
 def _box(low: float, high: float) -> Link:
-    """The link of these bounds, one for each pair of them."""
+    """Returns the link of these bounds, always the same object for the same bounds."""
     return Link(functools.partial(_in_box, low=low, high=high), functools.partial(_box_start, low=low, high=high))
 
 
 def _in_box(beta: PyTree, *, low: float, high: float) -> PyTree:
-    """Coefficients between the bounds."""
+    """Returns the coefficients between the bounds."""
     return jax.tree.map(lambda leaf: low + (high - low) * jax.nn.sigmoid(leaf), beta)
 
 
 def _box_start(num_experts: int, *, low: float, high: float) -> jax.Array:
-    """Where the coefficients are 1/K, or 0, the middle of the box."""
+    """Returns the beta that makes every coefficient 1/K, or else 0, the middle of the box."""
     fraction = (1 / num_experts - low) / (high - low)
     return jnp.full((num_experts,), math.log(fraction / (1 - fraction)) if 0 < fraction < 1 else 0.0, jnp.float32)
 
 
 def task_vector_weights(scales: jax.Array) -> jax.Array:
-    """Returns the blend of an origin and K experts that is `theta_0 + sum_i lambda_i (theta_i - theta_0)`.
+    """Returns the blend coefficients that give `theta_0 + sum_i lambda_i (theta_i - theta_0)`.
 
-    Task arithmetic (Ilharco et al., 2023, https://arxiv.org/abs/2212.04089), as a blend: of the models that
-    `stack_experts([origin, *experts])` holds, with the coefficients `1 - sum(lambda)` and `lambda`. With a box:
-    `scales = box(low=0.0, high=1.0)` and `link_fn=lambda beta: task_vector_weights(scales(beta))`.
+    This is task arithmetic (Ilharco et al., 2023, https://arxiv.org/abs/2212.04089), written as a blend. Stack the
+    origin theta_0 and the K experts with `stack_experts([origin, *experts])`. The coefficients are `1 - sum(lambda)`
+    for the origin and `lambda` for the experts. To keep each lambda between two bounds, let `scales = box(low=0.0,
+    high=1.0)` and use `link_fn=lambda beta: task_vector_weights(scales(beta))`.
 
     Args:
         scales: lambda, `[..., K]`.
 
     Returns:
-        Coefficients `[..., K+1]` with sum 1, the origin's first.
+        Coefficients `[..., K+1]` that sum to 1. The origin's coefficient comes first.
 
     Raises:
-        ValueError: scales without an axis.
+        ValueError: if `scales` has no axis.
 
     Example:
         >>> import jax.numpy as jnp
@@ -182,11 +192,12 @@ def task_vector_weights(scales: jax.Array) -> jax.Array:
 
 
 class Tempered(NamedTuple):
-    """Coefficients and a temperature, learned together.
+    """Coefficients and a temperature that are learned together.
 
     Attributes:
-        coefficients: beta, or alpha.
-        temperature: `[]`: its logarithm in beta (0 to start), itself in alpha.
+        coefficients: the coefficients: beta before the link, alpha after it.
+        temperature: before the link, the logarithm of the temperature, which starts at 0. After the link, the
+            temperature itself. Its shape is `[]`.
     """
 
     coefficients: PyTree
@@ -194,13 +205,16 @@ class Tempered(NamedTuple):
 
 
 def tempered_link(link_fn: LinkFn = jax.nn.softmax) -> Link:
-    """Returns the link of `Tempered` coefficients. It starts where `link_fn` does, at temperature 1.
+    """Returns a link for `Tempered` coefficients. Learning starts where `link_fn` starts, at temperature 1.
 
     Args:
-        link_fn: of the coefficients beside the temperature.
+        link_fn: the link of the coefficients.
+
+    Returns:
+        The link. It maps a `Tempered` beta to a `Tempered` alpha.
 
     Raises:
-        TypeError: a link that is no function.
+        TypeError: if `link_fn` is no function.
     """
     check_callable(link_fn=link_fn)
     return _tempered_link(link_fn)
@@ -208,7 +222,7 @@ def tempered_link(link_fn: LinkFn = jax.nn.softmax) -> Link:
 
 @functools.cache
 def _tempered_link(link_fn: LinkFn) -> Link:
-    """The link around another one, one for each of them."""
+    """Returns the link around `link_fn`, always the same object for the same `link_fn`."""
     return Link(
         functools.partial(_tempered, link_fn=link_fn),
         functools.partial(_tempered_start, link_fn=link_fn),
@@ -218,39 +232,39 @@ def _tempered_link(link_fn: LinkFn) -> Link:
 
 
 def _tempered(beta: PyTree, *, link_fn: LinkFn) -> Tempered:
-    """Alpha with its temperature."""
+    """Returns alpha and the temperature."""
     if not isinstance(beta, Tempered):
         raise TypeError(
-            f"beta is a {type(beta).__name__}; expected glue_jax.links.Tempered(coefficients, temperature), as a state "
-            "of glue_jax.init(..., link_fn=tempered_link(...)) has"
+            f"beta is a {type(beta).__name__}; expected glue_jax.links.Tempered(coefficients, temperature): make the "
+            "state by glue_jax.init(..., link_fn=tempered_link(...))"
         )
     return Tempered(link_fn(beta.coefficients), jnp.exp(beta.temperature))
 
 
 def _tempered_start(num_experts: int, *, link_fn: LinkFn) -> Tempered:
-    """The link's start, and the logarithm of 1."""
+    """Returns the start of `link_fn`, and 0, the logarithm of temperature 1."""
     return Tempered(start_of(link_fn, num_experts), jnp.zeros(()))
 
 
 def tempered_merge(merge_fn: MergeFn, *, head: str) -> MergeFn:
-    """Returns a `merge_fn` of `Tempered` coefficients that divides the logits by the temperature.
+    """Returns a `merge_fn` for `Tempered` coefficients that divides the logits by the temperature.
 
-    An average of networks is under-confident: its logits are too small. The temperature is folded into the last layer,
-    so that the merged model is one of the experts' architecture and needs nothing beside.
+    An average of networks is often under-confident, because its logits are too small. The merge divides the weights of
+    the last layer by the temperature. So the merged model keeps the experts' architecture and needs nothing else.
 
     Args:
-        merge_fn: of the coefficients beside the temperature.
+        merge_fn: the merge of the coefficients.
         head: a regular expression for the paths of the last layer's kernel and bias (`glue_jax.paths`).
 
     Returns:
-        The `merge_fn`. It raises a ValueError where no path has `head` in it, and a TypeError for coefficients that
-        are not `Tempered`. With any `min_dtype` it keeps at least float32.
+        The `merge_fn`. It raises a ValueError if `head` matches no path, and a TypeError if the coefficients are not
+        `Tempered`. If it is called with a `min_dtype`, of whatever value, its result keeps at least float32.
     """
 
     def merge(experts: Params, alpha: PyTree, *, min_dtype: DTypeLike | None = None) -> Params:
         if not isinstance(alpha, Tempered):
             raise TypeError(
-                f"alpha is a {type(alpha).__name__}; expected glue_jax.links.Tempered, as tempered_link gives"
+                f"alpha is a {type(alpha).__name__}; expected glue_jax.links.Tempered, which tempered_link returns"
             )
         check_positive("the temperature", alpha.temperature)
         if min_dtype is None:

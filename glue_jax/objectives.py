@@ -1,9 +1,11 @@
-"""What to learn the coefficients by, beside the loss of Eq. (2): SPSA needs no gradient of it.
+"""Objectives to learn the coefficients by: a loss in two parts, the error rate, the entropy.
+
+SPSA needs no gradient, so it can learn by a metric:
 
     loss_fn = lambda params, batch: glue_jax.objectives.error_rate(apply(params, batch["x"]), batch["y"])
 
-A metric that counts has no slope at a small radius: give `spsa_step` one at which it changes (`glue_jax.calibrate`
-finds it), or learn on a surrogate and validate on the metric (`validation_fn`).
+A metric that counts, such as the error rate, does not change at a small radius. Give `spsa_step` a radius at which it
+changes; `glue_jax.calibrate` finds one. Or learn by a smooth loss, and validate by the metric (`validation_fn`).
 """
 
 import dataclasses
@@ -16,17 +18,19 @@ from jax.typing import ArrayLike
 from glue_jax.checks import check_callable
 from glue_jax.types import Batch, Params
 
+__all__ = ["LossOfOutputs", "OutputLoss", "OutputsFn", "entropy", "error_rate"]
+
 
 class OutputsFn(Protocol):
-    """`outputs_fn(params, batch) -> outputs`: what a network computes of each example."""
+    """A function `outputs_fn(params, batch) -> outputs`. It returns what the network computes for each example."""
 
     def __call__(self, params: Params, batch: Batch, /) -> Any:
-        """Returns one array `[B, ...]`, or a pytree of them."""
+        """Returns one array `[B, ...]`, or a pytree of such arrays."""
         ...
 
 
 class LossOfOutputs(Protocol):
-    """`loss(outputs, batch) -> scalar`: what the outputs of a minibatch are worth."""
+    """A function `loss(outputs, batch) -> scalar`. It returns the loss of a network's outputs on a minibatch."""
 
     def __call__(self, outputs: Any, batch: Batch, /) -> jax.Array:
         """Returns the mean loss over the minibatch, `[]`."""
@@ -35,14 +39,18 @@ class LossOfOutputs(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class OutputLoss:
-    """A `loss_fn` in two parts that can be had apart: what a network computes, and what that is worth.
+    """A `loss_fn` in two parts: the network's outputs, and the loss of these outputs.
 
-    It is a `loss_fn` for every step and for `learn`. `gauss_newton_step` needs it.
+    Every step and `learn` take it as their `loss_fn`. `gauss_newton_step` needs it.
 
     Attributes:
-        outputs_fn: `outputs_fn(params, batch) -> outputs`, an array `[B, ...]` or a pytree of them, such as logits.
-        loss: `loss(outputs, batch) -> scalar`, the mean over the minibatch, twice differentiable by JAX. It should be
-            convex in the outputs, as the cross-entropy of logits and the squared error are.
+        outputs_fn: `outputs_fn(params, batch) -> outputs`. The outputs are an array `[B, ...]` or a pytree of such
+            arrays, for instance logits.
+        loss: `loss(outputs, batch) -> scalar`, the mean over the minibatch. JAX must be able to differentiate it twice.
+            It should be convex in the outputs, as the cross-entropy of logits and the squared error are.
+
+    Raises:
+        TypeError: if a part cannot be called.
 
     Example:
         >>> import jax.numpy as jnp
@@ -59,11 +67,7 @@ class OutputLoss:
     loss: LossOfOutputs
 
     def __post_init__(self) -> None:
-        """Refuses parts that cannot be called.
-
-        Raises:
-            TypeError: with the part.
-        """
+        """Refuses parts that cannot be called."""
         check_callable(outputs_fn=self.outputs_fn, loss=self.loss)
 
     def __call__(self, params: Params, batch: Batch, /) -> jax.Array:
@@ -72,27 +76,27 @@ class OutputLoss:
 
 
 def error_rate(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
-    """Returns 1 - accuracy, float32 `[]`.
+    """Returns the error rate, 1 - accuracy, float32 `[]`.
 
-    It is NaN where a logit is NaN, as of a network with a NaN among its weights, or where a label is of no class, as -1
-    for an example without one.
+    The result is NaN if a logit is NaN, so that a broken network is noticed. The result is also NaN if a label belongs
+    to no class, such as -1 for an example without a label.
 
     Args:
-        logits: `[..., C]` of C classes, at least two.
+        logits: the scores of C classes, `[..., C]`, C at least 2.
         labels: the right classes, integers `[...]` from 0 to C - 1.
 
     Raises:
-        ValueError: labels of another shape, such as one-hot labels `[..., C]` or `[..., 1]`, fewer than two classes, or
-            no examples.
-        TypeError: labels that are not integers.
+        ValueError: if the labels have another shape (such as one-hot `[..., C]`, or `[..., 1]`), if there are fewer
+            than two classes, or if there are no examples.
+        TypeError: if the labels are not integers.
     """
     if labels is None:
         raise TypeError("labels is None; expected integers")
     logits, labels = jnp.asarray(logits), jnp.asarray(labels)
     if labels.shape != logits.shape[:-1] or not labels.size or logits.shape[-1:] < (2,):
         raise ValueError(
-            f"labels have shape {labels.shape} and logits {logits.shape}; expected [...] and [..., C] with one integer "
-            "label an example and C of at least 2"
+            f"labels have shape {labels.shape} and logits have shape {logits.shape}; expected [...] and [..., C], with "
+            "one integer label for each example and C at least 2"
         )
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"labels have dtype {labels.dtype}; expected integers")
@@ -102,21 +106,21 @@ def error_rate(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
 
 
 def entropy(logits: ArrayLike) -> jax.Array:
-    """Returns the mean entropy of predictions in nats, `[]` in at least float32: an objective without labels.
+    """Returns the mean entropy of predictions in nats, `[]`, in at least float32. This objective needs no labels.
 
-    AdaMerging's (Yang et al., 2024, https://arxiv.org/abs/2310.02575). Where a logit is -inf, as of a masked class, the
-    class adds 0.
+    AdaMerging learns by it (Yang et al., 2024, https://arxiv.org/abs/2310.02575). A class with logit -inf,
+    such as a masked class, adds 0.
 
     Args:
-        logits: `[..., C]` of C classes.
+        logits: the scores of C classes, `[..., C]`.
 
     Raises:
-        ValueError: logits without an axis of classes, or no examples.
+        ValueError: if the logits have no axis, or if there are no examples.
     """
     logits = jnp.asarray(logits)
     if not (logits.ndim and logits.size):
         raise ValueError(f"logits have shape {logits.shape}; expected [..., C]")
     log_probabilities = jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
-    # In place of 0 times -inf.
+    # 0 times -inf would be NaN.
     finite = jnp.where(jnp.isneginf(log_probabilities), 0, log_probabilities)
     return -jnp.mean(jnp.sum(jnp.exp(log_probabilities) * finite, axis=-1))

@@ -1,7 +1,8 @@
 """Parts of a pytree, named by the paths of its leaves.
 
-A leaf's path is its keys joined by slashes, `params/blocks/0/conv1/kernel`, and a pattern is a regular expression that
-is searched for in it (`re.search`): `^batch_stats/` is a collection, `head` whatever has it in its path.
+The path of a leaf joins its keys by slashes, as in `params/blocks/0/conv1/kernel`. A pattern is a regular expression.
+It matches a path if it occurs anywhere in the path (`re.search`). So `^batch_stats/` matches a collection, and `head`
+matches every path that contains "head".
 """
 
 import collections
@@ -16,9 +17,14 @@ from jax.core import Tracer
 from glue_jax.checks import compiled
 from glue_jax.types import PyTree
 
+__all__ = ["combine", "leaf_paths", "partition"]
+
 
 def leaf_paths(tree: PyTree) -> PyTree:
-    """Returns `tree` with each leaf's path in its place.
+    """Returns `tree` with each leaf replaced by its path, a string.
+
+    Args:
+        tree: any pytree.
 
     Example:
         >>> import glue_jax
@@ -29,19 +35,20 @@ def leaf_paths(tree: PyTree) -> PyTree:
 
 
 def partition(tree: PyTree, pattern: str) -> tuple[PyTree, PyTree]:
-    """Splits a tree in two, for what is not to be blended: a head, BatchNorm statistics.
+    """Splits a tree into two parts, to keep a part out of the blend, such as a head or BatchNorm statistics.
 
     Args:
         tree: any pytree of arrays.
         pattern: a regular expression for the paths of the first part.
 
     Returns:
-        The part whose paths the pattern is in, and the rest, in the order of Equinox's `partition`. Both have the
-        structure of `tree`, with None in place of the other's leaves. JAX takes None for a tree without leaves, so each
-        can be stacked and blended by itself; `combine` puts them together.
+        The part whose paths match the pattern, and the rest. This is also the order of Equinox's `partition`. Both have
+        the structure of `tree`, with None for each leaf of the other part. JAX treats None as an empty tree, so each
+        part can be stacked and blended alone. `combine` joins the two.
 
     Raises:
-        ValueError: a pattern that is in no path.
+        ValueError: if the pattern matches no path.
+        TypeError: if the pattern is no regular expression.
 
     Example:
         >>> import glue_jax
@@ -59,17 +66,17 @@ def partition(tree: PyTree, pattern: str) -> tuple[PyTree, PyTree]:
 
 
 def combine(part: PyTree, rest: PyTree) -> PyTree:
-    """Puts together what `partition` split.
+    """Joins two parts that `partition` split.
 
     Args:
-        part: a tree with None in place of some leaves.
-        rest: a tree of that structure whose leaves are there. The two may change places.
+        part: a tree with None for some leaves.
+        rest: a tree of the same structure that holds the other leaves. The order of the two does not matter.
 
     Returns:
-        The tree with both trees' leaves.
+        The tree with the leaves of both parts.
 
     Raises:
-        ValueError: trees of different structures, or a leaf that both have, by its path.
+        ValueError: if the structures differ, or if both parts have the same leaf; the error names its path.
 
     Example:
         >>> import glue_jax
@@ -78,52 +85,52 @@ def combine(part: PyTree, rest: PyTree) -> PyTree:
     """
 
     def either(path: tuple[Any, ...], first: Any, second: Any) -> Any:
-        # Both are None where the tree that was split held None.
+        # Both are None if the tree held None before it was split.
         if first is not None and second is not None:
-            raise ValueError(f"each of the two trees has a leaf at {slashed(path)}")
+            raise ValueError(f"each of the two trees has a leaf at {slashed(path)}; expected None in one of them")
         return second if first is None else first
 
     return jax.tree_util.tree_map_with_path(either, part, rest, is_leaf=lambda leaf: leaf is None)
 
 
 def matching(tree: PyTree, pattern: str) -> PyTree:
-    """Returns `tree` with a bool in place of each leaf: whether the pattern is in its path; refuses one in no path."""
+    """Returns `tree` with a bool for each leaf: whether the pattern matches its path. At least one path must match."""
     paths = leaf_paths(tree)
     expression = compiled("the pattern", pattern)
     found = jax.tree.map(lambda path: expression.search(path) is not None, paths)
     if not any(jax.tree.leaves(found)):
-        raise ValueError(f"the pattern {pattern!r} is in no path; the paths are {jax.tree.leaves(paths)}")
+        raise ValueError(f"the pattern {pattern!r} matches no path; the paths are {jax.tree.leaves(paths)}")
     return found
 
 
 def slashed(path: tuple[Any, ...]) -> str:
-    """Returns a path of `jax.tree_util` as its keys joined by slashes."""
+    """Returns a path of `jax.tree_util` as keys joined by slashes."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def by_path(tree: PyTree, *, keep_none: bool = False) -> dict[str, Any]:
-    """Returns the leaves by their paths, in the order in which they come.
+    """Returns the leaves in a dict by their paths, in the order of the tree.
 
     Args:
         tree: any pytree.
-        keep_none: whether None is a leaf.
+        keep_none: whether None counts as a leaf.
 
     Raises:
-        ValueError: two leaves of one path, as of `{"a/b": ..., "a": {"b": ...}}`.
+        ValueError: if two leaves have the same path, as in `{"a/b": ..., "a": {"b": ...}}`.
     """
     is_leaf = (lambda leaf: leaf is None) if keep_none else None
     leaves = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf):
         if slashed(path) in leaves:
-            raise ValueError(f"two leaves have the path {slashed(path)!r}; expected one, so rename a key of the tree")
+            raise ValueError(f"two leaves have the path {slashed(path)!r}; expected one: rename a key of the tree")
         leaves[slashed(path)] = leaf
     return leaves
 
 
 def by_name(tree: PyTree, *, keep_none: bool = False) -> dict[str, Any]:
-    """Returns the leaves as `by_path` does, without the `/value` that Flax NNX has below each variable of a `State`.
+    """Returns the leaves as `by_path` does, without the `/value` that Flax NNX adds to each variable of a `State`.
 
-    A leaf `attention/value` that has siblings keeps its name.
+    A leaf such as `attention/value` keeps its name if it has siblings.
     """
     leaves = by_path(tree, keep_none=keep_none)
     above = [path[: found.start()] for path in leaves for found in re.finditer("/", path)]
@@ -137,20 +144,20 @@ def by_name(tree: PyTree, *, keep_none: bool = False) -> dict[str, Any]:
 
 
 def check_finite(name: str, tree: PyTree, *, stacked: bool = False) -> None:
-    """Refuses floating-point leaves with infinite or NaN entries; a traced leaf is not looked at.
+    """Refuses floating-point leaves with infinite or NaN entries. It skips traced leaves.
 
     Args:
-        name: of the argument.
+        name: the name of the argument.
         tree: any pytree of arrays.
-        stacked: whether leaves are `[K, ...]`, so that the error names the expert.
+        stacked: whether the leaves are `[K, ...]`. The error then names the expert.
 
     Raises:
-        ValueError: such a leaf, by its path.
+        ValueError: if a leaf is not finite; the error names its path.
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if isinstance(leaf, Tracer) or not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             continue
-        # NumPy's are not brought to JAX, which would make float64 float32.
+        # NumPy checks its own arrays, because JAX would turn float64 into float32.
         finite = (jnp if isinstance(leaf, jax.Array) else np).isfinite(leaf)
         if not finite.all():
             finite = np.asarray(finite)

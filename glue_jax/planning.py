@@ -1,4 +1,4 @@
-"""Which step learns the coefficients cheapest, by the clock, for one's own model, experts, minibatch and device."""
+"""`plan`: which step learns the coefficients cheapest, measured for your model, experts, minibatch and device."""
 
 import functools
 import math
@@ -25,7 +25,7 @@ from glue_jax.steps import forward_gradient_step, full_gradient_step, init, opt_
 from glue_jax.timing import Program, compile_and_run, median_seconds, temporary_bytes
 from glue_jax.types import Batch, GlueState, LearnResult, LinkFn, LossFn, MergeFn, Params, PyTree, StepFn
 
-# Of the first-order steps. Which optimizer it is does not matter: it updates d numbers.
+# For the first-order steps. Any optimizer will do, because it only updates d numbers.
 _OPTIMIZER = optax.adam(1e-2, b1=0.9, b2=0.99)
 _FULL, _DIFFERENCES = "full gradient", "Gauss-Newton by differences"
 
@@ -40,50 +40,55 @@ def plan(
     merge_fn: MergeFn = blend,
     repeats: int = 5,
 ) -> Plan:
-    """Times the steps on the device where the arrays lie, and says which makes progress cheapest.
+    """Times the steps on the device of the arrays, and says which one makes progress cheapest.
 
-    It compiles about twenty programs, which takes some minutes for a large network. Each step is measured as `learn`
-    runs it: with its default directions, radius and precision, one program a step. The steps take turns.
+    The call compiles about twenty programs. This takes some minutes for a large network. Each step is timed as `learn`
+    runs it: with its default directions, radius and precision, one step per program. The steps take turns.
 
-    What a step is worth. Let the slope g of a loss change by at most L a unit. A step of length eta along an estimate
-    with mean g and mean squared error V ||g||^2 lowers the loss, in expectation, by at least
-    `eta ||g||^2 - L/2 eta^2 (1 + V) ||g||^2`. With the best eta this is `||g||^2 / (2 L (1 + V))`, which is 1/(1 + V)
-    of what the exact gradient gives. So 1 + V steps are counted as one step with the exact gradient:
+    The plan compares steps by their progress. Suppose that the slope g of a loss changes by at most L per unit of
+    length. Suppose that an estimate has mean g and mean squared error V ||g||^2. Then a step of length eta along the
+    estimate lowers the loss, in expectation, by at least `eta ||g||^2 - L/2 eta^2 (1 + V) ||g||^2`. The best eta gives
+    `||g||^2 / (2 L (1 + V))`, which is 1/(1 + V) of the progress with the exact gradient. So 1 + V steps count as one
+    step with the exact gradient:
 
-    - `full_gradient_step`: V = 0. It is the unit.
-    - `spsa_step` and `forward_gradient_step` with m directions: V by `glue_jax.theory.relative_variance`. One direction
-      has V = d - 1, so that d steps are counted as one; m = d orthogonal directions have V = 0.
-    - `gauss_newton_step`: counted as one gradient step, a lower bound of its worth, since it knows the curvature too.
-      So its cost is an upper bound. How many fewer steps it needs depends on the problem, and no timing tells. The
-      printed plan says from which worth on it is the cheapest.
+    - `full_gradient_step` has V = 0. It is the unit.
+    - `spsa_step` and `forward_gradient_step` have the V of `glue_jax.theory.relative_variance`. One direction has V = d
+      - 1, so d steps count as one. m = d orthogonal directions have V = 0.
+    - `gauss_newton_step` counts as one step with the exact gradient. It is worth at least that, because it also uses
+      the curvature. So its cost in the plan is an upper bound. No timing tells how many fewer steps it needs, since
+      that depends on the problem. The printed plan says how much it must be worth to be the cheapest.
 
-    The noise of minibatches multiplies the error of all estimates by one factor, which is left out. Learning rates are
-    taken to be the best ones for each step, of plain gradient descent.
+    Two things are left out. The noise of minibatches raises the error of all estimates by one factor. Each step is
+    assumed to have its best learning rate for plain gradient descent.
 
-    Eq. (10) is answered from the parts, all at JAX's present precision of products. The steps take their own: on an
-    accelerator SPSA and Gauss-Newton by default the highest, which costs more there, and the gradients JAX's.
+    The plan also answers Eq. (10). It measures the terms of Eq. (9) at JAX's present precision of products. The steps
+    themselves choose their precision. On an accelerator SPSA and Gauss-Newton use the highest precision, which takes
+    more time there. The gradients use JAX's.
 
     Args:
         experts: stacked experts, each leaf `[K, ...]`.
-        batch: one minibatch of the size that is learned with, a pytree of arrays `[B, ...]`.
-        loss_fn: as for `learn`. Gauss-Newton is measured where it is a `glue_jax.OutputLoss`.
-        state: where to measure, of `init`, a step or `learn`; its beta alone counts. None is the link's own start.
+        batch: one minibatch, a pytree of arrays `[B, ...]`. Use the size that you will learn with.
+        loss_fn: as for `learn`. Gauss-Newton is measured if it is a `glue_jax.OutputLoss`.
+        state: the point at which to measure: a state from `init` or a step, or a result of `learn`. Only its beta
+            matters. None is the link's own start.
         link_fn: as for `learn`.
         merge_fn: as for `learn`.
-        repeats: how often each program is timed; the median counts.
+        repeats: how often each program is timed. The median counts.
 
     Returns:
-        The plan. `learn(..., step_fn=plan.best.step_fn)` takes its step. Left out of it, with the reason, are steps
-        that do not fit into the device's memory, whose derivative JAX does not have, or whose gradient is 0 or not
-        finite, as a metric's that counts.
+        The plan. `learn(..., step_fn=plan.best.step_fn)` uses its recommendation. Steps that do not run are listed in
+        `left_out`, with the reason. A step is left out if it does not fit into the device's memory, or if JAX lacks a
+        derivative for it. Except for SPSA, a step is also left out if its gradient is 0 or not finite. A metric that
+        counts has a gradient of 0.
 
     Raises:
-        ValueError: an argument out of its range, coefficients and experts that do not fit, a loss that is no scalar or
-            not finite, before anything is timed; no step that runs.
-        TypeError: an argument of another type, or a call under a transformation of JAX.
+        ValueError: before any timing, if an argument is out of its range, if the coefficients do not fit the experts,
+            or if the loss is no finite scalar.
+        ValueError: if no step runs.
+        TypeError: if an argument has the wrong type, or if `plan` is called under a transformation of JAX.
 
     Warns:
-        UserWarning: as `spsa_step`, of a `loss_fn` that multiplies short floats.
+        UserWarning: if `loss_fn` multiplies short floats, as for `spsa_step`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -99,7 +104,7 @@ def plan(
     check_callable(loss_fn=loss_fn, link_fn=link_fn, merge_fn=merge_fn)
     check_counts(repeats=repeats)
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((experts, batch, state))):
-        raise TypeError("plan was called under a transformation of JAX, as jit: call it outside, since it times")
+        raise TypeError("plan was called under a transformation of JAX, such as jit: call it outside, since it times")
     experts, batch = jax.tree.map(jnp.asarray, (experts, batch))
     beta = _beta_of(state, experts, link_fn)
     d = dimension(beta, directions_of(link_fn))
@@ -114,7 +119,7 @@ def plan(
     candidates: dict[int, PlannedStep] = {}
     for number, candidate in enumerate(_candidates(d, link_fn, loss_fn)):
         if candidate.name == _DIFFERENCES and multiplies_short_floats(objective, beta):
-            program = "loss_fn multiplies bfloat16 or float16 arrays, which round away the differences of outputs"
+            program = "loss_fn multiplies bfloat16 or float16 arrays, which rounds the differences of outputs away"
         else:
             program = _step_program(candidate.step_fn, experts, batch, beta, functions)
         if isinstance(program, str):
@@ -139,7 +144,7 @@ def plan(
 
 
 def _beta_of(state: Any, experts: Params, link_fn: LinkFn) -> PyTree:
-    """The coefficients to measure at."""
+    """Returns the coefficients to measure at."""
     if state is None:
         return init(num_experts(experts), link_fn=link_fn).beta
     if not isinstance(state, GlueState | LearnResult):
@@ -148,13 +153,13 @@ def _beta_of(state: Any, experts: Params, link_fn: LinkFn) -> PyTree:
 
 
 def _candidates(d: int, link_fn: LinkFn, loss_fn: LossFn) -> Iterator[PlannedStep]:
-    """The steps to measure, each with some sizes from one at a time to all at once."""
+    """Yields the steps to measure, each with several sizes between one at a time and all at once."""
     yield PlannedStep(_FULL, full_gradient_step, None, forward_passes=1, tangents=0, backward_passes=1, steps=1.0)
 
     def of_sizes(
         name: str, step_fn: StepFn, count: int, *, models: int = 0, shared: int = 0, m: int | None = None
     ) -> Iterator[PlannedStep]:
-        # `count` models or tangents; tangents that are computed together share a forward pass.
+        # There are `count` models or tangents. Tangents that are computed together share a forward pass.
         for size in _sizes(count):
             yield PlannedStep(
                 name,
@@ -180,19 +185,19 @@ def _candidates(d: int, link_fn: LinkFn, loss_fn: LossFn) -> Iterator[PlannedSte
 
 
 def _sizes(count: int) -> list[int]:
-    """How many are computed together: one, some, all."""
+    """Returns how many models or tangents are computed together: one, some, all."""
     return sorted({1, round(math.sqrt(count)), count})
 
 
 def _directions(m: int) -> str:
-    """So many directions, in words."""
+    """Returns the number of directions in words."""
     return f"{m} direction{'s' if m > 1 else ''}"
 
 
 def _parts(
     experts: Params, batch: Batch, beta: PyTree, *, loss_fn: LossFn, link_fn: LinkFn, merge_fn: MergeFn
 ) -> dict[Any, Program]:
-    """The programs of the parts of Eq. (9). Those that need a derivative are missing where there is none."""
+    """Returns the programs for the terms of Eq. (9). A program that needs a missing derivative is left out."""
     merge, alpha = merge_for_learning(merge_fn), apply_link(link_fn, beta)
 
     def forward(params: Params, batch: Batch) -> jax.Array:
@@ -214,7 +219,7 @@ def _parts(
     if isinstance(evaluated, str):
         raise ValueError(f"the loss of one blend does not run: {evaluated}")
     if not jnp.isfinite(evaluated.result):
-        raise ValueError(f"loss_fn returned {evaluated.result} of the blend on this batch; expected a finite loss")
+        raise ValueError(f"loss_fn returned {evaluated.result} for the blend on this batch; expected a finite loss")
     programs = [
         blended,
         evaluated,
@@ -226,7 +231,7 @@ def _parts(
 
 
 def _parts_of_eq_9(seconds: dict[Any, float]) -> dict[str, Any]:
-    """The fields of a plan that Eq. (9) and (10) are about."""
+    """Returns the fields of a plan that belong to Eq. (9) and (10)."""
     forward, gamma, products, cheaper = seconds["forward"], None, None, None
     if {"backward", "inner_products"} <= seconds.keys():
         gamma, products = (seconds["backward"] - forward) / forward, seconds["inner_products"]
@@ -243,7 +248,7 @@ def _parts_of_eq_9(seconds: dict[Any, float]) -> dict[str, Any]:
 def _step_program(
     step_fn: StepFn, experts: Params, batch: Batch, beta: PyTree, functions: dict[str, Any]
 ) -> Program | str:
-    """A step's program, or why there is none."""
+    """Returns the program of a step, or the reason why there is none."""
     bare = _bare(step_fn)
     optimizer = None if bare is gauss_newton_step else _OPTIMIZER
     words = functions if optimizer is None else {**functions, "optimizer": optimizer}
@@ -253,29 +258,29 @@ def _step_program(
     if isinstance(program, str):
         return program
     norm = float(program.result[1].gradient_norm)
-    # SPSA sees a slope of a metric that counts along some directions, or with a larger radius.
+    # SPSA is exempt: along other directions, or with a larger radius, it sees the slope of a metric that counts.
     if bare is not spsa_step and not 0 < norm < math.inf:
-        return f"its gradient has norm {norm:g} on this batch, as a metric has that counts or a slope that is infinite"
+        return f"its gradient has norm {norm:g} on this batch (loss_fn may count, or have an infinite slope)"
     return program._replace(result=None)
 
 
 def _device_of(experts: Params) -> str:
-    """The devices of the experts, in words."""
+    """Returns the devices of the experts, in words."""
     devices = list(jax.tree.leaves(experts)[0].devices())
     return f"{len(devices)} x {devices[0].device_kind}" if len(devices) > 1 else devices[0].device_kind
 
 
 def _floating(params: Params) -> list[jax.Array]:
-    """The leaves of a model that have a derivative."""
+    """Returns the leaves of a model that have a derivative."""
     return [leaf for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
 
 
 def _with_floating(params: Params, leaves: list[jax.Array]) -> Params:
-    """The model with other such leaves."""
+    """Returns the model with new floating-point leaves."""
     new = iter(leaves)
     return jax.tree.map(lambda leaf: next(new) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf, params)
 
 
 def _bare(step_fn: Any) -> Any:
-    """A step without the words that were filled in."""
+    """Returns a step without the options that `functools.partial` filled in."""
     return step_fn.func if isinstance(step_fn, functools.partial) else step_fn

@@ -1,4 +1,4 @@
-"""What `glue_jax.plan` returns, and how it reads as text."""
+"""The report that `glue_jax.plan` returns: its types, and its text."""
 
 import math
 from collections.abc import Sequence
@@ -6,22 +6,25 @@ from typing import NamedTuple
 
 from glue_jax.types import StepFn
 
+__all__ = ["LeftOut", "Plan", "PlannedStep"]
+
 
 class PlannedStep(NamedTuple):
-    """One step, and what it costs here.
+    """One step, and its cost.
 
     Attributes:
-        name: of the estimator.
-        step_fn: the step with its words filled in, for `learn(..., step_fn=...)`.
-        probe_batch_size: how many models or tangents are computed together; None for the full gradient.
-        forward_passes: of a step, each through one blended model.
-        tangents: derivatives of a forward pass along one direction (`jax.jvp`), of a step.
-        backward_passes: of a step.
-        steps: of this kind that are worth one step with the exact gradient (see `plan`).
-        at_most: whether `steps` is an upper bound only, as of Gauss-Newton.
-        seconds: of one step, a median.
-        temporary_bytes: what the compiled step takes beside its arguments and results; None where the backend does not
-            say.
+        name: the name of the estimator.
+        step_fn: the step with its options filled in, for `learn(..., step_fn=...)`.
+        probe_batch_size: how many models or tangents are computed together. It is None for the full gradient.
+        forward_passes: the number of forward passes in a step. Each goes through one blended model.
+        tangents: the number of tangents in a step. A tangent is the derivative of a forward pass along one direction
+            (`jax.jvp`).
+        backward_passes: the number of backward passes in a step.
+        steps: how many of these steps make as much progress as one step with the exact gradient (see `plan`).
+        at_most: whether `steps` is only an upper bound. This is so for Gauss-Newton.
+        seconds: the median time of one step, in seconds.
+        temporary_bytes: the memory that the compiled step takes beside its arguments and results. It is None if the
+            backend does not say.
     """
 
     name: str
@@ -37,7 +40,7 @@ class PlannedStep(NamedTuple):
 
     @property
     def progress_seconds(self) -> float:
-        """The seconds for as much progress as a step with the exact gradient makes."""
+        """The cost: the seconds for as much progress as one step with the exact gradient makes."""
         return self.steps * self.seconds
 
 
@@ -45,9 +48,9 @@ class LeftOut(NamedTuple):
     """A step that does not run here.
 
     Attributes:
-        name: of the estimator.
-        probe_batch_size: as of a `PlannedStep`.
-        reason: why.
+        name: the name of the estimator.
+        probe_batch_size: how many models or tangents would be computed together.
+        reason: why the step does not run.
     """
 
     name: str
@@ -56,20 +59,21 @@ class LeftOut(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What `plan` measured, and what follows. `print(plan)` shows it as a table.
+    """The measurements of `plan`, and its recommendation. `print(plan)` shows them as a table.
 
     Attributes:
         best: the step with the least `progress_seconds`.
-        steps: all that ran, in the order in which they were measured.
-        left_out: those that did not, with the reason.
-        device: what they ran on.
-        dimension: d, how many directions change the blend.
-        forward: F, seconds of the loss of one model.
-        blend: C_mix, seconds to make one model of the experts.
-        backward_ratio: gamma, such that a backward pass takes gamma F; None if the loss cannot be differentiated.
-        inner_products: D_alpha, seconds from the gradient for the model to that for alpha; None as before.
-        spsa_is_cheaper: whether Eq. (10) holds, `C_mix < (gamma - 1) F + D_alpha`: whether the two blends and forward
-            passes of one SPSA direction take less than a full gradient does; None as before.
+        steps: all steps that ran, in the order in which they were measured.
+        left_out: the steps that did not run, with the reasons.
+        device: the devices of the experts, in words.
+        dimension: d, the number of independent directions that change the blend.
+        forward: F, the seconds for the loss of one model.
+        blend: C_mix, the seconds to make one model of the experts.
+        backward_ratio: gamma; a backward pass takes gamma F. It is None if the loss cannot be differentiated.
+        inner_products: D_alpha, the seconds to turn a gradient for the model into a gradient for alpha. It is None if
+            the loss cannot be differentiated.
+        spsa_is_cheaper: whether Eq. (10) holds, `C_mix < (gamma - 1) F + D_alpha`. If it holds, one direction of SPSA
+            takes less time than a full gradient. It is None if the loss cannot be differentiated.
     """
 
     best: PlannedStep
@@ -84,12 +88,12 @@ class Plan(NamedTuple):
     spsa_is_cheaper: bool | None
 
     def __str__(self) -> str:
-        """Returns the plan as text: each estimator at its best `probe_batch_size`, and what follows."""
+        """Returns the plan as text: each estimator at its best `probe_batch_size`, and the recommendation."""
         return "\n".join([*_table(self), "", *_eq_10(self), "", *_advice(self)])
 
 
 def _table(plan: Plan) -> list[str]:
-    """A row for each estimator at its cheapest size."""
+    """Returns the table: one row for each estimator at its cheapest size."""
     cheapest: dict[str, PlannedStep] = {}
     for step in sorted(plan.steps, key=lambda step: step.progress_seconds, reverse=True):
         cheapest[step.name] = step
@@ -101,8 +105,8 @@ def _table(plan: Plan) -> list[str]:
         rows.append((step.name, size, memory, f"{step.seconds:.3g}", cost))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
-        f"On {plan.device}, with d = {plan.dimension} directions to learn. The cost is the time for as much progress",
-        "as one step with the exact gradient makes: the seconds of a step, times how many such steps that takes.",
+        f"Measured on {plan.device}, with d = {plan.dimension} directions to learn. The cost is the time to make as",
+        "much progress as one step with the exact gradient: the seconds of one step, times the number of steps.",
         "",
     ]
     for first, *others in rows:
@@ -112,7 +116,7 @@ def _table(plan: Plan) -> list[str]:
 
 
 def _eq_10(plan: Plan) -> list[str]:
-    """The parts of Eq. (9), and what Eq. (10) says."""
+    """Returns the terms of Eq. (9), and whether Eq. (10) holds."""
     lines = [f"One forward pass F = {plan.forward:.3g} s, one blend C_mix = {plan.blend:.3g} s."]
     if plan.backward_ratio is None or plan.inner_products is None:
         return [*lines, "Eq. (10) has no answer: the full gradient was not measured."]
@@ -120,16 +124,15 @@ def _eq_10(plan: Plan) -> list[str]:
     verdict = ("holds", "less") if plan.spsa_is_cheaper else ("does not hold", "no less")
     return [
         *lines,
-        f"A backward pass is gamma = {plan.backward_ratio:.3g} times F, the inner products D_alpha = "
+        f"A backward pass takes gamma = {plan.backward_ratio:.3g} times F. The inner products take D_alpha = "
         f"{plan.inner_products:.3g} s.",
-        f"Eq. (10), C_mix < (gamma - 1) F + D_alpha, {verdict[0]}: {plan.blend:.3g} s against {right:.3g} s. By these "
-        f"parts, one SPSA",
-        f"direction takes {verdict[1]} time than a full gradient. (It makes 1/d of the progress.)",
+        f"Eq. (10), C_mix < (gamma - 1) F + D_alpha, {verdict[0]}: {plan.blend:.3g} s against {right:.3g} s.",
+        f"So one SPSA direction takes {verdict[1]} time than a full gradient. (It makes 1/d of the progress.)",
     ]
 
 
 def _advice(plan: Plan) -> list[str]:
-    """The recommendation, from which worth on Gauss-Newton is it, and what was left out."""
+    """Returns the recommendation, when Gauss-Newton would be cheaper, and the steps that were left out."""
     best = plan.best
     size = "" if best.probe_batch_size is None else f" with probe_batch_size={best.probe_batch_size}"
     at_most = "at most " if best.at_most else ""
@@ -138,16 +141,16 @@ def _advice(plan: Plan) -> list[str]:
     if others and not at_most:
         other = min(others, key=lambda step: step.progress_seconds)
         lines += [
-            "A Gauss-Newton step is counted as one gradient step, and is worth at least that. Where it is worth more "
+            "This counts a Gauss-Newton step as one gradient step, but it is worth at least that. If it is worth more "
             "than",
-            f"{other.progress_seconds / best.progress_seconds:.3g} of them, {other.name} with "
+            f"{other.progress_seconds / best.progress_seconds:.3g} gradient steps, {other.name} with "
             f"probe_batch_size={other.probe_batch_size} is the cheapest.",
         ]
     return lines + (["", *reasons(plan.left_out)] if plan.left_out else [])
 
 
 def reasons(left_out: Sequence[LeftOut]) -> list[str]:
-    """Returns what was left out, a line for each estimator and reason."""
+    """Returns the steps that were left out, one line for each estimator and reason."""
     sizes: dict[tuple[str, str], list[str]] = {}
     for step in left_out:
         known = [] if step.probe_batch_size is None else [str(step.probe_batch_size)]

@@ -1,13 +1,14 @@
-"""Which number format a loss computes in, and what SPSA needs of it.
+"""The number format that a loss computes in, and the precision and the radius that SPSA needs there.
 
-SPSA subtracts two losses of nearby models. `experiments.studies.numerics` measures what rounding leaves of the
-difference:
+SPSA subtracts the losses of two nearby models. Rounding can destroy this difference. `experiments.studies.numerics`
+measured how much of it is left:
 
-- A float32 network at the highest precision of products gives slopes within 2 % at the link's radius, for experts that
-  are far from one another and for experts that are 1 % apart.
-- A network that multiplies bfloat16 or float16 by itself rounds the difference away under a softmax, at that radius. At
-  `SHORT_FACTOR` times the radius, the slopes of experts that are far apart are usable. Free coefficients move the blend
-  further, and need nothing. Forward-mode slopes (`forward_gradient_step`) are as exact as the network's number format.
+- A float32 network with products at the highest precision gives slopes within 2 % at the link's radius. This holds for
+  experts that are far apart and for experts that differ by 1 %.
+- A network that casts to bfloat16 or float16 itself rounds the difference away, at the softmax's radius. At
+  `SHORT_FACTOR` times this radius, slopes are usable if the experts are far apart. Without a softmax, a probe moves the
+  blend further, and the link's own radius is enough.
+- Forward-mode slopes (`forward_gradient_step`) are as exact as the network's number format.
 """
 
 import contextlib
@@ -21,21 +22,24 @@ from glue_jax.blending import is_short
 from glue_jax.types import PyTree
 
 DEFAULT_RADIUS = 0.01
-"""The length of a probe's step in beta, where beta is alpha or nothing is known of the link."""
+"""The default length of a probe's step in beta, if beta is alpha or if the library does not know the link."""
 
 SOFTMAX_RADIUS = 0.1
-"""The length of a probe's step in beta under a softmax, which moves alpha by a tenth as much with ten experts."""
+"""The default length of a probe's step in beta under a softmax.
+
+With ten experts, a softmax changes alpha by a tenth of a change of beta.
+"""
 
 SHORT_FACTOR = 10.0
-"""What multiplies the softmax's radius where the loss multiplies arrays of fewer bits than float32."""
+"""The factor on the softmax's radius if the loss multiplies arrays of fewer bits than float32."""
 
 
 def multiplies_short_floats(fun: Callable[[PyTree], Any], beta: PyTree) -> bool:
-    """Returns whether a function has a product or a convolution of floating-point arrays of fewer bits than float32.
+    """Returns whether a function multiplies or convolves floating-point arrays of fewer bits than float32.
 
     Args:
-        fun: any function that JAX traces. It is not run.
-        beta: its argument.
+        fun: a function that JAX can trace. It is not run.
+        beta: the argument of the function.
     """
     return any(
         equation.primitive.name in ("dot_general", "conv_general_dilated")
@@ -45,12 +49,12 @@ def multiplies_short_floats(fun: Callable[[PyTree], Any], beta: PyTree) -> bool:
 
 
 def matmul_precision_of(name: str | None) -> contextlib.AbstractContextManager[Any]:
-    """Returns `jax.default_matmul_precision(name)`, or what changes nothing for None."""
+    """Returns `jax.default_matmul_precision(name)`, or a context that changes nothing if `name` is None."""
     return contextlib.nullcontext() if name is None else jax.default_matmul_precision(name)
 
 
 def _equations(jaxpr: Any) -> Iterator[Any]:
-    """All equations of a jaxpr and of those within it."""
+    """Yields all equations of a jaxpr and of the jaxprs inside it."""
     for equation in jaxpr.eqns:
         yield equation
         for inner in jaxprs_in_params(equation.params):

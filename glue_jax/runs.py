@@ -1,4 +1,4 @@
-"""What a run of `learn` has learned so far."""
+"""`Run`: what one run of `learn` has learned so far."""
 
 import dataclasses
 import math
@@ -12,27 +12,27 @@ import numpy as np
 from glue_jax.failures import NonFiniteLossError, explain
 from glue_jax.types import GlueMetrics, GlueState, History, LearnResult, LinkFn, Progress, PyTree, StepFn
 
-# Metrics wait on the device until a validation, or until so many steps wait.
+# Metrics wait on the device until a validation, or until this many steps wait.
 MOST_UNREAD = 1000
-# So many gradients of exactly 0 are no chance.
+# This many gradients of exactly 0 are no coincidence.
 _ENOUGH_ZEROS = 8
 
 
 @dataclasses.dataclass
 class Run:
-    """What a run has learned; every part of it is finite.
+    """The progress of a run of `learn`. All of its values are finite.
 
     Attributes:
-        link_fn: of `learn`.
-        step_fn: of `learn`.
-        inputs: the arrays that losses are computed from, by name, for an error that names the wrong ones.
-        state: after the last step whose metrics were read.
-        metrics: of the steps so far, one entry a reading, `[S, ...]` each.
-        validation_steps: the steps taken before each validation.
-        validation_values: what each returned.
-        best_beta: of the lowest of them.
-        taken: steps of this call that were read.
-        unread: the state and the metrics of each call since the last reading.
+        link_fn: the `link_fn` of `learn`.
+        step_fn: the `step_fn` of `learn`.
+        inputs: the arrays from which losses are computed, by name. An error names those that are not finite.
+        state: the state after the last step whose metrics were read.
+        metrics: the metrics of the steps so far, one entry for each reading, `[S, ...]` each.
+        validation_steps: the number of steps taken before each validation.
+        validation_values: the value of each validation.
+        best_beta: the beta of the lowest validation value.
+        taken: how many steps of this call were read.
+        unread: the state, the metrics and the number of steps of each call since the last reading.
     """
 
     link_fn: LinkFn
@@ -47,7 +47,7 @@ class Run:
     unread: list[tuple[GlueState, GlueMetrics, int]] = dataclasses.field(default_factory=list)
     _step: int = dataclasses.field(init=False)
     _seen_gradients: bool = False
-    # The index of the best validation, if no long run has it.
+    # The index of the best validation, if one long run would not have made it.
     _between: int | None = None
 
     def __post_init__(self) -> None:
@@ -55,9 +55,10 @@ class Run:
         self._step = int(self.state.step)
 
     def go_on_from(self, result: LearnResult, validate_every: int) -> None:
-        """Takes over what was seen before.
+        """Takes over the history of a result.
 
-        The last validation of a call may lie between two of one long run: it is kept for as long as it is the best.
+        The last validation of the earlier call may lie between two validations of one long run. It is kept for as long
+        as it is the best.
         """
         history = result.history
         self.metrics = [history.metrics] if len(history.metrics.loss) else []
@@ -71,27 +72,27 @@ class Run:
 
     @property
     def steps_of_run(self) -> int:
-        """The steps so far, those before this call too."""
+        """The number of steps in the history, including those before this call."""
         return sum(len(metrics.loss) for metrics in self.metrics)
 
     @property
     def step(self) -> int:
-        """The number of the next step, read or not."""
+        """The number of the next step, whether or not all steps were read."""
         return self._step + sum(count for *_, count in self.unread)
 
     @property
     def latest(self) -> GlueState:
-        """The state after the last step, read or not."""
+        """The state after the last step, whether or not it was read."""
         return self.unread[-1][0] if self.unread else self.state
 
     def add(self, state: GlueState, metrics: GlueMetrics, count: int) -> None:
-        """Keeps what a call of `count` steps returned, metrics `[S >= count, ...]`."""
+        """Keeps the result of a call of `count` steps. Its metrics are `[S, ...]` with S at least `count`."""
         self.unread.append((state, metrics, count))
         if self.step - self._step >= MOST_UNREAD:
             self.read()
 
     def read(self) -> None:
-        """Reads the metrics of the last steps, which must be finite, and so must the coefficients after them."""
+        """Reads the metrics of the last steps. Refuses metrics, and coefficients after them, that are not finite."""
         if not self.unread:
             return
         (state, *_), first, count = self.unread[-1], self._step, self.step - self._step
@@ -111,16 +112,16 @@ class Run:
                 self._refuse("new beta", leaf[[finite.argmin()]], first + count - 1, 0)
         if self.metrics and _kind(metrics) != _kind(self.metrics[-1]):
             raise ValueError(
-                "state is a LearnResult whose metrics differ from those of step_fn: pass state=result.state, which "
-                "begins a history of its own"
+                "state is a LearnResult whose metrics have other shapes than those of step_fn: pass "
+                "state=result.state, which begins a new history"
             )
         kept = [*self.metrics, metrics]
         taken, step = self.taken + count, first + count
-        # In one statement, which Ctrl-C does not divide.
+        # One statement, so that Ctrl-C cannot leave half of it done.
         self.state, self.metrics, self.taken, self._step, self.unread = state, kept, taken, step, []
 
     def validated(self, value: float) -> None:
-        """Keeps the validation value of the state."""
+        """Keeps the validation value of the current state."""
         if not math.isfinite(value):
             self._refuse("validation value", [value], self._step, 0)
         steps, values, best = [*self.validation_steps, self._step], [*self.validation_values, value], self.best_beta
@@ -132,16 +133,16 @@ class Run:
         self.validation_steps, self.validation_values, self.best_beta = steps, values, best
 
     def validation_is_due(self, validate_every: int) -> bool:
-        """Whether the state is one that a run validates, and was not yet."""
+        """Returns whether a run validates the current state and has not validated it yet."""
         steps = self.validation_steps
         return not steps or (steps[-1] != self._step and self.steps_of_run % validate_every == 0)
 
     def out_of_patience(self, patience: int | None) -> bool:
-        """Whether as many validations came after the best one."""
+        """Returns whether `patience` validations came after the best one."""
         return patience is not None and _since_best(self.validation_values) >= patience
 
     def result(self) -> LearnResult:
-        """All of it, as `learn` returns it."""
+        """Returns the result so far."""
         beta = self.best_beta if self.validation_values else self.state.beta
         empty: Any = np.zeros((0,), np.float32)
         return LearnResult(
@@ -157,12 +158,12 @@ class Run:
         )
 
     def progress(self, max_steps: int) -> Progress:
-        """What the callback is told."""
+        """Returns the `Progress` for the callback."""
         values = self.validation_values
         return Progress(
             step=self.taken,
             max_steps=max_steps,
-            # A copy: what a callback writes does not change the history.
+            # A copy, so that a callback cannot change the history.
             metrics=jax.tree.map(lambda leaf: leaf[-1].copy(), self.metrics[-1]),
             validation_value=values[-1] if values else None,
             best_value=min(values) if values else None,
@@ -170,7 +171,7 @@ class Run:
         )
 
     def warn_if_flat(self, max_steps: int) -> None:
-        """Warns where the first gradients are all exactly 0."""
+        """Warns if the first gradients are all exactly 0."""
         if self._seen_gradients or self.taken < min(_ENOUGH_ZEROS, max_steps):
             return
         self._seen_gradients = True
@@ -183,7 +184,7 @@ class Run:
             )
 
     def _refuse(self, what: str, values: Any, first: int, at: int) -> None:
-        """Raises what ends a run, without the steps that were not read."""
+        """Raises the error that ends a run. Steps that were not read are lost."""
         self.unread = []
         step, first_step = first + at, self._step - self.steps_of_run
         inputs = {**self.inputs, "beta": self.state.beta}
@@ -192,16 +193,16 @@ class Run:
 
 
 def _since_best(values: Sequence[float]) -> int:
-    """How many validations came after the best one, the first of equals."""
+    """Returns how many validations came after the best one. Of equal values, the first is the best."""
     return len(values) - 1 - values.index(min(values)) if values else 0
 
 
 def _kind(metrics: GlueMetrics) -> tuple[Any, ...]:
-    """What metrics must share to be joined."""
+    """Returns the structure and the shapes that metrics must share to be joined."""
     leaves, treedef = jax.tree.flatten(metrics)
     return treedef, [leaf.shape[1:] for leaf in leaves]
 
 
 def _joined(parts: Sequence[GlueMetrics]) -> GlueMetrics:
-    """Metrics end to end."""
+    """Returns metrics joined along their first axis."""
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)

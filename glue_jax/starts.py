@@ -1,4 +1,4 @@
-"""Learning from several starts; the best by validation is kept."""
+"""`learn_from_starts`: learning from several starts, of which the best by validation is kept."""
 
 import warnings
 from collections.abc import Iterable
@@ -34,48 +34,50 @@ def learn_from_starts(
     merge_fn: MergeFn = blend,
     **options: Any,
 ) -> LearnResult:
-    """Learns from S starts, one after another, and returns the one that comes to the best validation.
+    """Learns from S starts, one after another, and returns the result with the best validation value.
 
-    Each is a run of `learn` with its own patience. A start whose loss is not finite ends there with a warning; what it
-    found before counts. An exception that ends the whole has the best result before it as its attribute `result`.
+    Each start is a run of `learn` with its own patience. If a start's loss becomes infinite or NaN, that start ends
+    with a warning, and its result so far counts. If any other exception ends the call, the exception's attribute
+    `result` holds the best result so far.
 
     Args:
-        key: as for `learn`; all starts share it, their minibatches and their directions.
+        key: as for `learn`. All starts share it, so all see the same minibatches and directions.
         experts: as for `learn`.
-        data: as for `learn`, but for an iterator, which only one start could read.
-        starts: beta of each, leaves `[S, ...]`; `jnp.stack([weights_to_logits(w) for w in ...])`, for instance.
+        data: arrays or a loader, as for `learn`. An iterator is refused, because only one start could read it.
+        starts: the beta of each start, leaves `[S, ...]`. For example `jnp.stack([weights_to_logits(w) for w in ...])`.
         loss_fn: as for `learn`.
-        validation_data: as for `learn`.
+        validation_data: as for `learn`. It is required, because it chooses the best start.
         optimizer: as for `learn`.
         validation_fn: as for `learn`.
         step_fn: as for `learn`.
         link_fn: as for `learn`.
         merge_fn: as for `learn`.
-        **options: `learn`'s others: `batch_size`, `max_steps`, `validate_every`, `patience`, `callback`, and so on. The
-            callback is told of each start in turn, and what it ends is that start.
+        **options: the other options of `learn`: `batch_size`, `max_steps`, `validate_every`, `patience`, `callback`,
+            and so on. The callback is called in each start. If it returns True, only that start ends.
 
     Returns:
-        As `learn` does, of the best start; `start` is its number.
+        The `LearnResult` of the best start. Its `start` is the index of that start.
 
     Raises:
-        ValueError: as for `learn`; starts without a leading axis, or of different numbers.
-        TypeError: as for `learn`; an iterator as data; a `state` among the options.
-        NonFiniteLossError: the last start's, if every start ended so.
+        ValueError: as for `learn`, or if the leaves of `starts` have no leading axis or leading axes of different
+            lengths.
+        TypeError: as for `learn`, or if `data` is an iterator, or if `options` contain `state`.
+        NonFiniteLossError: if the loss becomes infinite or NaN in every start. It is the error of the last start.
 
     Warns:
-        UserWarning: a start ended so; the others as for `learn`.
+        UserWarning: if a start ends early because its loss is not finite; and as for `learn`.
     """
     if "state" in options:
-        raise TypeError("state was given: expected none, since starts says where to begin")
+        raise TypeError("state was given; expected no state, because starts says where to begin")
     if validation_data is None:
-        raise ValueError("validation_data is None; expected data by which the best start is chosen")
+        raise ValueError("validation_data is None; expected data to choose the best start by")
     if is_stream(data) and hasattr(data, "__next__"):
         raise TypeError(
             f"data is an iterator ({type(data).__name__}), which only the first start could read; expected arrays, or "
-            "a loader that each start can iterate anew"
+            "a loader that can be iterated anew for each start"
         )
     if isinstance(starts, list):
-        raise TypeError("starts is a list; expected one array or pytree with leaves [S, ...] (jnp.stack makes it)")
+        raise TypeError("starts is a list; expected one array or pytree with leaves [S, ...] (jnp.stack makes one)")
     count = num_examples("starts", starts)
     starts = jax.tree.map(jnp.asarray, as_arrays("starts", starts))
     if isinstance(starts, jax.Array) and starts.ndim < 2:
@@ -84,7 +86,7 @@ def learn_from_starts(
     functions: dict[str, Any] = {"step_fn": step_fn, "loss_fn": loss_fn, "link_fn": link_fn, "merge_fn": merge_fn}
     functions |= {} if optimizer is None else {"optimizer": optimizer}
     arguments.check_functions(functions, validation_fn=validation_fn)
-    # Put on the device once, not for each start.
+    # Moved to the device once, not once per start.
     experts = jax.tree.map(jnp.asarray, experts)
     data = data if is_stream(data) else jax.tree.map(jnp.asarray, as_arrays("data", data))
     results: list[LearnResult] = []
@@ -119,5 +121,5 @@ def learn_from_starts(
 
 
 def _best(results: list[LearnResult]) -> LearnResult:
-    """The one with the lowest validation value; one that ended before its first validation has none."""
+    """Returns the result with the lowest validation value. A run without a validation counts as infinite."""
     return min(results, key=lambda result: min(result.history.validation_values, default=float("inf")))

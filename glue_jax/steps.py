@@ -1,8 +1,8 @@
-"""Steps that learn the coefficients, one minibatch each.
+"""The steps `spsa_step`, `forward_gradient_step` and `full_gradient_step`, their start `init`, and `alpha`.
 
-All are pure: `step(key, state, experts, batch, *, loss_fn, optimizer, ...) -> (state, metrics)`. Callers jit, and
-keep the words that are functions out of the traced arguments by `functools.partial`. A step derives its own
-randomness from `fold_in(key, state.step)`: one key serves a whole run.
+Each step is a pure function: `step(key, state, experts, batch, *, loss_fn, optimizer, ...) -> (state, metrics)`. The
+caller jits it. Bind the keyword arguments that are functions with `functools.partial` before `jax.jit`. A step draws
+its random numbers from `fold_in(key, state.step)`, so one key serves a whole run.
 """
 
 import functools
@@ -37,21 +37,22 @@ def init(
     """Returns the state that learning starts from.
 
     Args:
-        num_experts: K.
-        optimizer: of beta; the paper's is `optax.adam(1e-2, b1=0.9, b2=0.99)`. None is for `gauss_newton_step`, which
-            has none.
-        beta: the start, any pytree of floating-point coefficients. None is the link's own start: zeros `[K]` for the
-            softmax, which are the uniform average, and for a function that is not known. `weights_to_logits` gives a
-            start anywhere inside the simplex.
-        link_fn: the steps'; None is the softmax.
+        num_experts: K, the number of experts.
+        optimizer: the optimizer that updates beta. The paper uses `optax.adam(1e-2, b1=0.9, b2=0.99)`. Pass None for
+            `gauss_newton_step`, which needs no optimizer.
+        beta: the start, any pytree of floating-point coefficients. `weights_to_logits` gives a start anywhere inside
+            the simplex. None takes the link's own start. For the softmax this is zeros `[K]`, which give the uniform
+            average. A link that the library does not know also starts from zeros `[K]`.
+        link_fn: the `link_fn` of the steps. None is the softmax.
 
     Returns:
         The state of step 0.
 
     Raises:
-        ValueError: `num_experts` below 1, a beta that is empty or not finite, or coefficients of another number of
+        ValueError: if `num_experts` is below 1, if beta is empty or not finite, or if beta belongs to another number of
             experts.
-        TypeError: `num_experts` that is no integer, a beta that is not floating point, or an optimizer that is none.
+        TypeError: if `num_experts` is no integer, if beta is not floating point, or if the optimizer is not one of
+            optax.
     """
     check_counts(num_experts=num_experts)
     if optimizer is not None:
@@ -65,27 +66,30 @@ def init(
         raise ValueError(
             f"beta gives coefficients of shape {jax.tree.map(jnp.shape, given)}; expected a last axis of num_experts = "
             f"{num_experts}"
-            + ("" if link_fn else " (pass link_fn where it makes the coefficients from a beta of another shape)")
+            + ("" if link_fn else " (if beta has another shape on purpose, pass the link_fn that takes it)")
         )
-    # A copy, since steps may donate their state; of no weak type, which would change in the first step and retrace.
+    # A copy, because a step may donate its state. A weak type would change in the first step and retrace.
     start = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.result_type(leaf)), start)
     return GlueState(jnp.zeros((), jnp.int32), start, opt_state_of(start, optimizer, link_fn or jax.nn.softmax))
 
 
 def opt_state_of(beta: PyTree, optimizer: optax.GradientTransformation | None, link_fn: LinkFn) -> Any:
-    """Returns what learning carries on beside beta, at its start; without an optimizer, Gauss-Newton's."""
+    """Returns the initial `opt_state`: the optimizer's, or Gauss-Newton's if there is no optimizer."""
     return quadratic_model.start(beta, link_fn) if optimizer is None else optimizer.init(beta)
 
 
 def alpha(state: GlueState | LearnResult, link_fn: LinkFn = jax.nn.softmax) -> PyTree:
-    """Returns the coefficients that blend, `link_fn(state.beta)`.
+    """Returns the coefficients that blend the experts, `link_fn(state.beta)`.
 
     Args:
-        state: of `init` or a step; or a result of `learn`, whose own alpha is returned.
-        link_fn: the step's. A result of `learn` needs none.
+        state: a state from `init` or a step, or a result of `learn`.
+        link_fn: the `link_fn` of the steps. A result of `learn` needs none: the function returns `state.alpha`.
+
+    Returns:
+        The coefficients, `[K]` or any pytree that the link returns.
 
     Raises:
-        TypeError: a state that is none, or a beta that the link does not take.
+        TypeError: if `state` is neither a state nor a result, or if the link does not take this beta.
     """
     if isinstance(state, LearnResult):
         return state.alpha
@@ -112,42 +116,47 @@ def spsa_step(
     matmul_precision: str | None = "highest",
     diagnostics: bool = False,
 ) -> tuple[GlueState, GlueMetrics]:
-    """One step of GLUE: two blended forward passes a direction, no backward pass (Eq. 3-7; the paper's Config 4).
+    """Takes one step of GLUE: two blended forward passes per direction, no backward pass (Eq. 3-7).
+
+    This is the paper's Config 4.
 
     Args:
-        key: a `jax.random.key`, the same for every step.
-        state: of `init` or the step before.
+        key: a `jax.random.key`. Pass the same key at every step.
+        state: the state from `init` or from the step before.
         experts: stacked experts, each leaf `[K, ...]`.
-        batch: a pytree of arrays `[B, ...]`. Both probes of a pair see it.
-        loss_fn: `loss_fn(params, batch) -> scalar`, of params that are at least float32, whatever the experts' dtype;
-            deterministic (no dropout; BatchNorm by its running statistics, or
-            by the minibatch: see `glue_jax.merging.batch_norm`). It is never differentiated.
-        optimizer: of beta, the one given to `init`.
-        link_fn: `link_fn(beta) -> alpha`. The softmax over the last axis keeps the blend in the experts' convex hull;
-            `unconstrained` is the literal Eq. (7).
+        batch: one minibatch, a pytree of arrays `[B, ...]`. Both probes of a pair see the same minibatch.
+        loss_fn: `loss_fn(params, batch) -> scalar`. It must be deterministic: no dropout, and BatchNorm with its
+            running statistics or with the minibatch's (see `glue_jax.merging.batch_norm`). Its params have at least
+            float32, whatever the dtype of the experts. The step never differentiates it.
+        optimizer: the optimizer of beta that was given to `init`.
+        link_fn: `link_fn(beta) -> alpha`. The softmax over the last axis keeps the blend in the convex hull of the
+            experts. `unconstrained` is the literal Eq. (7).
         merge_fn: `merge_fn(experts, alpha) -> params`.
-        radius: the length of a probe's step in beta, or a schedule of it, `radius(step)`. None is what suits the link:
-            0.1 for the softmax, 0.01 for others. Under a softmax, None is 1, with a warning, where `loss_fn` multiplies
-            bfloat16 or float16 arrays (see `glue_jax.precision`).
-        num_directions: m.
-        directions: see `spsa_gradient`. None is what suits the link: `simplex_orthogonal` for the softmax, which does
-            not see a common change of all coefficients, and `orthogonal` for others.
-        scale: see `spsa_gradient`.
-        probe_batch_size: see `spsa_gradient`.
-        matmul_precision: of the products in `loss_fn`, `merge_fn` and `link_fn` that name no precision of their own, a
-            value of `jax.default_matmul_precision`. An accelerator's default rounds the weights of both probes to
-            bfloat16 or TF32, and most of their difference with them. The highest precision costs more. None leaves
-            JAX's setting as it is. A network that computes in bfloat16 by itself is not helped: see
+        radius: the length of a probe's step in beta, or a schedule `radius(step)`. None takes the radius that suits the
+            link: 0.1 for the softmax and 0.01 for other links. If `loss_fn` multiplies bfloat16 or float16 arrays under
+            a softmax, None takes 1 and warns (see `glue_jax.precision`).
+        num_directions: m, the number of directions.
+        directions: as for `spsa_gradient`. None takes the directions that suit the link. The softmax ignores a common
+            change of all coefficients, so it gets `simplex_orthogonal`. Other links get `orthogonal`.
+        scale: as for `spsa_gradient`.
+        probe_batch_size: as for `spsa_gradient`.
+        matmul_precision: the precision of the matrix products in `loss_fn`, `merge_fn` and `link_fn` that name none
+            themselves, a value of `jax.default_matmul_precision`. By default an accelerator rounds the weights of both
+            probes to bfloat16 or TF32, which destroys most of their difference. The highest precision prevents this and
+            costs more time. None leaves JAX's setting unchanged. If the network casts to bfloat16 itself, use
             `forward_gradient_step`.
-        diagnostics: whether the metrics have `diagnostics`, for 2m + 1 forward passes more.
+        diagnostics: whether the metrics include `diagnostics`. This takes 2m + 1 more forward passes.
 
     Returns:
-        The next state, and the metrics of the state that went in.
+        The next state, and the metrics of the state that was given.
 
     Raises:
-        ValueError: an argument out of its range, coefficients and experts that do not fit, a loss that is no scalar, a
-            state of another optimizer.
-        TypeError: an argument of another type.
+        ValueError: if an argument is out of its range, or if the loss is no scalar.
+        ValueError: if the coefficients do not fit the experts, or if the state belongs to another optimizer.
+        TypeError: if an argument has the wrong type.
+
+    Warns:
+        UserWarning: if `radius` is None and `loss_fn` multiplies bfloat16 or float16 arrays under a softmax.
 
     Example:
         >>> from functools import partial
@@ -200,11 +209,10 @@ def forward_gradient_step(
     scale: Scale = "unbiased",
     probe_batch_size: int | None = None,
 ) -> tuple[GlueState, GlueMetrics]:
-    """One step with exact slopes along random directions, by forward-mode differentiation.
+    """Takes one step with exact slopes along random directions, by forward-mode differentiation.
 
-    As `spsa_step`, with `forward_gradient` in place of `spsa_gradient`: no radius, and no difference of two losses. Its
-    slopes are as exact as the network's own number format, also where that is bfloat16 or TF32, at the device's default
-    precision.
+    It works like `spsa_step`, with `forward_gradient` in place of `spsa_gradient`. It needs no radius and subtracts no
+    losses. Its slopes are as exact as the network's own number format, even if that format is bfloat16 or TF32.
 
     Args:
         key: as for `spsa_step`.
@@ -215,16 +223,17 @@ def forward_gradient_step(
         optimizer: as for `spsa_step`.
         link_fn: as for `spsa_step`.
         merge_fn: as for `spsa_step`.
-        num_directions: m.
-        directions: see `spsa_gradient`.
-        scale: see `spsa_gradient`.
-        probe_batch_size: see `forward_gradient`.
+        num_directions: m, the number of directions.
+        directions: as for `spsa_step`.
+        scale: as for `spsa_gradient`.
+        probe_batch_size: as for `forward_gradient`.
 
     Returns:
-        The next state, and the metrics of the state that went in.
+        The next state, and the metrics of the state that was given.
 
     Raises:
         ValueError: as for `spsa_step`.
+        TypeError: as for `spsa_step`.
     """
     estimator = functools.partial(
         forward_gradient,
@@ -247,10 +256,10 @@ def full_gradient_step(
     link_fn: LinkFn = jax.nn.softmax,
     merge_fn: MergeFn = blend,
 ) -> tuple[GlueState, GlueMetrics]:
-    """One step with the gradient by backpropagation through the blended network: the paper's Config 3.
+    """Takes one step with the exact gradient, by backpropagation through the blended network: the paper's Config 3.
 
     Args:
-        key: not used; the steps share one contract.
+        key: not used. It is here because all steps have the same form.
         state: as for `spsa_step`.
         experts: as for `spsa_step`.
         batch: as for `spsa_step`.
@@ -260,10 +269,11 @@ def full_gradient_step(
         merge_fn: as for `spsa_step`.
 
     Returns:
-        The next state, and the metrics of the state that went in.
+        The next state, and the metrics of the state that was given.
 
     Raises:
         ValueError: as for `spsa_step`.
+        TypeError: as for `spsa_step`.
     """
     return _step(full_gradient, key, state, experts, batch, loss_fn, optimizer, link_fn, merge_fn)
 
@@ -279,7 +289,7 @@ def _step(
     link_fn: LinkFn,
     merge_fn: MergeFn,
 ) -> tuple[GlueState, GlueMetrics]:
-    """One update of beta by any estimator."""
+    """Updates beta once, by any estimator."""
     check_state(state)
     check_optimizer(optimizer, state)
     check_callable(loss_fn=loss_fn, link_fn=link_fn, merge_fn=merge_fn)
@@ -299,7 +309,7 @@ def _radius(
     beta: PyTree,
     link_fn: LinkFn,
 ) -> ArrayLike:
-    """The radius of one step."""
+    """Returns the radius of one step."""
     if radius is not None:
         return radius(step) if callable(radius) else radius
     suited = radius_of(link_fn)
@@ -317,16 +327,10 @@ def _radius(
 def update(
     estimate: Estimate, state: GlueState, optimizer: optax.GradientTransformation, alpha: PyTree
 ) -> tuple[GlueState, GlueMetrics]:
-    """Takes the step that an estimate says.
+    """Returns the next state, and the metrics of `state`, from an estimate of the gradient at `state.beta`.
 
-    Args:
-        estimate: of the gradient at `state.beta`.
-        state: before the step.
-        optimizer: of beta. One that wants the loss (`optax.polyak_sgd`, `optax.contrib.reduce_on_plateau`) is given it.
-        alpha: of `state`.
-
-    Returns:
-        The next state, and the metrics of the state that went in.
+    The optimizer is given the loss too, which `optax.polyak_sgd` and `optax.contrib.reduce_on_plateau` need. `alpha`
+    are the coefficients of `state`.
     """
     updates, opt_state = optax.with_extra_args_support(optimizer).update(
         estimate.gradient, state.opt_state, state.beta, value=estimate.value, grad=estimate.gradient

@@ -1,4 +1,4 @@
-"""Where `learn` takes its minibatches from: arrays, an iterator of batches, or a loader that each epoch reads anew."""
+"""The sources of `learn`'s minibatches: arrays, an iterator of batches, or a loader that each epoch reads anew."""
 
 import functools
 import operator
@@ -14,19 +14,19 @@ from glue_jax.types import Batch, PyTree
 
 
 def is_stream(data: Any) -> bool:
-    """Whether data is read batch after batch: an iterator or a loader, not a pytree of arrays."""
+    """Returns whether data is read batch after batch: an iterator or a loader, not a pytree of arrays."""
     leaf = jax.tree_util.all_leaves([data])
     return leaf and hasattr(data, "__iter__") and not hasattr(data, "__array__") and not isinstance(data, str | bytes)
 
 
 def stream_batches(stream: Any) -> Iterator[Batch]:
-    """The batches of an iterator, or of a loader epoch after epoch, none before it is asked for.
+    """Yields the batches of an iterator once, or of a loader epoch after epoch. It reads none in advance.
 
-    They end with the iterator, or with an epoch that holds none.
+    The batches end with the iterator, or with an epoch that has none.
     """
     while True:
         some = False
-        # Not `yield from`, which would close an iterator of the user's that a later call goes on with.
+        # Not `yield from`, because that would close the user's iterator, and a later call may continue it.
         for batch in stream:
             some = True
             yield as_arrays("a batch of data", batch)
@@ -35,18 +35,18 @@ def stream_batches(stream: Any) -> Iterator[Batch]:
 
 
 class ArrayBatches:
-    """Minibatches of arrays `[N, ...]` from shuffled epochs: those of `minibatch_indices`, a permutation an epoch."""
+    """Minibatches of arrays `[N, ...]` from shuffled epochs: the same as those of `minibatch_indices`."""
 
     def __init__(self, key: jax.Array, data: Batch, batch_size: int):
-        """Takes the arrays as they lie."""
+        """Keeps the arrays where they are."""
         self._data, self._batch_size = data, batch_size
         n = num_examples("data", data)
         self._steps_per_epoch = n // batch_size
-        # Two, since a chunk of steps may lie in two epochs.
+        # Two, because a chunk of steps may lie in two epochs.
         self._epoch = functools.lru_cache(2)(lambda epoch: np.asarray(_epoch_batches(key, epoch, n, batch_size)))
 
     def rows(self, first_step: int, num_steps: int) -> np.ndarray:
-        """The examples of consecutive minibatches, int32 `[S, B]`."""
+        """Returns the examples of consecutive minibatches, int32 `[S, B]`."""
         parts = []
         while num_steps:
             epoch, at = divmod(first_step, self._steps_per_epoch)
@@ -55,14 +55,17 @@ class ArrayBatches:
         return np.concatenate(parts)
 
     def batches(self, first_step: int) -> Iterator[Batch]:
-        """The minibatches from a step on, without end."""
+        """Yields the minibatches from a step on, without end."""
         while True:
             yield _take(self._data, self.rows(first_step, 1)[0])
             first_step += 1
 
 
 def as_arrays(name: str, tree: PyTree) -> PyTree:
-    """The tree with arrays as leaves (PyTorch's tensors as NumPy's); refuses what holds no numbers, by its path."""
+    """Returns the tree with arrays of numbers as leaves. PyTorch tensors become NumPy arrays.
+
+    It refuses a leaf that holds no numbers; the error names the path.
+    """
 
     def array(path: tuple[Any, ...], leaf: Any) -> jax.Array | np.ndarray:
         if isinstance(leaf, jax.Array):
@@ -82,19 +85,19 @@ def as_arrays(name: str, tree: PyTree) -> PyTree:
 
 
 def check_validation_stream(stream: Any) -> None:
-    """Refuses what cannot be read at each validation."""
+    """Refuses a stream that cannot be read at every validation."""
     name = type(stream).__name__
     if hasattr(stream, "__next__"):
         raise TypeError(
-            f"validation_data is an iterator ({name}), which can be read once; expected arrays, or a loader that "
-            "each validation can iterate anew"
+            f"validation_data is an iterator ({name}), which can be read once; expected arrays, or a loader that can "
+            "be iterated anew at each validation"
         )
     if operator.length_hint(stream) >= sys.maxsize:
-        raise ValueError(f"validation_data is a {name} without end: a validation reads all of it")
+        raise ValueError(f"validation_data is a {name} without end; expected a loader that ends")
 
 
 def stream_mean(value_fn: Callable[[Batch], jax.Array], stream: Any) -> float:
-    """The mean of `value_fn(batch)` over a loader's examples, each batch counted by its size."""
+    """Returns the mean of `value_fn(batch)` over a loader's examples. Each batch is weighted by its size."""
     values, sizes = [], []
     for batch in stream:
         arrays = as_arrays("a batch of validation_data", batch)
@@ -106,7 +109,7 @@ def stream_mean(value_fn: Callable[[Batch], jax.Array], stream: Any) -> float:
 
 
 def check_same_kind(data: Batch, validation_data: Batch) -> None:
-    """Refuses validation arrays that differ from those of data in more than N, by path."""
+    """Refuses validation arrays that differ from the data in more than N; the error names the paths."""
     found, expected = (
         {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
         for tree in (validation_data, data)
@@ -124,8 +127,7 @@ def check_same_kind(data: Batch, validation_data: Batch) -> None:
     ]
     if differences:
         raise ValueError(
-            f"validation_data differs from data: {'; '.join(differences)} (loss_fn judges it where no "
-            "validation_fn is given)"
+            f"validation_data differs from data: {'; '.join(differences)} (without a validation_fn, loss_fn takes both)"
         )
 
 
@@ -134,5 +136,5 @@ _epoch_batches = jax.jit(epoch_batches, static_argnums=(2, 3))
 
 @jax.jit
 def _take(data: Batch, rows: jax.Array) -> Batch:
-    """One minibatch."""
+    """Returns one minibatch."""
     return jax.tree.map(lambda leaf: leaf[rows], data)

@@ -1,4 +1,4 @@
-"""Compiled programs, and the time that they take."""
+"""Compiled programs, and how long they take."""
 
 import statistics
 import time
@@ -11,18 +11,18 @@ from jax.stages import Compiled
 
 Key = TypeVar("Key", bound=Hashable)
 
-# Where Linux says how much memory is free.
+# Linux lists its free memory here.
 _MEMORY_INFO = Path("/proc/meminfo")
 
 
 class Program(NamedTuple):
-    """A function that is compiled and has run once.
+    """A function that was compiled and has run once.
 
     Attributes:
-        name: of the function.
-        function: compiled for the arguments.
-        arguments: what it is called with.
-        result: what it returned.
+        name: the name of the function.
+        function: the compiled function.
+        arguments: the arguments that it is called with.
+        result: its result.
     """
 
     name: str
@@ -35,13 +35,12 @@ def compile_and_run(name: str, function: Callable[..., Any], *arguments: Any) ->
     """Compiles a function and calls it once.
 
     Args:
-        name: of the program.
-        function: any function that may be one that JAX cannot trace.
+        name: the name of the program.
+        function: a function of arrays. It may be one that JAX cannot trace.
         *arguments: pytrees of arrays.
 
     Returns:
-        The program; or, as text, what was raised while JAX traced the function, or that it needs more memory than there
-        is.
+        The program. If JAX cannot trace the function, or if memory is too small, the reason as text.
     """
     try:
         lowered = jax.jit(function).lower(*arguments)
@@ -51,7 +50,7 @@ def compile_and_run(name: str, function: Callable[..., Any], *arguments: Any) ->
         compiled = lowered.compile()
         needed, free = temporary_bytes(compiled), _free_bytes(compiled)
         if needed is not None and free is not None and needed > free:
-            return f"it needs {needed / 1e9:.3g} GB of memory, and {free / 1e9:.3g} GB are free"
+            return f"it needs {needed / 1e9:.3g} GB of memory, but {free / 1e9:.3g} GB are free"
         return Program(name, compiled, arguments, jax.block_until_ready(compiled(*arguments)))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -60,21 +59,21 @@ def compile_and_run(name: str, function: Callable[..., Any], *arguments: Any) ->
 
 
 def temporary_bytes(program: Compiled) -> int | None:
-    """Returns what a program takes beside its arguments and results; None where the backend does not say."""
+    """Returns the memory that a program takes beside its arguments and results, or None if the backend does not say."""
     memory = program.memory_analysis()
     return None if memory is None else memory.temp_size_in_bytes
 
 
 def median_seconds(programs: Mapping[Key, Program], repeats: int, *, between: Program) -> dict[Key, float]:
-    """Returns the seconds of a call of each program, medians.
+    """Returns the median time of one call of each program, in seconds.
 
-    The programs take turns, so that what else the machine does meets all of them.
+    The programs take turns, so that other work on the machine disturbs all of them equally.
 
     Args:
-        programs: to time.
-        repeats: how often.
-        between: a program that runs, untimed, before each: what runs right after a backward pass pays for the pages of
-            memory that this gave back.
+        programs: the programs to time.
+        repeats: how often each program is timed.
+        between: a program that runs, untimed, before each timed call. A backward pass gives memory back, and the next
+            program would pay to get it again.
     """
     samples = {key: [] for key in programs}
     for _ in range(repeats):
@@ -85,19 +84,22 @@ def median_seconds(programs: Mapping[Key, Program], repeats: int, *, between: Pr
 
 
 def _seconds(program: Program) -> float:
-    """The seconds of one call."""
+    """Returns the time of one call, in seconds."""
     start = time.perf_counter()
     _run(program)
     return time.perf_counter() - start
 
 
 def _run(program: Program) -> None:
-    """Calls a program, and waits for it."""
+    """Calls a program, and waits for its result."""
     jax.block_until_ready(program.function(*program.arguments))
 
 
 def _free_bytes(program: Compiled) -> int | None:
-    """The memory that is free on a CPU, where a program that takes more is killed. An accelerator raises an error."""
+    """Returns the free memory of a CPU in bytes, and None for an accelerator.
+
+    On a CPU, the system kills a program that takes more. An accelerator raises an error.
+    """
     device = next(iter(jax.tree.leaves(program.output_shardings)[0].device_set))
     if device.platform != "cpu" or not _MEMORY_INFO.exists():
         return None
@@ -106,5 +108,5 @@ def _free_bytes(program: Compiled) -> int | None:
 
 
 def _first_line(error: Exception) -> str:
-    """What an error says, without what follows."""
+    """Returns the first line of an error's message."""
     return str(error).strip().split("\n")[0]

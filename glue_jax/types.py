@@ -1,4 +1,4 @@
-"""The types that the library's functions share."""
+"""Types in the library's signatures: trees, functions that a user passes, states, metrics and results."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeAlias
@@ -6,18 +6,34 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import jax
 import numpy as np
 
+__all__ = [
+    "Batch",
+    "Diagnostics",
+    "GlueMetrics",
+    "GlueState",
+    "History",
+    "LearnResult",
+    "LinkFn",
+    "LossFn",
+    "MergeFn",
+    "Params",
+    "Progress",
+    "PyTree",
+    "StepFn",
+]
+
 PyTree: TypeAlias = Any
 """Any pytree of arrays."""
 
 Params: TypeAlias = Any
-"""A model as a pytree: its parameters and, where it has them, its BatchNorm statistics."""
+"""A model as a pytree: its parameters and, if it has them, its BatchNorm statistics."""
 
 Batch: TypeAlias = Any
 """A minibatch as a pytree of arrays `[B, ...]`."""
 
 
 class LossFn(Protocol):
-    """`loss_fn(params, batch) -> scalar`: all that the library asks of a model (Eq. 2)."""
+    """A function `loss_fn(params, batch) -> scalar`. The library needs nothing else from a model (Eq. 2)."""
 
     def __call__(self, params: Params, batch: Batch, /) -> jax.Array:
         """Returns the mean loss of `params` on `batch`, shape `[]`."""
@@ -25,31 +41,32 @@ class LossFn(Protocol):
 
 
 class LinkFn(Protocol):
-    """`link_fn(beta) -> alpha`: from the coefficients that are learned to those that blend."""
+    """A function `link_fn(beta) -> alpha`. It turns the learned beta into the blend's coefficients alpha."""
 
     def __call__(self, beta: PyTree, /) -> PyTree:
-        """Returns alpha; `[..., K]` from `[..., K]` for the default, a softmax."""
+        """Returns alpha. The default link, a softmax, maps `[..., K]` to `[..., K]`."""
         ...
 
 
 class MergeFn(Protocol):
-    """`merge_fn(experts, alpha) -> params`: one model from the stacked experts (Eq. 1)."""
+    """A function `merge_fn(experts, alpha) -> params`. It makes one model from the stacked experts (Eq. 1)."""
 
     def __call__(self, experts: Params, alpha: PyTree, /) -> Params:
         """Returns the merged model.
 
-        A merge that has a keyword `min_dtype`, as `blend`, is called with float32 while the coefficients are learned.
+        A merge function may have a keyword `min_dtype`, as `blend` has. The steps then call it with
+        `min_dtype=jnp.float32`.
         """
         ...
 
 
 class GlueState(NamedTuple):
-    """What a step carries on.
+    """The state of learning: each step takes one and returns the next one.
 
     Attributes:
-        step: steps taken, int32 `[]`.
+        step: the number of steps taken, int32 `[]`.
         beta: the learned coefficients, `[K]` or any pytree.
-        opt_state: the state of the optimizer of `beta`; for `gauss_newton_step` its `GaussNewtonState`.
+        opt_state: the optimizer's state. `gauss_newton_step` keeps a `glue_jax.quadratic_model.GaussNewtonState` here.
     """
 
     step: jax.Array
@@ -58,14 +75,15 @@ class GlueState(NamedTuple):
 
 
 class Diagnostics(NamedTuple):
-    """How good the slopes of SPSA are, by the same slopes measured again at twice the radius.
+    """Two measures of how good SPSA's slopes are. They need the same slopes at twice the radius.
 
     Attributes:
-        disagreement: how far the slopes at the radius are from those at twice the radius, root mean squares over
-            directions, as a fraction of the latter's size, `[]`. It sees every kind of rounding, which spoils the
-            slope at the radius, and the loss's bends, which spoil the slope at twice the radius. Below 0.1 the radius
-            is good; `calibrate` looks for a better one.
-        curvature: the mean over directions of `(L+ + L- - 2 L) / radius^2`, the second derivative along a direction,
+        disagreement: how much the slopes change when the radius doubles, `[]`. It is the root mean square of the change
+            over the directions, divided by the root mean square of the slopes at twice the radius. Rounding errors
+            raise it, because they spoil the slopes at the radius. Curvature of the loss raises it, because curvature
+            spoils the slopes at twice the radius. A radius is good if this value is below 0.1. `calibrate` finds a
+            better radius.
+        curvature: the second derivative along a direction, `(L+ + L- - 2 L) / radius^2`, averaged over the directions,
             `[]`.
     """
 
@@ -74,16 +92,17 @@ class Diagnostics(NamedTuple):
 
 
 class GlueMetrics(NamedTuple):
-    """What a step measured. All of it belongs to the state that went in.
+    """What a step measured. Every value describes the state that the step was given, not the state that it returned.
 
     Attributes:
-        loss: the loss on the minibatch, `[]`; for SPSA the mean of its probes, for the others the loss of the
-            unperturbed blend.
+        loss: the loss on the minibatch, `[]`. `spsa_step` reports the mean loss of its probes. The other steps report
+            the loss of the unperturbed blend.
         alpha: the blend's coefficients, `[K]` or any pytree.
-        gradient_norm: the Euclidean norm of the estimated gradient for `beta`, `[]`; for Gauss-Newton that of its model
-            of the loss.
-        probe_losses: `[m, 2]`, the losses `L+` and `L-` of each direction (Eq. 3); None for the other estimators.
-        diagnostics: how good SPSA's estimate is; None but from `spsa_step(..., diagnostics=True)`.
+        gradient_norm: the Euclidean norm of the estimated gradient with respect to `beta`, `[]`. `gauss_newton_step`
+            reports the norm of the gradient of its model of the loss.
+        probe_losses: the losses `L+` and `L-` along each of m directions (Eq. 3), `[m, 2]`. Only SPSA has them; the
+            other estimators give None.
+        diagnostics: how good SPSA's estimate is. It is None unless the step was `spsa_step(..., diagnostics=True)`.
     """
 
     loss: jax.Array
@@ -94,20 +113,21 @@ class GlueMetrics(NamedTuple):
 
 
 StepFn: TypeAlias = Callable[..., tuple[GlueState, GlueMetrics]]
-"""One of the steps, perhaps with some words filled in.
+"""One of the steps, perhaps with some keyword arguments filled in by `functools.partial`.
 
-`learn` calls it as `step_fn(key, state, experts, batch, loss_fn=, link_fn=, merge_fn=)`, and with `optimizer=` where it
-was given one.
+`learn` calls it as `step_fn(key, state, experts, batch, loss_fn=, link_fn=, merge_fn=)`. If `learn` was given an
+optimizer, it passes `optimizer=` too.
 """
 
 
 class History(NamedTuple):
-    """What `learn` saw, as NumPy arrays; S steps, V validations.
+    """The history of a run of `learn`, as NumPy arrays: S steps and V validations.
 
     Attributes:
-        metrics: those of each step, stacked: `loss` `[S]`, `alpha` `[S, ...]`, and so on.
-        validation_steps: the steps taken before each validation, int `[V]`; the first is of the start.
-        validation_values: what each validation returned, `[V]`.
+        metrics: the metrics of all steps, stacked: `loss` is `[S]`, `alpha` is `[S, ...]`, and so on.
+        validation_steps: the number of steps taken before each validation, int `[V]`. The first validation judges the
+            start.
+        validation_values: the value of each validation, `[V]`.
     """
 
     metrics: GlueMetrics
@@ -116,18 +136,19 @@ class History(NamedTuple):
 
 
 class LearnResult(NamedTuple):
-    """What `learn` found.
+    """The result of `learn`.
+
+    `learn(..., state=result)` continues the run as if it had never stopped. It keeps the best coefficients, the
+    patience and the history. `learn(..., state=result.state)` starts from the last coefficients with a new history.
 
     Attributes:
-        alpha: the coefficients of the best validation; without validation data, the last ones.
-        beta: what `alpha` comes from, a start for `init(..., beta=...)`.
+        alpha: the coefficients with the best validation value. Without validation data, these are the last
+            coefficients.
+        beta: the beta that gives `alpha`. `init(..., beta=...)` can start from it.
         last_alpha: the coefficients after the last step.
-        state: after the last step.
-        history: what was seen on the way.
-        start: from `learn_from_starts`, which of the starts this is; None from `learn`.
-
-    `learn(..., state=result)` goes on as if it had never stopped: with the best coefficients, the patience and the
-    history. `learn(..., state=result.state)` begins a history of its own there.
+        state: the state after the last step.
+        history: the metrics and the validations of the run.
+        start: the index of the best start, if the result comes from `learn_from_starts`. `learn` gives None.
     """
 
     alpha: PyTree
@@ -139,15 +160,15 @@ class LearnResult(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """What a callback is told after each chunk of steps.
+    """What `learn` tells a callback after each chunk of steps.
 
     Attributes:
-        step: steps taken in this call.
-        max_steps: the most that it takes.
-        metrics: of the last step, as NumPy arrays.
-        validation_value: of the state after the last step; None without validation data.
-        best_value: the lowest so far; None without validation data.
-        result: all that was learned so far, as `learn` would return it now.
+        step: the number of steps taken in this call.
+        max_steps: the largest number of steps that this call takes.
+        metrics: the metrics of the last step, as NumPy arrays.
+        validation_value: the validation value after the last step. It is None without validation data.
+        best_value: the lowest validation value so far. It is None without validation data.
+        result: the result so far, as `learn` would return it now.
     """
 
     step: int

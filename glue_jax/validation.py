@@ -1,4 +1,4 @@
-"""The validation value of the unperturbed blend."""
+"""`make_judge`: the function that validates a beta by its unperturbed blend."""
 
 import functools
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from glue_jax.types import Batch, LinkFn, LossFn, MergeFn, Params, PyTree
 def make_judge(
     experts: Params, data: Any, function: LossFn, functions: dict[str, Any], batch_size: int
 ) -> Callable[[PyTree], float] | None:
-    """A function that returns the validation value of the unperturbed blend of some beta; None without data."""
+    """Returns a function that gives the validation value of a beta's unperturbed blend. Returns None without data."""
     blending = {name: functions[name] for name in ("link_fn", "merge_fn")}
     if data is None:
         return None
@@ -42,24 +42,24 @@ def _validate(
     merge_fn: MergeFn,
     batch_size: int,
 ) -> jax.Array:
-    """The validation value of the unperturbed blend."""
+    """Returns the validation value of the unperturbed blend."""
     params = _merged(beta, experts, link_fn=link_fn, merge_fn=merge_fn)
     return batched_mean(lambda params, batch: _value(params, batch, function=function), params, data, batch_size)
 
 
 @functools.partial(jax.jit, static_argnames=("link_fn", "merge_fn"))
 def _merged(beta: PyTree, experts: Params, *, link_fn: LinkFn, merge_fn: MergeFn) -> Params:
-    """The unperturbed blend, in at least float32."""
+    """Returns the unperturbed blend, in at least float32."""
     return merge_for_learning(merge_fn)(experts, link_fn(beta))
 
 
 @functools.partial(jax.jit, static_argnames=("function",))
 def _value(params: Params, batch: Batch, *, function: LossFn) -> jax.Array:
-    """The validation value on a batch, which must be a scalar."""
+    """Returns the validation value on a batch. It must be a scalar."""
     value = function(params, batch)
     if not jax.tree_util.all_leaves([value]) or jnp.shape(value) != () or jnp.iscomplexobj(value):
         raise ValueError(
             f"validation returned shape {jax.tree.map(jnp.shape, value)}; expected a scalar, the mean over a batch, "
-            "and nothing beside it"
+            "and no other values"
         )
     return jnp.asarray(value)

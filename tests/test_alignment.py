@@ -159,14 +159,14 @@ def test_an_expert_is_never_further_from_the_reference_than_before():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"dense9/kernel": (None, "hidden1")}, "the spec names 'dense9/kernel', where the model has no leaf"),
-        ({"dense1/kernel": ("hidden1",)}, r"the spec has 1 axes for dense1/kernel, whose shape is \(5, 7\)"),
+        ({"dense9/kernel": (None, "hidden1")}, "spec names 'dense9/kernel', but the model has no such leaf"),
+        ({"dense1/kernel": ("hidden1",)}, r"spec has 1 axes for dense1/kernel; expected 2, \(5, 7\)"),
         (
             {"dense1/kernel": (None, "hidden1"), "dense3/kernel": ("hidden1", None)},
-            "'hidden1' has 6 units at dense3/kernel and 7 elsewhere",
+            "'hidden1' has 6 units at dense3/kernel, but 7 elsewhere",
         ),
-        ({"dense1/bias": ((("hidden1", 0, 3),),)}, "do not fill an axis of dense1/bias, whose length is 7"),
-        ({"dense1/bias": ((("hidden1", 1, 8),),)}, "leave out units of 'hidden1'"),
+        ({"dense1/bias": ((("hidden1", 0, 3),),)}, "for dense1/bias; expected segments that fill an axis of 7 units"),
+        ({"dense1/bias": ((("hidden1", 1, 8),),)}, "expected each unit of 'hidden1' exactly once"),
     ],
 )
 def test_a_spec_that_does_not_fit_is_refused(spec, message):
@@ -177,7 +177,7 @@ def test_a_spec_that_does_not_fit_is_refused(spec, message):
 
 def test_a_reference_that_is_no_experts_number_is_refused():
     experts = glue_jax.stack_experts([mlp(jax.random.key(10))] * 2)
-    with pytest.raises(ValueError, match="reference is 2; expected the number of one of 2 experts, or None"):
+    with pytest.raises(ValueError, match="reference is 2; expected the index of one of 2 experts, or None"):
         glue_jax.merging.align_experts(experts, MLP, reference=2)
 
 
@@ -202,7 +202,7 @@ def test_a_reference_of_other_leaves_or_shapes_is_refused():
     with pytest.raises(ValueError, match="params has no leaf at 'dense3/"):
         glue_jax.merging.align({name: model[name] for name in ("dense1", "dense2")}, model, MLP)
     smaller = {**model, "dense1": {"kernel": jnp.zeros((4, 7)), "bias": jnp.zeros(7)}}
-    with pytest.raises(ValueError, match=r"params has \(4, 7\) at 'dense1/kernel', and reference \(5, 7\)"):
+    with pytest.raises(ValueError, match=r"params has \(4, 7\) at 'dense1/kernel', and reference has \(5, 7\)"):
         glue_jax.merging.align(smaller, model, MLP)
 
 
@@ -220,8 +220,8 @@ def test_the_spec_of_a_chain_is_the_one_written_by_hand():
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        (["dense1", "dense4"], "the pattern 'dense4' is in no path"),
-        (["dense1", "dense"], "finds 'dense1/bias', which is of an earlier layer, too"),
+        (["dense1", "dense4"], "the pattern 'dense4' matches no path"),
+        (["dense1", "dense"], "matches 'dense1/bias', which an earlier layer matches too"),
         (["dense"], r"layers is \['dense'\]; expected at least two"),
         (["dense1", "dense3"], "the layers are no chain .*'in_out', permutation 'units0' has 6 units at dense3/kernel"),
     ],
@@ -234,7 +234,7 @@ def test_layers_that_are_no_chain_are_refused(layers, message):
 def test_experts_that_are_stacked_and_a_single_pattern_are_no_layers():
     model = mlp(jax.random.key(0))
     stacked = glue_jax.stack_experts([model, model])
-    with pytest.raises(ValueError, match=r"no chain of one model \(experts that are stacked are several\)"):
+    with pytest.raises(ValueError, match=r"no chain of one model \(stacked experts are several models\)"):
         glue_jax.merging.chain_spec(stacked, ["dense1", "dense2", "dense3"])
     with pytest.raises(TypeError, match="layers is the string 'dense1'; expected a sequence of patterns"):
         glue_jax.merging.chain_spec(model, "dense1")
@@ -331,7 +331,9 @@ def test_two_leaves_of_one_path_are_refused():
 
 def test_nothing_to_compare_and_no_rounds_are_refused():
     model = mlp(jax.random.key(0))
-    with pytest.raises(ValueError, match=r"ignore is '.', which leaves no weights to match .*'hidden1', 'hidden2'"):
+    with pytest.raises(
+        ValueError, match=r"ignore is '.'; expected a pattern that leaves weights to match .*'hidden1', 'hidden2'"
+    ):
         glue_jax.merging.align(model, model, MLP, ignore=".")
     with pytest.raises(ValueError, match="max_sweeps is 0; expected at least 1"):
         glue_jax.merging.align(model, model, MLP, max_sweeps=0)
@@ -367,7 +369,7 @@ def test_complex_weights_and_a_check_that_checks_nothing_are_refused():
     with pytest.raises(TypeError, match=r"params or reference is complex at '.*'; expected real weights"):
         glue_jax.merging.align(jax.tree.map(lambda leaf: leaf * 1j, models[0]), models[1], MLP)
     experts = glue_jax.stack_experts(models)
-    with pytest.raises(ValueError, match="check_fn returned None; expected outputs"):
+    with pytest.raises(ValueError, match="check_fn returned None; expected arrays"):
         glue_jax.merging.align_experts(experts, MLP, check_fn=lambda params: None)
     with pytest.raises(TypeError, match=r"reference is 1.0; expected an integer"):
         glue_jax.merging.align_experts(experts, MLP, reference=1.0)  # pyright: ignore[reportArgumentType]

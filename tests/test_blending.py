@@ -132,8 +132,8 @@ def test_one_row_for_the_whole_tree_is_the_blend_by_that_row():
         (jnp.ones((3, 2)), {"a": 0, "b": 3}, r"row 3 at \['b'\]; expected one of the 3 rows"),
         (jnp.ones((3, 2)), {"a": -1, "b": 0}, r"row -1 at \['a'\]"),
         (jnp.ones((3, 2)), {"a": 0, "b": 0.5}, r"0.5 at \['b'\]; expected a row number"),
-        (jnp.ones((3, 2)), {"a": 0}, "groups is no prefix"),
-        (jnp.ones((3, 2)), {"a": 0, "b": [0, 1]}, "groups is no prefix"),
+        (jnp.ones((3, 2)), {"a": 0}, "groups does not fit; expected a prefix"),
+        (jnp.ones((3, 2)), {"a": 0, "b": [0, 1]}, "groups does not fit; expected a prefix"),
     ],
 )
 def test_alpha_and_groups_that_do_not_fit_are_refused(alpha, groups, message):

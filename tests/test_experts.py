@@ -166,7 +166,7 @@ def test_take_first_leaves_the_other_integer_leaves_checked():
 @pytest.mark.parametrize(
     ("take_first", "message"),
     [
-        (["nothing"], r"take_first has 'nothing', which finds no leaf of \['n', 'w'\]"),
+        (["nothing"], r"take_first has 'nothing', which matches no path; the paths are \['n', 'w'\]"),
         ("w", r"take_first has 'w', but floating-point leaves.*\['w'\]"),
     ],
 )

@@ -122,7 +122,7 @@ def test_a_temperature_divides_the_heads_parameters_and_no_others():
     np.testing.assert_allclose(merged["head"]["kernel"], 2.0)
     np.testing.assert_allclose(merged["head"]["bias"], 2.0)
     np.testing.assert_allclose(merged["body"], 0.5)
-    with pytest.raises(ValueError, match="the pattern 'tail' is in no path"):
+    with pytest.raises(ValueError, match="the pattern 'tail' matches no path"):
         glue_jax.links.tempered_merge(glue_jax.blend, head="tail")(
             experts, glue_jax.links.Tempered(jnp.ones(2) / 2, jnp.ones(()))
         )

@@ -27,12 +27,12 @@ LABELS = jnp.array([0, 2, 0])
 @pytest.mark.parametrize(
     ("logits", "labels", "error", "message"),
     [
-        (LOGITS, LABELS[:, None], ValueError, r"labels have shape \(3, 1\) and logits \(3, 3\); expected"),
+        (LOGITS, LABELS[:, None], ValueError, r"labels have shape \(3, 1\) and logits have shape \(3, 3\); expected"),
         (LOGITS, jax.nn.one_hot(LABELS, 3), ValueError, r"labels have shape \(3, 3\)"),
         (LOGITS, LABELS[:2], ValueError, r"labels have shape \(2,\)"),
         (LOGITS, LABELS[0], ValueError, r"labels have shape \(\)"),
-        (LOGITS[0], LABELS, ValueError, r"logits \(3,\)"),
-        (LOGITS[:, :1], LABELS, ValueError, r"logits \(3, 1\).* C of at least 2"),
+        (LOGITS[0], LABELS, ValueError, r"logits have shape \(3,\)"),
+        (LOGITS[:, :1], LABELS, ValueError, r"logits have shape \(3, 1\).* C at least 2"),
         (LOGITS[:0], LABELS[:0], ValueError, r"labels have shape \(0,\)"),
         (LOGITS, LABELS.astype(jnp.float32), TypeError, "labels have dtype float32; expected integers"),
         (LOGITS, None, TypeError, "labels is None; expected integers"),

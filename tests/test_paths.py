@@ -50,7 +50,7 @@ def test_backbones_are_blended_and_one_head_is_put_back():
 
 
 def test_a_pattern_in_no_path_is_refused_with_the_paths():
-    with pytest.raises(ValueError, match=r"the pattern 'tail' is in no path; the paths are \['batch_stats/body', "):
+    with pytest.raises(ValueError, match=r"the pattern 'tail' matches no path; the paths are \['batch_stats/body', "):
         glue_jax.partition(MODEL, "tail")
 
 

@@ -97,7 +97,7 @@ def test_an_end_of_the_radii_is_told():
         ({"step_directions": 0}, "step_directions is 0"),
         ({"step_directions": -1}, "step_directions is -1"),
         ({"fun": lambda beta: beta}, "expected one real scalar"),
-        ({"fun": lambda beta: jnp.float32(1) + 0 * jnp.sum(beta)}, "the function has the same value"),
+        ({"fun": lambda beta: jnp.float32(1) + 0 * jnp.sum(beta)}, "fun has the same value"),
     ],
 )
 def test_bad_arguments_are_refused(words, message):

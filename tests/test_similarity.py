@@ -57,7 +57,7 @@ def test_a_barrier_is_the_rise_over_the_line_between_the_losses():
 
 def test_a_loss_that_is_no_number_is_named_by_where_it_is():
     experts = {"w": jnp.array([-1.0, 1.0])}
-    with pytest.raises(FloatingPointError, match=r"the loss is nan at 0.50 of the way from expert 0 to 1"):
+    with pytest.raises(FloatingPointError, match=r"loss_fn returned nan at 0.50 of the way from expert 0 to 1"):
         glue_jax.merging.loss_barriers(
             experts, lambda params: jnp.where(jnp.abs(params["w"]) < 0.5, jnp.nan, 0.0), num_points=1
         )
@@ -67,7 +67,9 @@ def test_an_origin_of_zeros_is_infinitely_far_and_one_of_other_shapes_refused():
     experts = {"w": jnp.ones((2, 3))}
     assert np.isinf(glue_jax.merging.weight_similarity(experts, origin={"w": jnp.zeros(3)}).distance).all()
     for origin in ({"w": jnp.zeros(2)}, {"v": jnp.zeros(3)}):
-        with pytest.raises(ValueError, match="origin is not of the structure and the shapes of one expert"):
+        with pytest.raises(
+            ValueError, match="origin does not fit; expected the structure and the shapes of one expert"
+        ):
             glue_jax.merging.weight_similarity(experts, origin=origin)
 
 
@@ -102,12 +104,12 @@ def test_the_experts_are_as_they_were():
 
 def test_groups_of_another_tree_or_of_rows_without_names_are_refused():
     other = glue_jax.merging.group_by_path({"a": 0.0, "c": 0.0}, "a")
-    with pytest.raises(ValueError, match=r"groups are of another tree .* rows for \['a', 'c'\]; expected \['a', 'b'\]"):
+    with pytest.raises(ValueError, match=r"groups have rows for \['a', 'c'\]; expected .* \['a', 'b'\]"):
         glue_jax.merging.weight_similarity(EXPERTS, other)
     for row in (-1, 2):
-        with pytest.raises(ValueError, match=f"groups has row {row} at b; expected one of the 2 that have names"):
+        with pytest.raises(ValueError, match=f"groups has row {row} at b; expected one of the 2 rows with names"):
             glue_jax.merging.weight_similarity(EXPERTS, glue_jax.merging.Groups({"a": 0, "b": row}, ("a", "b")))
-    with pytest.raises(TypeError, match="groups is a dict; expected a Groups"):
+    with pytest.raises(TypeError, match="groups is a dict; expected the Groups"):
         glue_jax.merging.weight_similarity(EXPERTS, {"a": 0, "b": 0})  # pyright: ignore[reportArgumentType]
 
 

@@ -133,7 +133,7 @@ def test_a_loader_is_data_and_an_iterator_is_refused():
     ("words", "error", "message"),
     [
         ({"optimizer": None}, TypeError, "optimizer is None"),
-        ({"state": glue_jax.init(3, WORDS["optimizer"])}, TypeError, "state was given: expected none"),
+        ({"state": glue_jax.init(3, WORDS["optimizer"])}, TypeError, "state was given; expected no state"),
         ({"validation_data": None}, ValueError, "validation_data is None"),
         ({"starts": [jnp.zeros(3), jnp.zeros(3)]}, TypeError, "starts is a list; expected one array"),
         ({"starts": "abc"}, TypeError, "starts is a Python str; expected an array"),

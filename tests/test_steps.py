@@ -217,7 +217,7 @@ def test_the_products_of_a_merge_and_of_a_link_have_the_highest_precision_too():
 
 
 def test_an_unnamed_link_of_zeros_is_refused_where_it_would_start():
-    with pytest.raises(ValueError, match=r"every coefficient 0 of its start.*glue_jax\.unconstrained"):
+    with pytest.raises(ValueError, match=r"every coefficient 0 at its start.*glue_jax\.unconstrained"):
         glue_jax.init(3, SGD, link_fn=lambda beta: beta)
     assert glue_jax.init(3, SGD, link_fn=lambda beta: beta + 1).beta.shape == (3,)
 

@@ -1,16 +1,16 @@
-"""What prepares experts for a blend, repairs the blend, and rivals it.
+"""Tools that compare and align experts before a blend, repair the blend after it, or merge experts in other ways.
 
-- Are the experts alike? `weight_similarity`, `loss_barriers`.
-- Units in another order: `chain_spec`, `align`, `align_experts`, `permute`.
-- BatchNorm statistics of a blend: `refresh_statistics`.
-- Coefficients of their own for parts of a model: `group_by_path`, `by_layer`.
-- Other ways to one model: `best_expert`, `greedy_soup`, `loss_weights`, `fisher_merge`, `regmean_merge`.
+- Are the experts alike? `weight_similarity` and `loss_barriers` tell.
+- Are the hidden units in another order? `chain_spec`, `align`, `align_experts` and `permute` put them in one order.
+- Are the BatchNorm statistics of the blend wrong? `refresh_statistics` computes new ones.
+- Should parts of the model have their own coefficients? `group_by_path` and `by_layer` make groups.
+- Is there another way to one model? `best_expert`, `greedy_soup`, `loss_weights`, `fisher_merge` and `regmean_merge`.
 """
 
 from glue_jax.merging.alignment import Alignment, Permutations, align, align_experts, permute
 from glue_jax.merging.batch_norm import refresh_statistics
 from glue_jax.merging.groups import Groups, by_layer, group_by_path
-from glue_jax.merging.permutation_specs import Axis, PermutationSpec, chain_spec
+from glue_jax.merging.permutation_specs import Axis, KernelLayout, PermutationSpec, Segment, chain_spec
 from glue_jax.merging.regmean import conv_gram, layer_gram, regmean_merge
 from glue_jax.merging.similarity import Similarity, loss_barriers, weight_similarity
 from glue_jax.merging.soups import best_expert, diagonal_fisher, fisher_merge, greedy_soup, loss_weights
@@ -19,8 +19,10 @@ __all__ = [
     "Alignment",
     "Axis",
     "Groups",
+    "KernelLayout",
     "PermutationSpec",
     "Permutations",
+    "Segment",
     "Similarity",
     "align",
     "align_experts",

@@ -1,15 +1,16 @@
-"""Permutation alignment of experts by weight matching.
+"""Permutation alignment: `align`, `align_experts` and `permute` put the hidden units of experts into one order.
 
-A network computes the same function when the units of a hidden layer change places, so experts from separate
-initialisations have theirs in places of their own, and an average mixes units that have nothing to do with one another.
-Weight matching (Ainsworth et al., 2023, Algorithms 1 and 3, https://arxiv.org/abs/2209.04836) finds, without data, the
-permutations that bring experts' weights closest together.
+A network computes the same function when the units of a hidden layer change places. So two experts from separate
+initialisations have their units in different orders, and their average mixes unrelated units. Weight matching finds the
+permutations that bring the weights of experts closest together (Ainsworth et al., 2023, Algorithms 1 and 3,
+https://arxiv.org/abs/2209.04836). It needs no data.
 
-What may be permuted is data, a `PermutationSpec` (`glue_jax.merging.permutation_specs`); `chain_spec` writes the one
-of a plain chain of layers.
+A `PermutationSpec` says which axes may be permuted (`glue_jax.merging.permutation_specs`). `chain_spec` writes it for a
+plain chain of layers.
 
-Where experts' heads differ, `partition` them off, align the rest by a spec without their paths, and `combine` the blend
-with the head of the expert that the others were aligned to: its units kept their places, so that its head fits.
+If the experts have different heads, split the heads off with `partition`. Align the rest, with a spec without their
+paths. Then `combine` the blend with the head of the reference expert. This head fits, because the units of the
+reference expert did not move.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,15 +28,16 @@ from glue_jax.paths import by_path, check_finite
 from glue_jax.types import Params, PyTree
 
 Permutations: TypeAlias = dict[str, np.ndarray]
-"""By name, an int `[n]`: unit j comes from place `permutation[j]`."""
+"""For each permutation's name, an int array `[n]`. Unit j comes from place `permutation[j]`."""
 
 
 class Alignment(NamedTuple):
-    """What `align_experts` found.
+    """The result of `align_experts`.
 
     Attributes:
-        experts: each computes the function that it did before if the spec describes the network, leaves `[K, ...]`.
-        permutations: of each expert.
+        experts: the permuted experts, leaves `[K, ...]`. Each computes the same function as before, if the spec
+            describes the network.
+        permutations: the permutations of each expert.
     """
 
     experts: Params
@@ -43,16 +45,21 @@ class Alignment(NamedTuple):
 
 
 def permute(params: Params, spec: PermutationSpec, permutations: Mapping[str, np.ndarray]) -> Params:
-    """Returns a model whose units changed places; it computes the same function.
+    """Returns a model whose units have changed places. It computes the same function.
 
     Args:
         params: one model.
-        spec: what may be permuted.
-        permutations: by name; those left out leave their units where they are.
+        spec: the axes that may be permuted.
+        permutations: the permutations by name. Units of a name that is missing stay where they are.
+
+    Returns:
+        The model, with NumPy arrays as leaves.
 
     Raises:
-        ValueError: a spec that does not fit the model, by path; a permutation that the spec does not name, or that is
-            none.
+        ValueError: if the spec does not fit the model; the error names the path.
+        ValueError: if `permutations` has a name that the spec does not have.
+        ValueError: if a permutation does not hold each index once.
+        TypeError: if `spec` or `permutations` is no mapping.
     """
     layout = Layout(spec, params)
     layout.check(permutations)
@@ -71,24 +78,29 @@ def align(
 ) -> Permutations:
     """Returns the permutations that bring a model's weights closest to a reference's (Algorithm 1).
 
-    Coordinate ascent over the permutations in random order, each an assignment problem, until none improves. It ends in
-    a local optimum, so it is begun twice, and the better end kept: from all units as they are, and from a first pass
-    through the network, in which each permutation is matched by the weights whose other ends are in their places.
+    The method improves one permutation at a time, in random order, until none improves. Each improvement solves an
+    assignment problem. The method ends in a local optimum, so it runs twice and keeps the better result. The first run
+    starts with all units in their places. The second run starts with a pass through the network: it matches each
+    permutation by the weights whose other ends have been matched already.
 
     Args:
         params: the model to permute.
-        reference: of its structure and shapes.
-        spec: what may be permuted.
-        ignore: a regular expression for paths of leaves that are permuted and not compared: BatchNorm statistics.
-        seed: of the order.
-        max_sweeps: over all permutations, at least 1.
+        reference: a model of the same structure and shapes.
+        spec: the axes that may be permuted.
+        ignore: a regular expression for the paths of leaves that are permuted but not compared, such as BatchNorm
+            statistics. None compares all leaves.
+        seed: the seed of the random order.
+        max_sweeps: the largest number of sweeps over all permutations, at least 1.
 
     Returns:
-        `permute(params, spec, permutations)` is close to `reference`.
+        The permutations. `permute(params, spec, permutations)` is close to `reference`.
 
     Raises:
-        ValueError: a spec that does not fit the model, by path; a reference of other leaves or shapes; weights that are
-            infinite or NaN, by argument and path; a permutation none of whose leaves is compared; `max_sweeps` below 1.
+        ValueError: if the spec does not fit the model, if the leaves or shapes of the reference differ, or if weights
+            are infinite or NaN; the error names the path.
+        ValueError: if `ignore` leaves no weights to match a permutation by.
+        ValueError: if `max_sweeps` is below 1.
+        TypeError: if weights are complex, or if an argument has the wrong type.
     """
     check_counts(max_sweeps=max_sweeps)
     check_counts(at_least=0, seed=seed)
@@ -97,17 +109,17 @@ def align(
     for path in ours.keys() | theirs.keys():
         shapes = [np.shape(leaves[path]) if path in leaves else "no leaf" for leaves in (ours, theirs)]
         if shapes[0] != shapes[1]:
-            raise ValueError(f"params has {shapes[0]} at {path!r}, and reference {shapes[1]}: expected the same")
+            raise ValueError(f"params has {shapes[0]} at {path!r}, and reference has {shapes[1]}; expected the same")
         if np.iscomplexobj(ours[path]) or np.iscomplexobj(theirs[path]):
             raise TypeError(f"params or reference is complex at {path!r}; expected real weights")
     check_finite("params", params)
     check_finite("reference", reference)
     compared = [path for path in ours if not (ignore and compiled("ignore", ignore).search(path))]
     if unseen := sorted(layout.sizes.keys() - {name for path in compared for name in layout.names(path)}):
-        raise ValueError(f"ignore is {ignore!r}, which leaves no weights to match the permutations {unseen} by")
+        raise ValueError(f"ignore is {ignore!r}; expected a pattern that leaves weights to match {unseen} by")
 
     def match(name: str, permutations: Permutations, paths: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The inner products of each two units, all others being where the permutations put them; the assignment."""
+        """Returns the inner products of all pairs of units, and the best assignment, with all other units in place."""
         identity = np.arange(layout.sizes[name])
         gain = np.zeros((len(identity),) * 2)
         for path in paths:
@@ -173,27 +185,33 @@ def align_experts(
     check_fn: Callable[[Params], PyTree] | None = None,
     tolerance: float = 1e-2,
 ) -> Alignment:
-    """Aligns K experts, to one of them or to one another.
+    """Aligns K experts to one of them, or to one another.
 
-    A spec that does not describe the network changes what it computes, and its shapes may not tell. Pass a `check_fn`
-    wherever a forward pass is at hand.
+    A wrong spec changes the function of the experts, and the shapes may not show it. So pass a `check_fn` if you can
+    run a forward pass.
 
     Args:
-        experts: stacked, each leaf `[K, ...]`.
-        spec: what may be permuted.
-        reference: the expert that all others are aligned to. None goes on from the alignment to the first: each in turn
-            to the mean of the others, round after round until none moves (Algorithm 3, MergeMany).
+        experts: stacked experts, each leaf `[K, ...]`.
+        spec: the axes that may be permuted.
+        reference: the index of the expert that the others are aligned to. None first aligns all to expert 0. Then it
+            aligns each expert to the mean of the others, round after round, until none moves (Algorithm 3, MergeMany).
         ignore: as for `align`.
-        seed: of the orders.
-        max_rounds: of aligning each to the mean of the others, at least 1.
+        seed: the seed of the random orders.
+        max_rounds: the largest number of rounds if `reference` is None, at least 1.
         check_fn: `check_fn(params) -> outputs`, a pytree of arrays, such as the logits of some inputs in evaluation
-            mode. It is called for each expert whose units changed places, before and after that. None checks nothing.
-        tolerance: how far an output may move, relative to the largest.
+            mode. It is called before and after the permutation of each expert whose units moved. None checks nothing.
+        tolerance: how much an output may change, relative to the largest output.
+
+    Returns:
+        The aligned experts and their permutations.
 
     Raises:
-        ValueError: a spec that does not fit, by path; a reference that is no expert's number; weights that are infinite
-            or NaN, by expert and path; what else `align` refuses; an expert that computes something else than before,
-            by `check_fn`; `max_rounds` below 1.
+        ValueError: as for `align`.
+        ValueError: if `reference` is no expert's index.
+        ValueError: if weights are infinite or NaN; the error names the expert and the path.
+        ValueError: if `check_fn` shows that an expert computes another function.
+        ValueError: if `max_rounds` is below 1.
+        TypeError: as for `align`.
     """
     check_counts(max_rounds=max_rounds)
     check_counts(at_least=0, seed=seed)
@@ -203,7 +221,7 @@ def align_experts(
     check_finite("experts", experts, stacked=True)
     models = [jax.tree.map(lambda leaf, index=index: np.asarray(leaf[index]), experts) for index in range(k)]
     if reference is not None and reference not in range(k):
-        raise ValueError(f"reference is {reference}; expected the number of one of {k} experts, or None")
+        raise ValueError(f"reference is {reference}; expected the index of one of {k} experts, or None")
     layout = Layout(spec, models[0])
     total = [{name: np.arange(size) for name, size in layout.sizes.items()} for _ in models]
 
@@ -236,28 +254,28 @@ def align_experts(
 
 
 def _units(leaf: Any, axis: int, places: np.ndarray) -> np.ndarray:
-    """The weights of each unit, `[n, ...]` flattened to `[n, weights]`."""
+    """Returns the weights of each of the n units along an axis, `[n, weights]`, in the order of `places`."""
     return np.moveaxis(np.asarray(leaf, np.float64), axis, 0)[places].reshape(len(places), -1)
 
 
 def _check_function(
     index: int, check_fn: Callable[[Params], PyTree], before: Params, after: Params, tolerance: float
 ) -> None:
-    """Refuses an expert whose outputs changed with the places of its units."""
+    """Refuses an expert whose outputs changed when its units changed places."""
     outputs = [jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), check_fn(params)) for params in (before, after)]
     if not jax.tree.leaves(outputs):
-        raise ValueError(f"check_fn returned {outputs[0]}; expected outputs of the model, arrays")
+        raise ValueError(f"check_fn returned {outputs[0]}; expected arrays, the outputs of the model")
     for first, second in zip(*map(jax.tree.leaves, outputs), strict=True):
         change, size = np.abs(second - first).max(initial=0), np.abs(first).max(initial=0)
         if not change <= tolerance * size:
             raise ValueError(
                 f"expert {index} computes something else after its units changed places: its outputs moved by "
-                f"{change:.3g}, and the largest is {size:.3g}; expected at most {tolerance} of that, so the spec does "
-                "not describe the network (has chain_spec the right kernel_layout?)"
+                f"{change:.3g}, and the largest is {size:.3g}; expected at most {tolerance} times the largest. So the "
+                "spec does not describe the network (did chain_spec get the right kernel_layout?)"
             )
 
 
 def _mean_of_others(models: list[Params], index: int) -> Params:
-    """The mean of all models but one."""
+    """Returns the mean of all models but one."""
     others = [model for number, model in enumerate(models) if number != index]
     return jax.tree.map(lambda *leaves: np.mean(leaves, axis=0, dtype=np.float64), *others)

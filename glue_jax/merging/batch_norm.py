@@ -1,11 +1,13 @@
-"""BatchNorm statistics of a blend.
+"""`refresh_statistics`: BatchNorm statistics for a blend.
 
-An average of networks has activations of its own, which the average of their running means and variances does not
-describe (Jordan et al., 2023, https://arxiv.org/abs/2211.08403). Two remedies, both of forward passes alone:
+The average of networks has other activations than the networks. So the average of their running means and variances
+does not describe them (Jordan et al., 2023, https://arxiv.org/abs/2211.08403). There are two remedies, and both need
+only forward passes:
 
-- after learning, `refresh_statistics` estimates them anew on target batches;
-- in learning, a `loss_fn` that normalises by its own minibatch (the network in training mode, its updated statistics
-  thrown away) judges the blend as it will be after that. It is deterministic, the same for both probes of a pair.
+- After learning, `refresh_statistics` estimates the statistics anew on target batches.
+- During learning, use a `loss_fn` that normalises by its own minibatch: run the network in training mode, and drop its
+  updated statistics. Then the loss is that of the repaired blend. It is deterministic, and the same for both probes of
+  a pair.
 """
 
 import itertools
@@ -36,38 +38,43 @@ def refresh_statistics(
 ) -> Params:
     """Estimates the BatchNorm statistics of a model anew.
 
-    The mean over all batches is that of the batches' means, weighted by their sizes; the variance, by the law of
-    total variance, the mean of their variances plus the variance of their means. With one batch it is that batch's.
+    The new mean is the mean of the batches' means, weighted by their sizes. The new variance follows the law of total
+    variance: the mean of the batches' variances plus the variance of their means. With one batch, the result is the
+    statistics of that batch.
 
-    `collection`, `mean` and `var` are regular expressions that are searched for in paths (`glue_jax.paths`); the path
-    of a variable of an `nnx.State` is without `/value`. In a state dict of PyTorch, with keys like `bn1.running_mean`,
-    the statistics are found by `collection=""` alone.
+    `collection`, `mean` and `var` are regular expressions for paths (`glue_jax.paths`). The path of a variable in an
+    `nnx.State` has no `/value`. For a state dict of PyTorch, with keys such as `bn1.running_mean`, `collection=""` is
+    enough.
 
     Args:
-        params: the model, with its statistics in `collection`; what they hold, None included, is replaced.
+        params: the model, with its old statistics in `collection`. The old statistics are replaced, and may be None.
         batches: a list, or another iterable, of pytrees of arrays `[B, ...]`.
-        statistics_fn: `statistics_fn(params, batch)`, the statistics of that batch alone in training mode, a tree of
-            the structure of the collection: with Flax, what a BatchNorm of momentum 0 has updated them to (of momentum
-            0.99, they would be 99 % of what they were before). Jit it.
-        collection: what tells the paths of statistics in `params` from those of parameters. The tree of
-            `statistics_fn` may hold it or leave it out. "" where the statistics lie among the parameters, as in
-            `nnx.to_pure_dict(nnx.state(model))`.
-        mean: which leaves are means. A mean and a variance are a pair if their paths are the same without what these
-            patterns match (`norm1/mean` and `norm1/var`).
-        var: which leaves are (biased) variances.
-        num_batches: the most batches to take, as from a loader without an end. None takes all.
+        statistics_fn: `statistics_fn(params, batch)` returns the statistics of that batch alone, in training mode. They
+            form a tree with the structure of the collection. With Flax, run a BatchNorm with momentum 0 and return its
+            updated statistics; with momentum 0.99 they would consist to 99 % of the old statistics. Jit this function.
+        collection: a regular expression that matches the paths of statistics in `params`, and no paths of parameters.
+            The paths of `statistics_fn`'s tree may contain it or not. Pass "" if statistics and parameters share one
+            tree, as in `nnx.to_pure_dict(nnx.state(model))`.
+        mean: a regular expression for the paths of means. A mean and a variance form a pair if their paths differ only
+            in the text that `mean` and `var` match, as in `norm1/mean` and `norm1/var`.
+        var: a regular expression for the paths of (biased) variances.
+        num_batches: the largest number of batches to take, for a loader without an end. None takes all.
 
     Returns:
-        `params` with the new statistics, in the dtypes of `statistics_fn`; they are pooled in float32 at least.
+        `params` with the new statistics, in the dtypes of `statistics_fn`. They are pooled in at least float32.
 
     Raises:
-        TypeError: batches that are an array or a mapping, which is one batch; statistics that are no floating-point
-            arrays.
-        ValueError: no batches; a statistic that is no mean or variance, or that `params` has no place for; one in
-            `params` that `statistics_fn` leaves out (all with the first batch); a variance that is negative or NaN.
+        TypeError: if `batches` is an array or a mapping, which is a single batch, or if a statistic is no
+            floating-point array.
+        ValueError: if there are no batches.
+        ValueError: after the first batch, if a statistic is neither a mean nor a variance, or has no place in `params`.
+        ValueError: after the first batch, if `statistics_fn` leaves out a statistic of `params`.
+        ValueError: if a variance is negative or NaN.
     """
     if hasattr(batches, "shape") or hasattr(batches, "_fields") or isinstance(batches, Mapping):
-        raise TypeError(f"batches is a {type(batches).__name__}; expected an iterable of batches: one batch is [batch]")
+        raise TypeError(
+            f"batches is a {type(batches).__name__}; expected an iterable of batches (for a single batch, pass [batch])"
+        )
     check_callable(statistics_fn=statistics_fn)
     for name, pattern in {"collection": collection, "mean": mean, "var": var}.items():
         compiled(name, pattern)
@@ -87,7 +94,10 @@ def refresh_statistics(
             dtypes = {path: leaf.dtype for path, leaf in found.items()}
             _put(params, collection, accurate, f"{mean}|{var}")
         elif accurate.keys() != pooled.keys():
-            raise ValueError(f"statistics_fn returned {list(found)} for one batch and {list(pooled)} for those before")
+            raise ValueError(
+                f"statistics_fn returned {list(found)} for one batch and {list(pooled)} for those before; expected the "
+                "same"
+            )
         for path in means:
             if not isinstance(accurate[path], Tracer) and not (accurate[path] >= 0).all():
                 raise ValueError(
@@ -100,7 +110,7 @@ def refresh_statistics(
 
 
 def _statistics(tree: PyTree, collection: str) -> dict[str, Any]:
-    """One batch's statistics by their paths without the collection."""
+    """Returns one batch's statistics by their paths without the collection."""
     found = {_without(collection, path): leaf for path, leaf in by_name(tree).items()}
     for path, leaf in found.items():
         kind = getattr(leaf, "dtype", type(leaf).__name__)
@@ -110,14 +120,14 @@ def _statistics(tree: PyTree, collection: str) -> dict[str, Any]:
 
 
 def _without(pattern: str, path: str) -> str:
-    """A path without the last match of a pattern."""
+    """Returns a path without the last match of a pattern."""
     for found in [*re.finditer(pattern, path)][-1:]:
         path = path[: found.start()] + path[found.end() :]
     return path.strip("/.")
 
 
 def _means_of_variances(paths: Iterable[str], mean: str, var: str) -> dict[str, str]:
-    """For each variance's path that of its mean; each statistic must be one of such a pair."""
+    """Returns, for the path of each variance, the path of its mean. Each statistic must belong to one pair."""
     paths = list(paths)
     means, variances = (
         {_without(pattern, path): path for path in paths if re.search(pattern, path)} for pattern in (mean, var)
@@ -127,8 +137,8 @@ def _means_of_variances(paths: Iterable[str], mean: str, var: str) -> dict[str, 
     for path in paths:
         if paired.count(path) != 1:
             raise ValueError(
-                f"statistics_fn returned {paths}; expected pairs of a mean ({mean!r}) and a variance ({var!r}), their "
-                f"paths the same without what these patterns match, and {path} has no partner"
+                f"statistics_fn returned {paths}; expected pairs of a mean ({mean!r}) and a variance ({var!r}), whose "
+                f"paths are the same without the text that these patterns match; {path} has no partner"
             )
     return pairs
 
@@ -136,7 +146,14 @@ def _means_of_variances(paths: Iterable[str], mean: str, var: str) -> dict[str, 
 def _pool(
     pooled: dict[str, jax.Array], found: dict[str, jax.Array], weight: float, means: dict[str, str]
 ) -> dict[str, jax.Array]:
-    """Statistics of what came before and of one more batch, which is `weight` of all (Chan et al., 1979)."""
+    """Pools the statistics so far with those of one more batch (Chan et al., 1979).
+
+    Args:
+        pooled: the statistics so far.
+        found: the statistics of the batch.
+        weight: the batch's share of all examples so far.
+        means: the path of the mean for the path of each variance.
+    """
     result = {path: before + weight * (found[path] - before) for path, before in pooled.items()}
     for path, mean in means.items():
         result[path] += weight * (1 - weight) * jnp.square(found[mean] - pooled[mean])
@@ -144,7 +161,10 @@ def _pool(
 
 
 def _put(params: Params, collection: str, statistics: Mapping[str, jax.Array], pattern: str) -> Params:
-    """`params` with the statistics at their places; `pattern` is in the paths of statistics among the parameters."""
+    """Returns `params` with the new statistics in their places.
+
+    If the collection is "", `pattern` tells statistics from parameters.
+    """
     leaves = by_name(params, keep_none=True)
     missing = set(statistics)
 
@@ -155,7 +175,7 @@ def _put(params: Params, collection: str, statistics: Mapping[str, jax.Array], p
         if at not in statistics:
             if not found[0] and not re.search(pattern, path):
                 return leaf
-            raise ValueError(f"statistics_fn returned nothing for {path}; it returned {list(statistics)}")
+            raise ValueError(f"statistics_fn returned nothing for {path}; it returned only {list(statistics)}")
         if leaf is not None and np.shape(leaf) != np.shape(statistics[at]):
             raise ValueError(
                 f"statistics_fn returned shape {np.shape(statistics[at])} for {path}; expected {np.shape(leaf)}"
@@ -165,5 +185,5 @@ def _put(params: Params, collection: str, statistics: Mapping[str, jax.Array], p
 
     result = [put(path, leaf) for path, leaf in leaves.items()]
     if missing:
-        raise ValueError(f"params has no place for {sorted(missing)} where the collection is {collection!r}")
+        raise ValueError(f"params has no place for {sorted(missing)}; collection is {collection!r}")
     return jax.tree.unflatten(jax.tree.structure(params, is_leaf=lambda leaf: leaf is None), result)

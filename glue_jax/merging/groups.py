@@ -1,4 +1,4 @@
-"""Coefficients by groups: one alpha for each layer, each block, or whatever the paths of a model name."""
+"""Coefficients for parts of a model: `group_by_path` and `by_layer` make groups of leaves, each with its own alpha."""
 
 import re
 from collections.abc import Callable
@@ -11,18 +11,18 @@ from glue_jax.paths import by_name, leaf_paths
 from glue_jax.types import Params, PyTree
 
 REST = "rest"
-"""The name of the group of the leaves that a pattern is not in, or that are in no layer."""
+"""The name of the group of all leaves that the pattern does not match, or that belong to no layer."""
 
 NORMS = "norms"
-"""The name of the group of all norms."""
+"""The name of the common group of all norms."""
 
 
 class Groups(NamedTuple):
-    """Which row of alpha `[G, K]` blends which leaf.
+    """Groups of leaves: which row of alpha `[G, K]` blends which leaf.
 
     Attributes:
-        rows: of the experts' structure, the row of each leaf: the `groups` of `blend`.
-        names: of the G rows.
+        rows: the number of the row for each leaf, with the structure of the experts. It is the `groups` of `blend`.
+        names: the names of the G rows.
     """
 
     rows: PyTree
@@ -32,26 +32,26 @@ class Groups(NamedTuple):
 def group_by_path(experts: Params, pattern: str | Callable[[str], str]) -> Groups:
     r"""Groups the leaves of a model by their paths.
 
-    Learn with it by `merge_fn=functools.partial(blend, groups=groups.rows)` from
-    `init(K, optimizer, beta=jnp.zeros((len(groups.names), K)))`. SPSA then learns G K numbers: the relative squared
-    error of an estimate from m orthogonal directions is G K / m - 1 (`glue_jax.theory`), so that more groups want
-    more directions, or more and smaller steps.
+    To learn by groups, use `merge_fn=functools.partial(blend, groups=groups.rows)` and start from `init(K, optimizer,
+    beta=jnp.zeros((len(groups.names), K)))`. SPSA then learns G K numbers. With m orthogonal directions, the relative
+    squared error of an estimate is G K / m - 1 (`glue_jax.theory`). So with more groups, take more directions, or more
+    and smaller steps.
 
     Args:
         experts: stacked experts, or one of them.
-        pattern: a regular expression. A leaf's group is what it finds in the leaf's path (`glue_jax.paths`): its
-            first capture group where it has one, else all that it matches; leaves in whose paths it is not share
-            the group `rest`. BatchNorm statistics should go with their layer: `blocks/\d+` finds both
-            `params/blocks/0/conv/kernel` and `batch_stats/blocks/0/norm/mean`. Or a function from path to group, a
-            string.
+        pattern: a regular expression, or a function from a path to the name of its group. The group of a leaf is the
+            text that the expression matches in the leaf's path (`glue_jax.paths`). If the expression has a capture
+            group, the first capture group counts. All leaves without a match share the group `rest`. Put BatchNorm
+            statistics into the group of their layer. For example, `blocks/\d+` matches both
+            `params/blocks/0/conv/kernel` and `batch_stats/blocks/0/norm/mean`.
 
     Returns:
-        The groups, numbered in the order in which the leaves come.
+        The groups, numbered in the order of the leaves.
 
     Raises:
-        ValueError: a pattern that is in no path, a group without a name, by the leaf's path, as where a pattern's first
-            capture group finds nothing (`(w)|(b)`), or experts without leaves.
-        TypeError: a function that returns no string.
+        ValueError: if the pattern matches no path, or if the experts have no leaves.
+        ValueError: if a group has an empty name, as when the first capture group of `(w)|(b)` matches nothing.
+        TypeError: if the function returns no string, or if the pattern is no regular expression.
 
     Example:
         >>> import glue_jax
@@ -66,32 +66,32 @@ def group_by_path(experts: Params, pattern: str | Callable[[str], str]) -> Group
     paths = jax.tree.leaves(leaf_paths(experts))
     groups = _numbered(experts, paths, [label(path) for path in paths])
     if groups.names == (REST,) and not callable(pattern):
-        raise ValueError(f"the pattern {pattern!r} is in no path; the paths are {paths}")
+        raise ValueError(f"the pattern {pattern!r} matches no path; the paths are {paths}")
     return groups
 
 
 def by_layer(experts: Params, *, norms: str | None = None, collections: str = "^(?:params|batch_stats)[/.]") -> Groups:
-    r"""Groups the leaves of a model by layers, each of which is a kernel with its bias, a norm with its statistics.
+    r"""Groups the leaves of a model by layers. A layer is a kernel with its bias, or a norm with its statistics.
 
-    A leaf's layer is its path without its last key, whether the keys are nested (`params/Dense_0/kernel`), are one name
-    with dots (`bn1.running_mean`, as in a state dict of PyTorch), or end in the `value` below a variable of an
-    `nnx.State`. Leaves above all layers, as a ViT's position embedding, share the group `rest`. See `group_by_path` for
-    how to learn by groups.
+    The layer of a leaf is its path without the last key. This works for nested keys (`params/Dense_0/kernel`), for keys
+    with dots (`bn1.running_mean`, as in a state dict of PyTorch), and for the variables of an `nnx.State`, whose paths
+    end in `value`. Leaves that belong to no layer, such as a ViT's position embedding, share the group `rest`.
+    `group_by_path` explains how to learn by groups.
 
     Args:
         experts: stacked experts, or one of them.
-        norms: a regular expression for the layers that are norms, such as `"(?i)norm|bn"`. They then share one group,
-            `norms`. None gives each norm a group of its own.
-        collections: a regular expression for what comes before the layer, so that a norm's parameters and its
-            statistics are in one group: Flax's collections; for the pairs of `nnx.split(model, nnx.Param,
-            nnx.BatchStat)` it is `r"^\d+/"`.
+        norms: a regular expression for the names of layers that are norms, such as `"(?i)norm|bn"`. All norms then
+            share one group, `norms`. None gives each norm its own group.
+        collections: a regular expression for the part of a path before the layer, so that a norm's parameters and its
+            statistics fall into one group. The default matches Flax's collections. For the pairs of `nnx.split(model,
+            nnx.Param, nnx.BatchStat)`, pass `r"^\d+/"`.
 
     Returns:
-        The groups, numbered in the order in which the leaves come.
+        The groups, numbered in the order of the leaves.
 
     Raises:
-        ValueError: experts of which no path has a layer, as `{"w1": ..., "w2": ...}`, or a pattern for norms that is
-            in no layer's name.
+        ValueError: if no path contains a layer, as in `{"w1": ..., "w2": ...}`, or if `norms` matches no layer.
+        TypeError: if `norms` is no regular expression.
 
     Example:
         >>> import glue_jax
@@ -106,19 +106,19 @@ def by_layer(experts: Params, *, norms: str | None = None, collections: str = "^
     layers = [found[1] if (found := re.match("(.+)[/.]", layer)) else REST for layer in layers]
     if not set(layers) - {REST}:
         raise ValueError(
-            f"no path names a layer; expected 'layer/leaf' or 'layer.leaf', and the paths are {paths} (group_by_path "
-            "takes a function from path to group)"
+            f"no path names a layer; expected 'layer/leaf' or 'layer.leaf', but the paths are {paths} (otherwise "
+            "give group_by_path a function from path to group)"
         )
     if norms is not None:
         named = list(dict.fromkeys(layers))
         layers = [NORMS if layer != REST and compiled("norms", norms).search(layer) else layer for layer in layers]
         if NORMS not in layers:
-            raise ValueError(f"the pattern {norms!r} of norms is in the name of no layer; the layers are {named}")
+            raise ValueError(f"norms is {norms!r}, which matches no layer; the layers are {named}")
     return _numbered(experts, paths, layers)
 
 
 def _numbered(experts: Params, paths: list[str], labels: list[str]) -> Groups:
-    """The groups of these labels, one for each leaf."""
+    """Returns the groups of these labels, one label for each leaf."""
     if not paths:
         raise ValueError("the experts hold no arrays: expected a pytree with at least one leaf")
     for path, label in zip(paths, labels, strict=True):
@@ -131,7 +131,7 @@ def _numbered(experts: Params, paths: list[str], labels: list[str]) -> Groups:
 
 
 def _by_pattern(pattern: str) -> Callable[[str], str]:
-    """From a path to what the pattern finds in it."""
+    """Returns a function from a path to the text that the pattern matches in it."""
     expression = compiled("pattern", pattern)
 
     def label(path: str) -> str:

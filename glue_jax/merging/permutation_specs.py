@@ -1,14 +1,14 @@
-"""What may be permuted in a network, as data.
+"""Permutation specs: which axes of which leaves of a network may be permuted, as data.
 
-A `PermutationSpec` says for each leaf, by its path (`glue_jax.paths`), what runs along each of its axes. Of a network
-with two dense layers:
+A `PermutationSpec` names, for the path of each leaf (`glue_jax.paths`), the permutation of each of its axes. For a
+network with two dense layers:
 
     spec = {"dense1/kernel": (None, "hidden"), "dense1/bias": ("hidden",), "dense2/kernel": ("hidden", None)}
 
-`chain_spec` writes it for a plain chain of layers.
+`chain_spec` writes the spec of a plain chain of layers.
 
-An axis whose units belong to several permutations, as behind a concatenation or a shortcut that pads with zeros, is a
-tuple of segments `(name, start, stop)` of them, in their order on the axis.
+The units of one axis can belong to several permutations, as after a concatenation, or after a shortcut that pads with
+zeros. Such an axis is a tuple of segments `(name, start, stop)`, in their order on the axis.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,34 +21,41 @@ from glue_jax.paths import by_path
 from glue_jax.types import Params
 
 Segment: TypeAlias = tuple[str, int, int]
+"""The units start to stop of a permutation, `(name, start, stop)`, as a part of an axis."""
+
 Axis: TypeAlias = str | tuple[Segment, ...] | None
+"""One axis of a leaf: the name of its permutation, a tuple of segments, or None if its units do not move."""
+
 PermutationSpec: TypeAlias = Mapping[str, tuple[Axis, ...]]
-"""For each leaf's path, what is permuted along each of its axes; None, or a path left out, is nothing."""
+"""For the path of each leaf, what is permuted along each axis. None means nothing, and so does a missing path."""
 
 KernelLayout: TypeAlias = Literal["in_out", "out_in"]
-"""Where kernels have inputs and outputs: on their last two axes, as in Flax and Haiku, or, outputs first, on their
-first two, as in PyTorch and Equinox."""
+"""The order of a kernel's axes: `in_out` as in Flax and Haiku, or `out_in` as in PyTorch and Equinox.
+
+`in_out` has inputs and outputs on the last two axes. `out_in` has outputs and inputs on the first two axes.
+"""
 
 
 def chain_spec(params: Params, layers: Sequence[str], *, kernel_layout: KernelLayout | None = None) -> PermutationSpec:
-    """Returns what may be permuted in an MLP, or in a CNN without shortcuts: the units of each layer but the last.
+    """Returns the spec of an MLP, or of a CNN without shortcuts. The units of each layer but the last may be permuted.
 
     Args:
         params: one model.
-        layers: for each layer, from input to output, a regular expression for the paths of its leaves: its kernel,
-            and what runs along its outputs, such as its bias, and the scales and the statistics of a norm behind it.
-        kernel_layout: `in_out` for kernels `[..., inputs, outputs]`, as of Flax and Haiku, `out_in` for
-            `[outputs, inputs, ...]`, as of PyTorch and Equinox. None finds it by the shapes. Where these allow both, as
-            where all kernels are square, it must be given: in the wrong one, units change places and their weights
-            do not, and the network computes something else.
+        layers: one regular expression for each layer, from input to output. It matches the paths of the layer's kernel,
+            of its bias, and of the scales and statistics of a norm after it.
+        kernel_layout: `in_out` for kernels `[..., inputs, outputs]`, as in Flax and Haiku, or `out_in` for `[outputs,
+            inputs, ...]`, as in PyTorch and Equinox. None finds the layout from the shapes. You must give it if the
+            shapes fit both, for example if all kernels are square. With the wrong layout, units change places but their
+            weights do not, and the network computes another function.
 
     Returns:
-        The spec of all leaves of these layers, with the units of the layer at index i as `"units{i}"`.
+        The spec of all leaves of these layers. The units of layer i are named `"units{i}"`.
 
     Raises:
-        ValueError: fewer than two layers, a pattern that is in no path, a path that two have, shapes that do not fit
-            the layout, or that fit both where none is given.
-        TypeError: one string in place of a sequence of patterns.
+        ValueError: if there are fewer than two layers.
+        ValueError: if a pattern matches no path, or if two patterns match the same path.
+        ValueError: if the shapes do not fit the layout, or if they fit both layouts and none is given.
+        TypeError: if `layers` is one string.
 
     Example:
         >>> import jax.numpy as jnp
@@ -69,10 +76,10 @@ def chain_spec(params: Params, layers: Sequence[str], *, kernel_layout: KernelLa
         expression = compiled("an entry of layers", layer)
         paths = [path for path in shapes if expression.search(path)]
         if not paths:
-            raise ValueError(f"the pattern {layer!r} is in no path; the paths are {list(shapes)}")
+            raise ValueError(f"the pattern {layer!r} matches no path; the paths are {list(shapes)}")
         for path in paths:
             if path in layer_of:
-                raise ValueError(f"the pattern {layer!r} finds {path!r}, which is of an earlier layer, too")
+                raise ValueError(f"the pattern {layer!r} matches {path!r}, which an earlier layer matches too")
             layer_of[path] = index
 
     specs, reasons = {}, {}
@@ -88,22 +95,22 @@ def chain_spec(params: Params, layers: Sequence[str], *, kernel_layout: KernelLa
             reasons[layout] = str(error)
     if not specs:
         raise ValueError(
-            "the layers are no chain of one model (experts that are stacked are several): "
+            "the layers are no chain of one model (stacked experts are several models): "
             + "; ".join(f"with kernel_layout {layout!r}, {reason}" for layout, reason in reasons.items())
         )
     if len(specs) > 1 and len({tuple(spec.items()) for spec in specs.values()}) > 1:
         raise ValueError(
-            "the shapes fit both layouts of kernels: pass kernel_layout='in_out' (as Flax and Haiku have them) or "
-            f"'out_in' (as PyTorch and Equinox); the shapes are {[f'{path} {shapes[path]}' for path in layer_of]}"
+            "the shapes fit both layouts of kernels: pass kernel_layout='in_out' (Flax and Haiku) or 'out_in' (PyTorch "
+            f"and Equinox); the shapes are {[f'{path} {shapes[path]}' for path in layer_of]}"
         )
     return next(iter(specs.values()))
 
 
 class Layout:
-    """Where the units of each permutation are on the axes of each leaf, checked against a model."""
+    """The places of each permutation's units on the axes of each leaf, checked against a model."""
 
     def __init__(self, spec: PermutationSpec, params: Params):
-        """Refuses a spec that does not fit."""
+        """Refuses a spec that does not fit the model."""
         if not isinstance(spec, Mapping):
             raise TypeError(f"spec is a {type(spec).__name__}; expected a mapping from paths to axes (see chain_spec)")
         shapes = {path: np.shape(leaf) for path, leaf in by_path(params).items()}
@@ -111,23 +118,24 @@ class Layout:
         self._places: dict[str, list[dict[str, np.ndarray]]] = {}
         for path, axes in spec.items():
             if path not in shapes:
-                raise ValueError(f"the spec names {path!r}, where the model has no leaf; its paths are {list(shapes)}")
+                raise ValueError(f"spec names {path!r}, but the model has no such leaf; its paths are {list(shapes)}")
             if len(axes) != len(shapes[path]):
-                raise ValueError(f"the spec has {len(axes)} axes for {path}, whose shape is {shapes[path]}")
+                raise ValueError(f"spec has {len(axes)} axes for {path}; expected {len(shapes[path])}, {shapes[path]}")
             self._places[path] = [_places_on(path, axis, size) for axis, size in zip(axes, shapes[path], strict=True)]
             for places in self._places[path]:
                 for name, found in places.items():
                     if self.sizes.setdefault(name, len(found)) != len(found):
                         raise ValueError(
-                            f"permutation {name!r} has {len(found)} units at {path} and {self.sizes[name]} elsewhere"
+                            f"permutation {name!r} has {len(found)} units at {path}, but {self.sizes[name]} elsewhere; "
+                            "expected the same number"
                         )
 
     def check(self, permutations: Mapping[str, np.ndarray]) -> None:
-        """Refuses what is no permutation of the spec's."""
+        """Refuses a value that is no permutation of the spec."""
         if not isinstance(permutations, Mapping):
             raise TypeError(
-                f"permutations is a {type(permutations).__name__}; expected a mapping from names to permutations "
-                "(those of one model)"
+                f"permutations is a {type(permutations).__name__}; expected a mapping from names to permutations, "
+                "for one model"
             )
         for name, permutation in permutations.items():
             if name not in self.sizes:
@@ -140,12 +148,12 @@ class Layout:
                 )
 
     def places(self, path: str, name: str) -> list[tuple[int, np.ndarray]]:
-        """Axis and places of a permutation's units, for each axis of a leaf that they are on."""
+        """Returns, for each axis of a leaf that has units of a permutation, the axis and the places of these units."""
         axes = self._places.get(path, [])
         return [(axis, places[name]) for axis, places in enumerate(axes) if name in places]
 
     def names(self, path: str) -> set[str]:
-        """The permutations of a leaf."""
+        """Returns the names of a leaf's permutations."""
         return {name for places in self._places.get(path, []) for name in places}
 
     def permuted(
@@ -157,7 +165,15 @@ class Layout:
         elsewhere: Mapping[str, np.ndarray] | None = None,
         axis: int | None = None,
     ) -> np.ndarray:
-        """A leaf with its units moved; on all axes but `axis`, by those of `elsewhere` where it has them."""
+        """Returns a leaf with its units moved.
+
+        Args:
+            path: the path of the leaf.
+            leaf: the leaf.
+            permutations: the permutations by name.
+            elsewhere: permutations that replace those of the same name on all axes but `axis`.
+            axis: the axis that `elsewhere` leaves alone.
+        """
         leaf = np.asarray(leaf)
         for number, places in enumerate(self._places.get(path, [])):
             chosen = permutations if elsewhere is None or number == axis else {**permutations, **elsewhere}
@@ -170,7 +186,7 @@ class Layout:
 
 
 def _chain_axes(shape: tuple[int, ...], layout: KernelLayout, index: int, *, is_last: bool) -> tuple[Axis, ...]:
-    """What runs along the axes of a leaf of a chain's layer."""
+    """Returns the permutation of each axis of a leaf in a chain's layer."""
     inputs, outputs = f"units{index - 1}" if index else None, None if is_last else f"units{index}"
     others = [None] * (len(shape) - 2)
     if layout == "in_out":
@@ -182,13 +198,15 @@ def _chain_axes(shape: tuple[int, ...], layout: KernelLayout, index: int, *, is_
 
 
 def _places_on(path: str, axis: Axis, size: int) -> dict[str, np.ndarray]:
-    """The places of the units of each permutation along one axis."""
+    """Returns the places of each permutation's units on one axis."""
     if axis is None:
         return {}
     if isinstance(axis, str):
         return {axis: np.arange(size)}
     if sum(stop - start for _, start, stop in axis) != size:
-        raise ValueError(f"the segments {axis} of the spec do not fill an axis of {path}, whose length is {size}")
+        raise ValueError(
+            f"spec has the segments {axis} for {path}; expected segments that fill an axis of {size} units"
+        )
     units: dict[str, dict[int, int]] = {}
     place = 0
     for name, start, stop in axis:
@@ -196,5 +214,5 @@ def _places_on(path: str, axis: Axis, size: int) -> dict[str, np.ndarray]:
         place += stop - start
     for name, found in units.items():
         if sorted(found) != list(range(len(found))):
-            raise ValueError(f"the segments {axis} of the spec for {path} leave out units of {name!r}, or repeat them")
+            raise ValueError(f"spec has the segments {axis} for {path}; expected each unit of {name!r} exactly once")
     return {name: np.array([found[unit] for unit in range(len(found))]) for name, found in units.items()}

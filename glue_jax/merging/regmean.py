@@ -1,10 +1,12 @@
-"""RegMean: experts merged by closed form, layer by layer, from forward passes alone.
+"""RegMean: merges experts layer by layer in closed form, from forward passes alone.
 
-Jin et al., 2023, "Dataless Knowledge Fusion by Merging Weights of Language Models" (https://arxiv.org/abs/2212.09849).
-A linear layer is merged such that its outputs on each expert's own inputs X_i are near that expert's own outputs:
-W minimises `sum_i ||X_i W - X_i W_i||^2`. It takes of the inputs only the Gram matrices `X_i^T X_i`, which add up over
-minibatches. The library cannot see a network's layers, so the caller records the inputs of each layer, and makes
-Gram matrices of them by `layer_gram` and `conv_gram`.
+The method is that of Jin et al., 2023, "Dataless Knowledge Fusion by Merging Weights of Language Models"
+(https://arxiv.org/abs/2212.09849). The merged linear layer should reproduce the outputs of each expert i on that
+expert's own inputs X_i. So its kernel W minimises `sum_i ||X_i W - X_i W_i||^2`. The minimum depends on the inputs only
+through the Gram matrices `X_i^T X_i`. The Gram matrices of several minibatches add up.
+
+The library cannot see the layers of a network. So record the inputs of each layer yourself, and make their Gram
+matrices with `layer_gram` and `conv_gram`.
 """
 
 import itertools
@@ -29,16 +31,16 @@ _LEAST_EIGENVALUE = 10.0
 
 
 def layer_gram(inputs: ArrayLike) -> jax.Array:
-    """Returns the Gram matrix `X^T X` of a linear layer's inputs. The Gram matrices of several minibatches add up.
+    """Returns the Gram matrix `X^T X` of a linear layer's inputs. Add the Gram matrices of several minibatches.
 
     Args:
-        inputs: floating point `[..., in_features]`. All axes before the last one are rows of X.
+        inputs: the inputs, floating point `[..., in_features]`. All axes before the last one are rows of X.
 
     Returns:
-        `[in_features, in_features]`, in at least float32.
+        The Gram matrix, `[in_features, in_features]`, in at least float32.
 
     Raises:
-        ValueError: inputs without an axis.
+        ValueError: if the inputs have no axis.
 
     Example:
         >>> import jax.numpy as jnp
@@ -62,21 +64,21 @@ def conv_gram(
     strides: int | Sequence[int] = 1,
     padding: int | str | Sequence[tuple[int, int]] = "SAME",
 ) -> jax.Array:
-    """Returns the Gram matrix of a convolution's inputs: a convolution is a linear layer of the patches that it sees.
+    """Returns the Gram matrix of a convolution's inputs. A convolution is a linear layer on patches of its inputs.
 
     Args:
-        inputs: floating point `[B, *spatial, C]`.
-        kernel_shape: of the kernel, `[*window, C, out_features]`, as in Flax. A grouped convolution is not one linear
-            layer, and is refused.
-        strides: of each spatial axis, or of all.
+        inputs: the inputs, floating point `[B, *spatial, C]`.
+        kernel_shape: the shape of the kernel, `[*window, C, out_features]`, as in Flax. A grouped convolution is
+            refused, because it is not one linear layer.
+        strides: one stride for each spatial axis, or one for all.
         padding: as for `jax.lax.conv_general_dilated`, or the number of zeros on each side of every spatial axis.
 
     Returns:
-        `[in, in]` with `in = prod(window) * C`, in at least float32. Its order is that of the kernel's axes, so it
-        belongs to `kernel.reshape(in, out_features)`.
+        The Gram matrix, `[in, in]` with `in = prod(window) * C`, in at least float32. Its rows have the order of the
+        kernel's axes, so it belongs to `kernel.reshape(in, out_features)`.
 
     Raises:
-        ValueError: inputs that are not of the kernel's rank or number of channels.
+        ValueError: if the inputs do not have the kernel's rank or number of channels.
     """
     inputs = jnp.asarray(inputs)
     *window, channels, _ = kernel_shape
@@ -101,34 +103,35 @@ def conv_gram(
 
 
 def regmean_merge(experts: Params, grams: Mapping[str, ArrayLike], *, scale: float = 0.9) -> Params:
-    """Merges the linear layers of experts by their inputs, and averages all else uniformly (Jin et al., 2023).
+    """Merges the linear layers of experts by their inputs, and averages all other leaves uniformly (Jin et al., 2023).
 
-    A kernel becomes `(sum_i G_i)^-1 sum_i G_i W_i` (https://arxiv.org/abs/2212.09849, Eq. 2), where G_i is expert i's
-    Gram matrix with its off-diagonal entries multiplied by `scale` (its section 3.3). Biases, norms, depthwise kernels,
-    embeddings, and what else has no Gram matrix, are averaged.
+    A kernel becomes `(sum_i G_i)^-1 sum_i G_i W_i` (https://arxiv.org/abs/2212.09849, Eq. 2). G_i is the Gram matrix of
+    expert i with its off-diagonal entries multiplied by `scale` (section 3.3 of that paper). Leaves without a Gram
+    matrix are averaged, such as biases, norms, depthwise kernels and embeddings.
 
-    The sum of the Gram matrices may be singular, as where a feature is 0 in all inputs. So the equation is solved for
-    the difference to the uniform average, by a pseudo-inverse: the sum's diagonal is brought to 1, and eigenvalues of
-    that below `10 * in` roundings of the number format (8e-5 with 64 features in float32) count as 0. Along directions
-    that no input has, the result is the uniform average.
+    The sum of the Gram matrices may be singular, for example if a feature is 0 in all inputs. So the function solves
+    for the difference from the uniform average, by a pseudo-inverse. It first scales the diagonal of the sum to 1. Then
+    it treats small eigenvalues as 0: those below `10 * in` times the rounding error of the number format. With 64
+    features in float32, this is 8e-5. In directions that no input has, the result is the uniform average.
 
     Args:
         experts: stacked experts, each leaf `[K, ...]`.
-        grams: by the paths of kernels (`glue_jax.paths.leaf_paths`; of an `nnx.State` without `/value`), the Gram
-            matrix of each expert's own inputs to the layer, `[K, in, in]`, by `layer_gram` or `conv_gram`. An expert
-            counts by how many inputs it has seen: give all experts as many. A kernel is `[*in_axes, *out_axes]`, as in
-            Flax, and `in` the product of its first axes; a PyTorch weight is to be transposed first.
-        scale: from 0, where the diagonals alone decide, to 1, which is least squares.
+        grams: for the path of each kernel (`glue_jax.paths.leaf_paths`; without `/value` for an `nnx.State`), the Gram
+            matrices `[K, in, in]` of the experts' own inputs to the layer, from `layer_gram` or `conv_gram`. The weight
+            of an expert grows with its number of inputs, so give all experts the same number. A kernel is `[*in_axes,
+            *out_axes]`, as in Flax, and `in` is the product of its first axes. Transpose a PyTorch weight first.
+        scale: from 0, which uses the diagonals alone, to 1, which is least squares.
 
     Returns:
-        The merged model, computed in at least float32, each leaf `[...]` in the expert's dtype; what is not floating
-        point as `blend` has it.
+        The merged model, each leaf `[...]` in the dtype of the experts, computed in at least float32. Leaves that are
+        not floating point are the first expert's.
 
     Raises:
-        ValueError: a path that the experts do not have, Gram matrices that do not fit the kernel, by path with both
-            shapes, or that are not finite, by expert and path; a kernel that is not floating point; `scale` out of its
-            range. Traced values are not looked at.
-        TypeError: `grams` that are no mapping.
+        ValueError: if the experts do not have a path of `grams`, or if a kernel is not floating point.
+        ValueError: if Gram matrices do not fit their kernel; the error shows both shapes.
+        ValueError: if Gram matrices are not finite. Traced values are not checked.
+        ValueError: if `scale` is out of its range.
+        TypeError: if `grams` is no mapping, or if `scale` is no real number.
 
     Example:
         >>> import jax.numpy as jnp
@@ -159,22 +162,24 @@ def regmean_merge(experts: Params, grams: Mapping[str, ArrayLike], *, scale: flo
 
 
 def _check_gram(path: str, gram: jax.Array, leaves: Mapping[str, jax.Array], k: int) -> None:
-    """Refuses a Gram matrix without its kernel, or of other shape."""
+    """Refuses a Gram matrix that has no kernel, or that does not fit it."""
     if path not in leaves:
-        raise ValueError(f"grams has the path {path!r}; expected paths of experts: {list(leaves)}")
+        raise ValueError(f"grams has the path {path!r}; expected paths of the experts, {list(leaves)}")
     shape, dtype = jnp.shape(leaves[path]), jnp.result_type(leaves[path])
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"grams has the path {path}, where experts hold {dtype}; expected a floating-point kernel")
+        raise ValueError(
+            f"grams has the path {path}, but the experts hold {dtype} there; expected a floating-point kernel"
+        )
     sizes = list(itertools.accumulate(shape[1:], operator.mul))
     if gram.ndim != 3 or gram.shape[0] != k or gram.shape[1] != gram.shape[2] or gram.shape[1] not in sizes:
         raise ValueError(
-            f"grams has shape {gram.shape} at {path}; expected [K, in, in] with K = {k} and in one of {sizes}, the "
-            f"products of the first axes of the experts' kernel, of shape {shape}"
+            f"grams has shape {gram.shape} at {path}; expected [K, in, in] with K = {k}, where in is one of {sizes}, "
+            f"the products of the first axes of the experts' kernel, whose shape is {shape}"
         )
 
 
 def _merge(kernels: jax.Array, grams: jax.Array, scale: float) -> jax.Array:
-    """One kernel `[...]` of those of all experts `[K, ...]` and their Gram matrices `[K, in, in]`."""
+    """Returns one merged kernel `[...]`, from all experts' kernels `[K, ...]` and Gram matrices `[K, in, in]`."""
     dtype = jnp.promote_types(kernels.dtype, jnp.float32)
     size = grams.shape[1]
     matrices = kernels.astype(dtype).reshape(len(kernels), size, -1)
@@ -182,7 +187,7 @@ def _merge(kernels: jax.Array, grams: jax.Array, scale: float) -> jax.Array:
     mean, total = jnp.mean(matrices, axis=0), jnp.sum(grams, axis=0)
     right = jnp.einsum("kij,kjo->io", grams, matrices - mean[None], precision=_HIGHEST)
     diagonal = jnp.diagonal(total)
-    # A feature that is 0 in all inputs has no part in the right side either.
+    # A feature that is 0 in all inputs is 0 on the right side too, so any scale will do.
     to_unit = jax.lax.rsqrt(jnp.where(diagonal > 0, diagonal, 1))[:, None]
     values, vectors = jnp.linalg.eigh(total * to_unit * to_unit.T)
     is_seen = values > _LEAST_EIGENVALUE * size * jnp.finfo(dtype).eps

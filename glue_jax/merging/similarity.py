@@ -1,4 +1,4 @@
-"""Whether experts can be averaged at all, from their weights, and from the loss between them."""
+"""Can the experts be averaged? `weight_similarity` compares their weights, `loss_barriers` the losses between them."""
 
 import itertools
 import math
@@ -18,16 +18,19 @@ from glue_jax.types import Params
 
 
 class Similarity(NamedTuple):
-    """How alike experts are, group by group.
+    """How similar the experts are, group by group.
 
     Attributes:
-        names: of the G groups.
-        cosine: of the angles between their weights, `[G, K, K]`. Near 1 they are close to one another; about 0 they
-            have nothing in common, as kernels from separate initialisations (scales of norms are near 1 in all).
-        distance: from the origin over its length, `[G, K]`, infinite where that is 0, as of biases; without an origin,
-            from their mean over its length.
-        cosine_from_origin: of the angles between what they learned, their differences from the origin, `[G, K, K]`;
-            None without one. Near 1 they learned the same; at 0 what they learned does not conflict.
+        names: the names of the G groups.
+        cosine: the cosines of the angles between the experts' weights, `[G, K, K]`. Near 1, the weights are close. Near
+            0, they have nothing in common, as for kernels from separate initialisations. The scales of norms are near 1
+            in every network, so their cosine is near 1 in any case.
+        distance: each expert's distance from the origin, divided by the length of the origin, `[G, K]`. It is infinite
+            if that length is 0, as for biases. Without an origin, it is the distance from the experts' mean, divided by
+            the length of the mean.
+        cosine_from_origin: the cosines of the angles between the experts' differences from the origin, `[G, K, K]`.
+            Such a difference is what an expert learned. Near 1, two experts learned the same. Near 0, the things that
+            they learned do not conflict. It is None without an origin.
     """
 
     names: tuple[str, ...]
@@ -40,24 +43,25 @@ def weight_similarity(experts: Params, groups: Groups | None = None, *, origin: 
     """Compares experts by their weights alone.
 
     Args:
-        experts: stacked, each leaf `[K, ...]`. Leave out BatchNorm statistics (`partition`), which are no weights.
-        groups: of `group_by_path` or `by_layer`; None is one group of all.
-        origin: the common initialisation, if there is one: of the structure of one expert.
+        experts: stacked experts, each leaf `[K, ...]`. Split off BatchNorm statistics with `partition`, because they
+            are no weights.
+        groups: groups from `group_by_path` or `by_layer`. None puts all leaves into one group.
+        origin: the common initialisation, if there is one, with the structure of one expert.
 
     Returns:
-        NumPy arrays, float64. One leaf at a time is copied to the host, in float64.
+        The similarities, as float64 NumPy arrays. The function copies one leaf at a time to the host, as float64.
 
     Raises:
-        ValueError: an origin that is not of the structure and the shapes of one expert, or groups of another tree or
-            with rows that have no name.
-        TypeError: groups that are no `Groups`, or complex weights.
+        ValueError: if the origin does not have the structure and shapes of one expert.
+        ValueError: if the groups belong to another tree, or if a row of the groups has no name.
+        TypeError: if `groups` is no `Groups`, or if weights are complex.
     """
     k = num_experts(experts)
     count = len(jax.tree.leaves(experts))
     rows = [0] * count if groups is None else _rows(groups, experts)
     names = ("all",) if groups is None else groups.names
     if origin is not None and jax.tree.map(np.shape, origin) != jax.tree.map(lambda leaf: np.shape(leaf)[1:], experts):
-        raise ValueError("origin is not of the structure and the shapes of one expert")
+        raise ValueError("origin does not fit; expected the structure and the shapes of one expert")
     starts = [None] * count if origin is None else jax.tree.leaves(origin)
     inner, moved = np.zeros((2, len(names), k, k))
     length = np.zeros(len(names))
@@ -76,24 +80,25 @@ def weight_similarity(experts: Params, groups: Groups | None = None, *, origin: 
 def loss_barriers(
     experts: Params, loss_fn: Callable[[Params], jax.Array | float], *, num_points: int = 5
 ) -> np.ndarray:
-    """Returns how far the loss rises on the line between each two experts (Entezari et al., 2022).
+    """Returns how much the loss rises on the line between each pair of experts (Entezari et al., 2022).
 
-    The largest of `L((1 - t) a + t b) - (1 - t) L(a) - t L(b)` over t in [0, 1] (https://arxiv.org/abs/2110.06296).
-    About 0, the two lie in one valley, and their average is as good as they are.
+    The barrier between experts a and b is the largest value of `L((1 - t) a + t b) - (1 - t) L(a) - t L(b)` for t in
+    [0, 1]. If it is near 0, the two experts lie in one valley of the loss, and their average is as good as they are.
+    The source is https://arxiv.org/abs/2110.06296.
 
     Args:
-        experts: stacked, each leaf `[K, ...]`.
-        loss_fn: `loss_fn(params)`, the loss of one model. Jit it: it is called for each expert, and `num_points` times
-            for each two.
-        num_points: inside the line, evenly spaced.
+        experts: stacked experts, each leaf `[K, ...]`.
+        loss_fn: `loss_fn(params)`, the loss of one model. Jit it. It is called once for each expert, and `num_points`
+            times for each pair.
+        num_points: the number of points inside each line, evenly spaced.
 
     Returns:
-        `[K, K]`, symmetric, 0 on the diagonal and at least 0.
+        The barriers, float64 `[K, K]`: symmetric, 0 on the diagonal, and at least 0.
 
     Raises:
-        ValueError: `num_points` below 1, or a loss that is no scalar.
-        TypeError: `num_points` that is no integer, or a loss that is no real number.
-        FloatingPointError: a loss that is infinite or not a number, with the experts that it lies between.
+        ValueError: if `num_points` is below 1, or if a loss is no scalar.
+        TypeError: if `num_points` is no integer, or if a loss is no real number.
+        FloatingPointError: if a loss is infinite or NaN; the error names the two experts.
     """
     check_counts(num_points=num_points)
     check_callable(loss_fn=loss_fn)
@@ -103,7 +108,10 @@ def loss_barriers(
         params = blend(experts, jnp.zeros(k).at[first].add(1 - t).at[second].add(t))
         value = as_number("the value of loss_fn", loss_fn(params))
         if not math.isfinite(value):
-            raise FloatingPointError(f"the loss is {value} at {t:.2f} of the way from expert {first} to {second}")
+            raise FloatingPointError(
+                f"loss_fn returned {value} at {t:.2f} of the way from expert {first} to {second}; "
+                "expected a finite loss"
+            )
         return value
 
     ends = [loss(expert, expert, 0) for expert in range(k)]
@@ -116,20 +124,22 @@ def loss_barriers(
 
 
 def _rows(groups: Groups, experts: Params) -> list[int]:
-    """The row of each leaf, checked."""
+    """Returns the row of each leaf, checked."""
     if not isinstance(groups, Groups):
-        raise TypeError(f"groups is a {type(groups).__name__}; expected a Groups, of group_by_path or by_layer")
+        raise TypeError(
+            f"groups is a {type(groups).__name__}; expected the Groups that group_by_path or by_layer returns"
+        )
     if jax.tree.structure(groups.rows) != jax.tree.structure(experts):
         ours, theirs = (jax.tree.leaves(leaf_paths(tree)) for tree in (groups.rows, experts))
-        raise ValueError(f"groups are of another tree than experts: they have rows for {ours}; expected {theirs}")
+        raise ValueError(f"groups have rows for {ours}; expected rows for the leaves of the experts, {theirs}")
     for path, row in by_path(groups.rows).items():
         if row not in range(len(groups.names)):
-            raise ValueError(f"groups has row {row} at {path}; expected one of the {len(groups.names)} that have names")
+            raise ValueError(f"groups has row {row} at {path}; expected one of the {len(groups.names)} rows with names")
     return jax.tree.leaves(groups.rows)
 
 
 def _cosine(inner: np.ndarray) -> np.ndarray:
-    """Inner products over lengths."""
+    """Returns the inner products divided by the lengths."""
     lengths = np.sqrt(np.diagonal(inner, axis1=1, axis2=2))
     with np.errstate(invalid="ignore", divide="ignore"):
         return inner / (lengths[:, :, None] * lengths[:, None, :])

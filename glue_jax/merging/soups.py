@@ -1,6 +1,7 @@
-"""Ways to one model that the coefficients of GLUE are compared with, and may start from.
+"""Other ways to one model: best expert, loss weights, greedy soup and Fisher merge.
 
-`weights_to_logits(0.99 * weights + 0.01 / K)` turns weights on the simplex into a start for `init(..., beta=...)`.
+GLUE is compared with these, and can start from them. `weights_to_logits(0.99 * weights + 0.01 / K)` turns weights on
+the simplex into a start for `init(..., beta=...)`.
 """
 
 import math
@@ -21,17 +22,19 @@ from glue_jax.types import Params, PyTree
 
 
 def loss_weights(losses: ArrayLike, *, temperature: float = 1.0) -> jax.Array:
-    """Returns `softmax(-loss / temperature)` over experts.
+    """Returns `softmax(-loss / temperature)` over the experts.
 
     Args:
-        losses: of each expert on target validation data, `[K]`.
-        temperature: above 0; towards 0 it selects the best expert, far above the losses' spread it is uniform.
+        losses: the loss of each expert on target validation data, `[K]`.
+        temperature: a number above 0. Near 0, the best expert gets all of the weight. Far above the spread of the
+            losses, all experts get the same weight.
 
     Returns:
         Coefficients on the simplex, float32 `[K]`.
 
     Raises:
-        ValueError: losses that are not a `[K]` of finite numbers, a temperature out of its range.
+        ValueError: if `losses` is not `[K]` with finite numbers, or if the temperature is out of its range.
+        TypeError: if an argument holds no real numbers.
     """
     array = _checked("losses", losses)
     check_positive("temperature", temperature)
@@ -41,36 +44,39 @@ def loss_weights(losses: ArrayLike, *, temperature: float = 1.0) -> jax.Array:
 
 
 def best_expert(losses: ArrayLike) -> jax.Array:
-    """Returns the coefficients that select the expert of the lowest loss, float32 `[K]`.
+    """Returns the coefficients that select the expert with the lowest loss, float32 `[K]`.
 
     Args:
-        losses: of each expert on target validation data, `[K]`; for accuracies, pass their negatives.
+        losses: the loss of each expert on target validation data, `[K]`. If you have accuracies, pass their negatives.
 
     Raises:
-        ValueError: losses that are not a `[K]` of finite numbers.
+        ValueError: if `losses` is not `[K]` with finite numbers.
+        TypeError: if `losses` holds no real numbers.
     """
     array = _checked("losses", losses)
     return jnp.zeros(array.shape, jnp.float32).at[int(array.argmin())].set(1)
 
 
 def greedy_soup(experts: Params, losses: ArrayLike, loss_fn: Callable[[Params], float | jax.Array]) -> jax.Array:
-    """Averages experts one after another, best first, each kept only if it does not make the average worse.
+    """Averages experts one after another, the best first. It keeps an expert only if the average does not get worse.
 
-    The greedy soup of Wortsman et al., 2022 (https://arxiv.org/abs/2203.05482, Recipe 1): K evaluations at most. An
-    average whose loss is infinite or not a number is worse than any other, so its last expert is not kept.
+    This is the greedy soup of Wortsman et al., 2022 (https://arxiv.org/abs/2203.05482, Recipe 1). It takes at most K
+    evaluations. If the loss of an average is infinite or NaN, the expert that was added last is not kept.
 
     Args:
         experts: stacked experts, each leaf `[K, ...]`.
-        losses: of each expert on validation data, `[K]`; they give the order, and may be of another metric.
-        loss_fn: `loss_fn(params)`, the loss of a model on that data, lower is better (an error rate in the paper).
+        losses: the loss of each expert on validation data, `[K]`. They only decide the order, so they may be of another
+            metric than `loss_fn`.
+        loss_fn: `loss_fn(params)`, the loss of a model on that data. Lower is better. The paper uses the error rate.
 
     Returns:
-        Coefficients on the simplex, float32 `[K]`: equal for those that were kept, 0 for the others.
+        Coefficients on the simplex, float32 `[K]`. They are equal for all kept experts, and 0 for the others.
 
     Raises:
-        ValueError: losses that are not a `[K]` of finite numbers, or another number of them than experts; experts with
-            infinite or NaN weights, by expert and path.
-        FloatingPointError: a loss of the best expert alone that is infinite or not a number: nothing can be compared
+        ValueError: if `losses` is not `[K]` with finite numbers, or if an expert has infinite or NaN weights; the error
+            names the expert and the path.
+        TypeError: if `losses` or a value of `loss_fn` is no real number.
+        FloatingPointError: if the loss of the best expert alone is infinite or NaN, so that nothing can be compared
             with it.
 
     Example:
@@ -103,35 +109,36 @@ def greedy_soup(experts: Params, losses: ArrayLike, loss_fn: Callable[[Params], 
 
 
 def fisher_merge(experts: Params, fishers: PyTree, alpha: jax.typing.ArrayLike, *, epsilon: float = 1e-8) -> Params:
-    """Averages experts by alpha and by how much each of their parameters matters (Matena & Raffel, 2022).
+    """Averages experts by alpha and by the importance of each of their parameters (Matena & Raffel, 2022).
 
-    `sum_i alpha_i (F_i + epsilon) theta_i / sum_i alpha_i (F_i + epsilon)`, elementwise
-    (https://arxiv.org/abs/2111.09832, Eq. 5). Where there is no Fisher information, as for BatchNorm statistics, it is
-    `blend`.
+    Each parameter becomes `sum_i alpha_i (F_i + epsilon) theta_i / sum_i alpha_i (F_i + epsilon)`, elementwise
+    (https://arxiv.org/abs/2111.09832, Eq. 5). If the Fisher information F_i is 0 for all experts, as for BatchNorm
+    statistics, the result equals `blend`.
 
     Args:
         experts: stacked experts, each leaf `[K, ...]`.
-        fishers: the diagonal Fisher information of each, of the experts' structure and shapes (`diagonal_fisher`);
-            zeros where there is none.
-        alpha: `[K]` on the simplex.
-        epsilon: what is added to the Fisher information, above 0.
+        fishers: the diagonal Fisher information of each expert (`diagonal_fisher`), with the structure and shapes of
+            `experts`. Use zeros for leaves without Fisher information.
+        alpha: coefficients on the simplex, `[K]`.
+        epsilon: a number above 0 that is added to the Fisher information.
 
     Returns:
-        The merged model, computed in at least float32, each leaf `[...]` in the expert's dtype; what is not floating
-        point as `blend` has it.
+        The merged model, each leaf `[...]` in the dtype of the experts, computed in at least float32. Leaves that are
+        not floating point are the first expert's.
 
     Raises:
-        ValueError: Fisher information of other structure or shapes than the experts, or that is negative or not finite,
-            by expert and path; coefficients that are not on the simplex; `epsilon` out of its range. Traced values are
-            not looked at.
+        ValueError: if the Fisher information has another structure or other shapes than the experts.
+        ValueError: if the Fisher information is negative or not finite; the error names the path. Traced values are not
+            checked.
+        ValueError: if the coefficients are not on the simplex, or if `epsilon` is out of its range.
     """
     k = num_experts(experts)
     if jax.tree.map(jnp.shape, fishers) != jax.tree.map(jnp.shape, experts):
-        raise ValueError("fishers are not of the structure and the shapes of experts")
+        raise ValueError("fishers do not fit; expected the structure and the shapes of the experts")
     check_positive("epsilon", epsilon)
     alpha = jnp.asarray(alpha)
     if alpha.shape != (k,) or not (isinstance(alpha, Tracer) or _is_on_simplex(alpha)):
-        raise ValueError(f"alpha is {alpha}; expected [K] with K = {k}, none negative and with sum 1")
+        raise ValueError(f"alpha is {alpha}; expected [K] with K = {k}, none of them negative and their sum 1")
     check_finite("fishers", fishers, stacked=True)
     for path, fisher in by_path(fishers).items():
         if not isinstance(fisher, Tracer) and (lowest := float(jnp.min(fisher, initial=0))) < 0:
@@ -152,23 +159,23 @@ def diagonal_fisher(
 ) -> PyTree:
     """Returns the diagonal of a classifier's Fisher information, for `fisher_merge`.
 
-    The mean over inputs of `sum_y p(y) (d log p(y) / d theta)^2`: the expectation over the model's own predictions is
-    taken exactly. It needs a gradient for each class of each input. Jit it with `logits_fn` fixed, if it is called for
-    several experts.
+    It is the mean over inputs of `sum_y p(y) (d log p(y) / d theta)^2`. The sum over the classes y is the exact
+    expectation under the model's own predictions. It needs one gradient for each class of each input. To call it for
+    several experts, jit it with `logits_fn` fixed.
 
     Args:
-        logits_fn: `logits_fn(params, inputs) -> [B, C]`, each row a function of its own input alone (BatchNorm in
-            evaluation mode).
-        params: the model.
+        logits_fn: `logits_fn(params, inputs) -> [B, C]`. Each row must depend on its own input alone, so run BatchNorm
+            in evaluation mode.
+        params: one model.
         inputs: a pytree of arrays `[N, ...]`.
-        batch_size: inputs whose gradients are held at once, so many copies of the parameters.
+        batch_size: how many inputs are differentiated together. Memory holds as many copies of the parameters.
 
     Returns:
-        A pytree of the structure and shapes of `params`, at least float32; zeros for leaves that are not floating
-        point.
+        A pytree with the structure and shapes of `params`, in at least float32. Leaves that are not floating point
+        become zeros.
 
     Raises:
-        ValueError: logits that are not `[B, C]`, and inputs of different lengths.
+        ValueError: if the logits are not `[B, C]`, or if the inputs have different lengths.
     """
     leaves, treedef = jax.tree.flatten(params)
     learned = [jnp.asarray(leaf) for leaf in leaves if _is_inexact(leaf)]
@@ -189,7 +196,7 @@ def diagonal_fisher(
         def add(total: PyTree, of_class: tuple[jax.Array, jax.Array]) -> tuple[PyTree, None]:
             value, one_hot = of_class
             (gradient,) = pull_back(one_hot)
-            # In half precision a small gradient's square is 0.
+            # Widened first, because the square of a small gradient would be 0 in half precision.
             return [
                 before + jnp.exp(value).astype(before.dtype) * jnp.square(leaf.astype(before.dtype))
                 for before, leaf in zip(total, gradient, strict=True)
@@ -209,23 +216,23 @@ def diagonal_fisher(
 
 
 def _is_inexact(leaf: jax.typing.ArrayLike) -> bool:
-    """Whether a leaf is floating point."""
+    """Returns whether a leaf is floating point."""
     return bool(jnp.issubdtype(jnp.result_type(leaf), jnp.inexact))
 
 
 def _is_on_simplex(alpha: jax.Array) -> bool:
-    """Whether no coefficient is negative, and their sum is 1."""
+    """Returns whether no coefficient is negative and the sum is 1."""
     return bool((alpha >= 0).all() and abs(jnp.sum(alpha, dtype=jnp.float32) - 1) < 1e-3)
 
 
 def _equal(members: list[int], k: int) -> jax.Array:
-    """Equal coefficients of some experts, float32 `[K]`."""
+    """Returns equal coefficients for some experts, float32 `[K]`."""
     return jnp.zeros((k,), jnp.float32).at[np.array(members)].set(1 / len(members))
 
 
 def _checked(name: str, values: ArrayLike) -> np.ndarray:
-    """The values as `[K]`, finite."""
+    """Returns the values as `[K]`, checked to be finite."""
     array = as_numbers(name, values)
     if array.ndim != 1 or array.size == 0 or not np.isfinite(array).all():
-        raise ValueError(f"{name} are {array.tolist()}; expected [K] finite numbers, one for each expert")
+        raise ValueError(f"{name} are {array.tolist()}; expected [K], a finite number for each expert")
     return array
