@@ -62,6 +62,11 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     return re.sub(r"\]\((?!\w+:)(?P<path>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)", link, markdown)
 
 
+def on_page_content(html: str, **_: Any) -> str:
+    """Puts words in the place of Colab's badge, which a reader's browser would fetch from elsewhere."""
+    return re.sub(r'<img[^>]*colab-badge.svg"[^>]*>', "Open in Colab", html)
+
+
 def _paths(folder: Path, pattern: str) -> list[str]:
     """The files of a folder that a pattern finds, relative to it."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.glob(pattern))
