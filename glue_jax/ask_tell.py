@@ -82,7 +82,7 @@ def ask(
         ValueError: an argument out of its range.
         TypeError: a state or a radius that is none, coefficients that are not floating point.
 
-    Example:
+    Examples:
         >>> import jax, optax
         >>> import glue_jax
         >>> optimizer = optax.adam(0.1)
@@ -208,7 +208,7 @@ def ask_outputs(
         ValueError: an argument out of its range, or a state of another link.
         TypeError: a state that is none, or of an optimizer; `num_directions` without a key.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, numpy as np
         >>> import glue_jax
         >>> state, batch = glue_jax.init(2), np.array([0.2, 0.3])

@@ -39,7 +39,7 @@ def blend(
         ValueError: if the shapes of `alpha`, `groups` and the experts do not fit.
         TypeError: if the coefficients are complex, or no array.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> import glue_jax
         >>> experts = glue_jax.stack_experts([{"w": jnp.zeros(3)}, {"w": jnp.ones(3)}])

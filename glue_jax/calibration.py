@@ -81,7 +81,7 @@ def calibrate(
         ValueError: if `fun` returns no scalar, or the same value at all probes.
         TypeError: if the coefficients are not floating point.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> import glue_jax
         >>> found = glue_jax.calibrate(jax.random.key(0), lambda beta: jnp.sum(jnp.exp(beta)), jnp.zeros(3))

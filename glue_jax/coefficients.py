@@ -40,7 +40,7 @@ def data_size_weights(sizes: ArrayLike) -> jax.Array:
         ValueError: if `sizes` is not `[K]`, if a size is negative or not finite, or if all sizes are 0.
         TypeError: if `sizes` holds no real numbers.
 
-    Example:
+    Examples:
         >>> import glue_jax
         >>> glue_jax.coefficients.data_size_weights([2000, 6000])
         Array([0.25, 0.75], dtype=float32)

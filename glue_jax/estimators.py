@@ -85,7 +85,7 @@ def spsa_gradient(
         ValueError: if an argument is out of its range, or if `fun` returns no scalar.
         TypeError: if the coefficients are not floating point.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> import glue_jax
         >>> beta = jnp.array([1.0, 2.0])

@@ -46,7 +46,7 @@ def stack_experts(
     Warns:
         UserWarning: if a leaf is float64. JAX stores it as float32 unless `jax_enable_x64` is set.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> import glue_jax
         >>> experts = glue_jax.stack_experts([{"w": jnp.zeros(3)}, {"w": jnp.ones(3)}])

@@ -89,7 +89,7 @@ def gauss_newton_step(
         TypeError: a `loss_fn` that is no `OutputLoss`, a state of an optimizer, `num_directions` without a key, an
             argument of another type.
 
-    Example:
+    Examples:
         >>> from functools import partial
         >>> import jax, jax.numpy as jnp
         >>> import glue_jax

@@ -130,7 +130,7 @@ def learn(
     Warns:
         UserWarning: if the first gradients are all exactly 0, or if `state` is a result that had run out of patience.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, optax
         >>> import glue_jax
         >>> experts = glue_jax.stack_experts([{"w": jnp.array(0.0)}, {"w": jnp.array(1.0)}])

@@ -133,7 +133,7 @@ def box(*, low: float = 0.0, high: float = 1.0) -> Link:
         ValueError: if a bound is not a finite scalar, or if `low` is not below `high`.
         TypeError: if a bound is no real number.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> import glue_jax
         >>> glue_jax.links.box(low=-0.5, high=1.5)(jnp.zeros(2))
@@ -179,7 +179,7 @@ def task_vector_weights(scales: jax.Array) -> jax.Array:
     Raises:
         ValueError: if `scales` has no axis.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> import glue_jax
         >>> glue_jax.links.task_vector_weights(jnp.array([0.5, 1.0]))

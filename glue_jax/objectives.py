@@ -52,7 +52,7 @@ class OutputLoss:
     Raises:
         TypeError: if a part cannot be called.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> import glue_jax
         >>> loss_fn = glue_jax.OutputLoss(

@@ -26,7 +26,7 @@ def leaf_paths(tree: PyTree) -> PyTree:
     Args:
         tree: any pytree.
 
-    Example:
+    Examples:
         >>> import glue_jax
         >>> glue_jax.paths.leaf_paths({"params": {"head": {"bias": 0.0}}})
         {'params': {'head': {'bias': 'params/head/bias'}}}
@@ -50,7 +50,7 @@ def partition(tree: PyTree, pattern: str) -> tuple[PyTree, PyTree]:
         ValueError: if the pattern matches no path.
         TypeError: if the pattern is no regular expression.
 
-    Example:
+    Examples:
         >>> import glue_jax
         >>> glue_jax.partition({"body": 1.0, "head": 2.0}, "^head")
         ({'body': None, 'head': 2.0}, {'body': 1.0, 'head': None})
@@ -78,7 +78,7 @@ def combine(part: PyTree, rest: PyTree) -> PyTree:
     Raises:
         ValueError: if the structures differ, or if both parts have the same leaf; the error names its path.
 
-    Example:
+    Examples:
         >>> import glue_jax
         >>> glue_jax.combine({"body": None, "head": 2.0}, {"body": 1.0, "head": None})
         {'body': 1.0, 'head': 2.0}

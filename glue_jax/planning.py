@@ -90,7 +90,7 @@ def plan(
     Warns:
         UserWarning: if `loss_fn` multiplies short floats, as for `spsa_step`.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> import glue_jax
         >>> experts = glue_jax.stack_experts([{"w": jnp.zeros(3)}, {"w": jnp.ones(3)}])

@@ -158,7 +158,7 @@ def spsa_step(
     Warns:
         UserWarning: if `radius` is None and `loss_fn` multiplies bfloat16 or float16 arrays under a softmax.
 
-    Example:
+    Examples:
         >>> from functools import partial
         >>> import jax, jax.numpy as jnp, optax
         >>> import glue_jax

@@ -53,7 +53,7 @@ def group_by_path(experts: Params, pattern: str | Callable[[str], str]) -> Group
         ValueError: if a group has an empty name, as when the first capture group of `(w)|(b)` matches nothing.
         TypeError: if the function returns no string, or if the pattern is no regular expression.
 
-    Example:
+    Examples:
         >>> import glue_jax
         >>> experts = {"blocks": [{"w": 0.0, "b": 0.0}, {"w": 0.0, "b": 0.0}], "head": 0.0}
         >>> groups = glue_jax.merging.group_by_path(experts, r"blocks/\d+")
@@ -93,7 +93,7 @@ def by_layer(experts: Params, *, norms: str | None = None, collections: str = "^
         ValueError: if no path contains a layer, as in `{"w1": ..., "w2": ...}`, or if `norms` matches no layer.
         TypeError: if `norms` is no regular expression.
 
-    Example:
+    Examples:
         >>> import glue_jax
         >>> experts = {"conv1.weight": 0.0, "bn1.weight": 0.0, "bn1.running_mean": 0.0, "fc.bias": 0.0}
         >>> glue_jax.merging.by_layer(experts).names

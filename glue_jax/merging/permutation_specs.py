@@ -57,7 +57,7 @@ def chain_spec(params: Params, layers: Sequence[str], *, kernel_layout: KernelLa
         ValueError: if the shapes do not fit the layout, or if they fit both layouts and none is given.
         TypeError: if `layers` is one string.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> import glue_jax
         >>> dense1, dense2 = {"kernel": jnp.zeros((5, 3)), "bias": jnp.zeros(3)}, {"kernel": jnp.zeros((3, 2))}

@@ -42,7 +42,7 @@ def layer_gram(inputs: ArrayLike) -> jax.Array:
     Raises:
         ValueError: if the inputs have no axis.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from glue_jax.merging.regmean import layer_gram
         >>> layer_gram(jnp.array([[1.0, 2.0], [0.0, 3.0]]))
@@ -133,7 +133,7 @@ def regmean_merge(experts: Params, grams: Mapping[str, ArrayLike], *, scale: flo
         ValueError: if `scale` is out of its range.
         TypeError: if `grams` is no mapping, or if `scale` is no real number.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> import glue_jax
         >>> experts = {"kernel": jnp.array([[[1.0], [0.0]], [[3.0], [4.0]]])}

@@ -79,7 +79,7 @@ def greedy_soup(experts: Params, losses: ArrayLike, loss_fn: Callable[[Params], 
         FloatingPointError: if the loss of the best expert alone is infinite or NaN, so that nothing can be compared
             with it.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> import glue_jax
         >>> experts = glue_jax.stack_experts([{"w": jnp.array(w)} for w in (0.9, 1.2, 5.0)])
