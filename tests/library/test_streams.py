@@ -12,25 +12,13 @@ import pytest
 
 import glue_jax
 from glue_jax.streams import ArrayBatches, is_stream
-from tests.test_learning import ADAM, DATA, compilations, learn, squared
+from tests.helpers import compilations
+from tests.library.helpers import ADAM, DATA, Loader, learn, squared
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 KEY = jax.random.key(3)
 learn = functools.partial(learn, key=KEY, batch_size=64, loss_fn=squared, optimizer=ADAM)
-
-
-class Loader:
-    """Iterated anew each epoch, as PyTorch's and grain's are."""
-
-    def __init__(self, batches):
-        self.batches, self.epochs, self.given = batches, 0, 0
-
-    def __iter__(self):
-        self.epochs += 1
-        for batch in self.batches:
-            self.given += 1
-            yield batch
 
 
 class Tensor:

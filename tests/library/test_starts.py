@@ -8,8 +8,8 @@ import optax
 import pytest
 
 import glue_jax
-from tests.test_learning import compilations
-from tests.test_streams import Loader
+from tests.helpers import compilations
+from tests.library.helpers import Loader
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 import glue_jax
-from tests.test_learning import DATA, EXPERTS, OPTIMIZER, learn, squared
-from tests.test_streams import Loader
+from tests.library.helpers import DATA, EXPERTS, OPTIMIZER, Loader, learn, squared
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

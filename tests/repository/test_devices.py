@@ -4,13 +4,13 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from experiments.runtime import devices
+from tests.helpers import ROOT
 
 PROGRAM = """
 import dataclasses, io, json, logging, sys, pathlib
@@ -19,7 +19,7 @@ from rich.console import Console
 from experiments.protocol import data, estimate, run as protocol
 from experiments.protocol.context import prepare
 from experiments.runtime.progress import ProgressBars
-from tests.test_protocol import TINY
+from tests.experiments.helpers import TINY
 
 # An accelerator's way: all experts at once, an epoch or the steps between two validations in one call.
 PROTOCOL = "experiments.protocol"
@@ -62,7 +62,7 @@ def on_devices(tmp_path_factory):
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
         process = subprocess.run(
             [sys.executable, "-c", PROGRAM, str(tmp_path_factory.mktemp(f"devices{count}"))],
-            cwd=Path(__file__).parents[1],
+            cwd=ROOT,
             env={**os.environ, "XLA_FLAGS": flags},
             capture_output=True,
             text=True,

@@ -21,7 +21,7 @@ from experiments.studies.variance.settings import Settings
 from experiments.studies.variance.statistics import Estimator
 from experiments.studies.variance.variance_claims import claims
 from glue_jax import theory
-from tests.test_protocol import TINY
+from tests.experiments.helpers import TINY
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 

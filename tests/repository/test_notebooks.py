@@ -14,7 +14,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-ROOT = pathlib.Path(__file__).parents[1]
+from tests.helpers import ROOT
+
 ADDRESS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
 FILES = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # For a loaded machine; each takes half a minute at most on two cores that are not.

@@ -1,10 +1,7 @@
 """Learning to the validation plateau: what is kept, when it stops, and what it compiles."""
 
-import contextlib
 import functools
 import itertools
-import logging
-from typing import Any
 
 import chex
 import jax
@@ -16,24 +13,12 @@ import pytest
 import glue_jax
 from glue_jax import streams
 from glue_jax.streams import ArrayBatches
+from tests.helpers import compilations
+from tests.library.helpers import ADAM, DATA, EXPERTS, OPTIMIZER, learn, squared, upward
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 STEPS = [glue_jax.spsa_step, glue_jax.forward_gradient_step, glue_jax.full_gradient_step]
-# The blend of these two is alpha[1].
-EXPERTS = {"w": jnp.array([0.0, 1.0])}
-OPTIMIZER = optax.sgd(0.5)
-ADAM = optax.adam(0.1)
-DATA = jnp.linspace(0.0, 1.0, 50)
-
-
-def upward(params, batch):
-    """Falls as the blend rises, whatever the batch."""
-    return -params["w"] + 0 * jnp.mean(batch)
-
-
-def squared(params, batch):
-    return jnp.mean((params["w"] - batch) ** 2)
 
 
 def blend_value(params, batch):
@@ -50,21 +35,6 @@ def both_ways(request, monkeypatch):
     """Runs a test as on a CPU, and as on an accelerator, where a chunk of steps is one program."""
     if request.param == "a call for each chunk":
         monkeypatch.setattr("glue_jax.learning.on_cpu", lambda tree: False)
-
-
-def learn(**words) -> glue_jax.LearnResult:
-    defaults: dict[str, Any] = {
-        "key": jax.random.key(0),
-        "experts": EXPERTS,
-        "data": DATA,
-        "loss_fn": upward,
-        "optimizer": OPTIMIZER,
-        "step_fn": glue_jax.full_gradient_step,
-        "batch_size": 8,
-        "max_steps": 20,
-        "validate_every": 5,
-    }
-    return glue_jax.learn(**(defaults | words))
 
 
 @pytest.mark.parametrize("step_fn", STEPS)
@@ -562,17 +532,6 @@ def test_a_validation_value_that_is_not_finite_stops_as_well():
         learn(validation_data=jnp.array([1.0, jnp.inf]), validation_fn=lambda params, batch: jnp.mean(batch))
     assert caught.value.step == 0
     assert caught.value.value == float("inf")
-
-
-@contextlib.contextmanager
-def compilations(caplog):
-    """The names of the programs that XLA compiles."""
-    names: list[str] = []
-    caplog.clear()
-    with caplog.at_level(logging.WARNING, logger="jax"), jax.log_compiles():
-        yield names
-    prefix = "Finished XLA compilation of "
-    names += [line.removeprefix(prefix).split(" in ")[0] for line in caplog.messages if line.startswith(prefix)]
 
 
 @pytest.mark.usefixtures("both_ways")

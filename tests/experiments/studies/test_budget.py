@@ -11,7 +11,7 @@ import pytest
 import glue_jax
 from experiments.studies import budget
 from experiments.studies.ways import Coefficients, ways
-from tests.test_gauss_newton import CLASSIFICATION, K, classification
+from tests.library.helpers import CLASSIFICATION, K, classification
 
 RATES = {"spsa": 0.1, "spsa_d": 0.1, "forward": 0.1, "full": 0.1}
 PAPER = functools.partial(glue_jax.spsa_step, radius=1e-2, directions="sphere")

@@ -7,7 +7,7 @@ import pytest
 
 from experiments import digits
 from experiments.studies import calibration
-from tests.test_protocol import TINY
+from tests.experiments.helpers import TINY
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 

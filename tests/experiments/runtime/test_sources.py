@@ -12,7 +12,7 @@ from experiments.runtime import sources
 from experiments.runtime.sources import digest, functions_in, name_of
 from experiments.studies import calibration
 from experiments.studies.ablation.recipes import recipes
-from tests.test_protocol import TINY
+from tests.experiments.helpers import TINY
 
 HOUSE = {
     "house.__init__": """
@@ -119,7 +119,7 @@ def test_what_it_does_not_reach_and_what_decides_nothing_does_not_count(change, 
 
 def of(texts, tmp_path, monkeypatch):
     """The digest of `house.work:compute` in another house."""
-    monkeypatch.setattr("tests.test_sources.HOUSE", {"house.__init__": "", **texts})
+    monkeypatch.setattr("tests.experiments.runtime.test_sources.HOUSE", {"house.__init__": "", **texts})
     folder = tmp_path / str(len(list(tmp_path.iterdir())))
     folder.mkdir()
     return digest_of(folder, monkeypatch)
@@ -200,7 +200,7 @@ def test_a_function_that_holds_values_of_the_one_around_it_is_refused(monkeypatc
     def scaled(by):
         return lambda loss: by * loss
 
-    with pytest.raises(ValueError, match=r"<lambda> of tests\.test_sources has values .* functools\.partial"):
+    with pytest.raises(ValueError, match=r"<lambda> of tests\.experiments\.runtime\.test_sources has values .* functools\.partial"):
         functions_in(scaled(2))
 
 
@@ -220,7 +220,7 @@ def test_a_nested_function_is_what_encloses_it():
     def inner():
         pass
 
-    assert name_of(inner) == "tests.test_sources:test_a_nested_function_is_what_encloses_it"
+    assert name_of(inner) == "tests.experiments.runtime.test_sources:test_a_nested_function_is_what_encloses_it"
 
 
 def changed(monkeypatch, module, name, how):

@@ -9,7 +9,7 @@ import pytest
 import glue_jax
 from experiments import digits
 from experiments.studies import similarity as preflight
-from tests.test_protocol import TINY
+from tests.experiments.helpers import TINY
 
 EXPERTS = {"a": jnp.array([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]]), "b": jnp.array([[1.0], [1.0], [-1.0]])}
 

@@ -24,7 +24,7 @@ from experiments.studies.ablation import ablation_report as report
 from experiments.studies.ablation import trials as measurement
 from experiments.studies.ablation.prerequisites import Measured
 from experiments.studies.ablation.recipes import Recipe, recipes
-from tests.test_protocol import TINY
+from tests.experiments.helpers import TINY
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 

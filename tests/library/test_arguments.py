@@ -10,7 +10,7 @@ import pytest
 
 import glue_jax
 from glue_jax import arguments
-from tests.test_learning import ADAM, DATA, EXPERTS, OPTIMIZER, learn
+from tests.library.helpers import ADAM, DATA, EXPERTS, OPTIMIZER, learn
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -18,7 +18,7 @@ from experiments.protocol.training import Trainer, TrainingState
 from experiments.runtime.progress import ProgressBars
 from experiments.studies import starts, target_size
 from experiments.studies.starts import STARTS, labelled_images
-from tests.test_protocol import TINY
+from tests.experiments.helpers import TINY
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 

@@ -8,7 +8,7 @@ import pytest
 from experiments import cifar10, cli, digits, imagenette, svhn
 from experiments.protocol.config import Config
 from experiments.reporting import paper
-from tests.test_protocol import TINY
+from tests.experiments.helpers import TINY
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import glue_jax
-from tests.test_learning import ADAM, DATA, learn, squared
+from tests.library.helpers import ADAM, DATA, learn, squared
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -1,5 +1,4 @@
 import ast
-import copy
 import dataclasses
 import errno
 import io
@@ -16,7 +15,7 @@ import pytest
 from rich.console import Console
 
 import glue_jax
-from experiments.protocol import coefficients, data, fine_tuning, passes
+from experiments.protocol import coefficients, fine_tuning, passes
 from experiments.protocol import expert_training as experts
 from experiments.protocol import run as protocol
 from experiments.protocol.config import CONFIGS, Config
@@ -26,56 +25,15 @@ from experiments.runtime import checkpoints, sources, stages
 from experiments.runtime.locks import LockedError
 from experiments.runtime.progress import ProgressBars
 from experiments.runtime.stages import DamagedStageError, Stages
-
-TINY = Config(
-    dataset="digits",
-    network="convnet",
-    num_experts=2,
-    expert_examples=24,
-    expert_epochs=2,
-    expert_batch_size=8,
-    augmentation="none",
-    validation_examples=20,
-    target_examples=64,
-    alpha_batch_size=16,
-    alpha_steps=5,
-    validate_every=2,
-    patience=3,
-    fine_tuning_epochs=2,
-    fine_tuning_batch_size=32,
-    test_examples=30,
-    seeds=(0, 1),
-)
-
+from tests.experiments.helpers import TINY, prepare_quietly, run_quietly, without_times
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 
 
 @pytest.fixture(scope="module")
-def digits():
-    return data.load("digits")
-
-
-def _prepare(config, dataset, folder):
-    return prepare(config, dataset, folder, ProgressBars(Console(file=io.StringIO())))
-
-
-def _run(config, dataset, folder):
-    return protocol.run(_prepare(config, dataset, folder))
-
-
-def _without_times(results):
-    results = copy.deepcopy(results)
-    del results["seconds"]
-    for run in results["runs"]:
-        del run["prior_seconds"]
-    return results
-
-
-@pytest.fixture(scope="module")
 def done(digits, tmp_path_factory, compilation_cache):
     folder = tmp_path_factory.mktemp("run")
-    return _run(TINY, digits, folder), folder
+    return run_quietly(TINY, digits, folder), folder
 
 
 def _of(results, number, seed=0):
@@ -132,7 +90,7 @@ def test_more_directions_are_more_passes_of_config_4_alone():
 def test_gauss_newton_falls_further_than_the_others_in_as_many_steps(digits, tmp_path):
     experts = {"num_experts": 4, "expert_examples": 60, "expert_epochs": 20, "validation_examples": 200}
     config = dataclasses.replace(TINY, **experts, alpha_steps=20, alpha_batch_size=64, patience=100, seeds=(0,))
-    results = _run(config, digits, tmp_path)
+    results = run_quietly(config, digits, tmp_path)
     falls = {}
     for number in (3, 4, 5):
         losses = _of(results, number)["validation_loss"]
@@ -154,7 +112,7 @@ def test_the_learned_configs_differ_by_their_step_and_its_settings_alone_and_lea
         return learn(key, experts, data, step_fn=calls[-1][2], **words)
 
     monkeypatch.setattr(glue_jax, "learn", spy)
-    _run(dataclasses.replace(TINY, seeds=(5,)), digits, tmp_path)
+    run_quietly(dataclasses.replace(TINY, seeds=(5,)), digits, tmp_path)
     (_, key, full_gradient, data, words), (_, _, spsa, _, spsa_words), (_, _, gauss_newton, _, own_words) = calls
     assert {precision for precision, *_ in calls} == {"highest"}
     assert [other for _, other, *_ in calls] == [key] * 3
@@ -169,7 +127,7 @@ def test_the_learned_configs_differ_by_their_step_and_its_settings_alone_and_lea
 
 def test_the_prior_is_the_blend_tested_before_fine_tuning(done, digits):
     results, folder = done
-    network = _prepare(TINY, digits, folder).problem
+    network = prepare_quietly(TINY, digits, folder).problem
     like = jax.eval_shape(network.network.init, jax.random.key(0))
     places = [
         next(path for path in (folder / "experts").iterdir() if path.is_dir() and path.name.startswith(f"{index}-"))
@@ -186,14 +144,14 @@ def test_the_prior_is_the_blend_tested_before_fine_tuning(done, digits):
 def test_a_repeated_run_does_nothing_and_ends_with_the_same_results(done, digits, monkeypatch):
     results, folder = done
     monkeypatch.setattr(Stages, "write", lambda *_: pytest.fail("a stage was done again"))
-    assert _run(TINY, digits, folder) == results
+    assert run_quietly(TINY, digits, folder) == results
 
 
 @pytest.mark.parametrize("together", [False, True])
 def test_a_run_killed_anywhere_ends_with_the_same_results(done, digits, tmp_path, monkeypatch, together):
     if together:
         monkeypatch.setattr("experiments.protocol.context.on_cpu", lambda tree: False)
-        expected = _run(TINY, digits, tmp_path / "whole")
+        expected = run_quietly(TINY, digits, tmp_path / "whole")
     else:
         expected, _ = done
     write = Stages.write
@@ -213,10 +171,10 @@ def test_a_run_killed_anywhere_ends_with_the_same_results(done, digits, tmp_path
     for keeps in (0, 1, 2, 3, 5):
         monkeypatch.setattr(Stages, "write", dying(keeps))
         with pytest.raises(KeyboardInterrupt):
-            _run(TINY, digits, tmp_path / "killed")
+            run_quietly(TINY, digits, tmp_path / "killed")
     monkeypatch.setattr(Stages, "write", write)
-    again = _run(TINY, digits, tmp_path / "killed")
-    assert _without_times(again) == _without_times(expected)
+    again = run_quietly(TINY, digits, tmp_path / "killed")
+    assert without_times(again) == without_times(expected)
 
 
 def test_a_checkpoint_that_is_gone_is_made_again(done, digits, tmp_path):
@@ -224,7 +182,7 @@ def test_a_checkpoint_that_is_gone_is_made_again(done, digits, tmp_path):
     copied = shutil.copytree(folder, tmp_path / "run")
     gone = next(path for path in (copied / "experts").iterdir() if path.is_dir())
     shutil.rmtree(gone)
-    assert _without_times(_run(TINY, digits, copied)) == _without_times(results)
+    assert without_times(run_quietly(TINY, digits, copied)) == without_times(results)
 
 
 def _changed(monkeypatch, module, name, before, after):
@@ -277,7 +235,7 @@ ALL = {"experts", "accuracies", "coefficients", "fine-tuning"}
 def test_changed_source_does_anew_what_it_touches(
     digits, tmp_path, monkeypatch, fresh_digests, module, name, before, after, anew
 ):
-    context = _prepare(TINY, digits, tmp_path)
+    context = prepare_quietly(TINY, digits, tmp_path)
 
     def places():
         stages = {
@@ -353,7 +311,7 @@ def test_all_functions_that_run_in_a_stage_are_of_its_digest(digits, tmp_path, m
         lambda context, *rest: watched("experts", context.expert_fields["code"], lambda: train(context, *rest)),
     )
     monkeypatch.setattr(protocol, "CONFIGS", (number,))
-    _run(dataclasses.replace(TINY, seeds=(0,)), digits, tmp_path)
+    run_quietly(dataclasses.replace(TINY, seeds=(0,)), digits, tmp_path)
     assert ran.keys() == {"experts", "accuracies", "coefficients", "fine-tuning"}
     for kind, (code, found) in ran.items():
         names, leaving_out = begun[code]
@@ -364,7 +322,7 @@ def test_all_functions_that_run_in_a_stage_are_of_its_digest(digits, tmp_path, m
 
 @pytest.mark.parametrize("change", [{"num_classes": 11}, {"train": (1348, 4, 16, 1)}])
 def test_what_the_checksum_of_the_data_does_not_see_counts(change, digits, tmp_path):
-    context = _prepare(TINY, digits, tmp_path)
+    context = prepare_quietly(TINY, digits, tmp_path)
     if "train" in change:
         change = {"train": digits.train._replace(images=digits.train.images.reshape(change["train"]))}
     other = context._replace(dataset=digits._replace(**change))
@@ -378,7 +336,7 @@ def test_experts_that_other_source_trained_are_taken_where_they_are_accepted(
     results, folder = done
     copied = shutil.copytree(folder, tmp_path / "run")
     _changed(monkeypatch, "experiments.protocol.training", "_MINIBATCHES", "2", "3")
-    context = _prepare(TINY, digits, copied)
+    context = prepare_quietly(TINY, digits, copied)
     assert "2 of them are kept, but other source computed them" in describe_missing(context)
     output = io.StringIO()
     progress = ProgressBars(Console(file=output, width=200))
@@ -389,7 +347,8 @@ def test_experts_that_other_source_trained_are_taken_where_they_are_accepted(
     assert protocol.remaining(accepting)["coefficients"] == [3, 4, 5, 3, 4, 5]
     monkeypatch.setattr("experiments.protocol.expert_training.train", None)
     assert (
-        train_experts(_prepare(TINY, digits, copied))[1][0]["training_loss"] == results["experts"][0]["training_loss"]
+        train_experts(prepare_quietly(TINY, digits, copied))[1][0]["training_loss"]
+        == results["experts"][0]["training_loss"]
     )
 
 
@@ -402,9 +361,9 @@ def test_a_damaged_expert_is_named_and_made_again_once_it_is_deleted(done, digit
     content[len(content) // 2] ^= 0xFF
     largest.write_bytes(bytes(content))
     with pytest.raises(DamagedStageError, match=f"{expert} is damaged .*delete it"):
-        _run(TINY, digits, copied)
+        run_quietly(TINY, digits, copied)
     shutil.rmtree(expert)
-    assert _without_times(_run(TINY, digits, copied)) == _without_times(results)
+    assert without_times(run_quietly(TINY, digits, copied)) == without_times(results)
 
 
 def test_a_disk_that_was_full_anywhere_is_gone_on_from(done, digits, tmp_path, monkeypatch):
@@ -428,16 +387,16 @@ def test_a_disk_that_was_full_anywhere_is_gone_on_from(done, digits, tmp_path, m
         monkeypatch.setattr(checkpoints, "save", after(saved, save))
         monkeypatch.setattr(stages, "write_json", after(written, write))
         with pytest.raises(OSError, match="No space left"):
-            _run(TINY, digits, tmp_path)
+            run_quietly(TINY, digits, tmp_path)
     monkeypatch.setattr(checkpoints, "save", save)
     monkeypatch.setattr(stages, "write_json", write)
-    assert _without_times(_run(TINY, digits, tmp_path)) == _without_times(expected)
+    assert without_times(run_quietly(TINY, digits, tmp_path)) == without_times(expected)
 
 
 def test_experts_are_trained_into_a_folder_by_one_process_at_a_time(digits, tmp_path):
-    context = _prepare(TINY, digits, tmp_path)
+    context = prepare_quietly(TINY, digits, tmp_path)
     with context.stages.lock(), pytest.raises(LockedError, match=f"process {os.getpid()} works in {tmp_path}"):
-        train_experts(_prepare(TINY, digits, tmp_path))
+        train_experts(prepare_quietly(TINY, digits, tmp_path))
 
 
 def test_another_radius_does_anew_what_the_radius_touches(done, digits, monkeypatch):
@@ -445,7 +404,7 @@ def test_another_radius_does_anew_what_the_radius_touches(done, digits, monkeypa
     written = []
     write = Stages.write
     monkeypatch.setattr(Stages, "write", lambda self, name, *rest: written.append(name) or write(self, name, *rest))
-    _run(dataclasses.replace(TINY, radius=0.5, seeds=(0,)), digits, folder)
+    run_quietly(dataclasses.replace(TINY, radius=0.5, seeds=(0,)), digits, folder)
     # The fine-tuning is of new coefficients, unless the best ones are the start as before.
     assert set(written) - {"fine-tuning/seed0-config4"} == {"coefficients/seed0-config4"}
 
@@ -469,7 +428,7 @@ def test_another_radius_does_anew_what_the_radius_touches(done, digits, monkeypa
 )
 def test_coefficients_are_learned_anew_for_a_setting_that_their_config_uses(digits, tmp_path, change, numbers):
     def places(config):
-        context = _prepare(config, digits, tmp_path)
+        context = prepare_quietly(config, digits, tmp_path)
         return {
             number: context.stages.path(*coefficients.coefficients_stage(context, number, 0)) for number in (3, 4, 5)
         }
@@ -483,14 +442,14 @@ def test_a_run_of_the_papers_four_configs_is_taken_up_and_only_config_5_is_done(
     copied = shutil.copytree(folder, tmp_path / "run")
     for path in copied.glob("*/seed*-config5-*"):
         path.unlink()
-    assert protocol.remaining(_prepare(TINY, digits, copied)) == {"coefficients": [5, 5], "fine-tuning": [5, 5]}
-    assert _without_times(_run(TINY, digits, copied)) == _without_times(results)
+    assert protocol.remaining(prepare_quietly(TINY, digits, copied)) == {"coefficients": [5, 5], "fine-tuning": [5, 5]}
+    assert without_times(run_quietly(TINY, digits, copied)) == without_times(results)
 
 
 def test_separate_initialisations_differ_and_common_ones_do_not(digits, tmp_path):
     def spread(initialization):
         config = dataclasses.replace(TINY, initialization=initialization, expert_learning_rate=1e-9, seeds=(0,))
-        context = _prepare(config, digits, tmp_path / initialization)
+        context = prepare_quietly(config, digits, tmp_path / initialization)
         experts, _ = train_experts(context)
         kernels = [expert["params"]["conv2"]["kernel"] for expert in experts]
         return float(jnp.abs(kernels[0] - kernels[1]).max())
@@ -501,7 +460,7 @@ def test_separate_initialisations_differ_and_common_ones_do_not(digits, tmp_path
 def test_all_experts_at_once_are_those_of_one_after_another(done, digits, tmp_path, monkeypatch):
     results, _ = done
     monkeypatch.setattr("experiments.protocol.context.on_cpu", lambda tree: False)
-    context = _prepare(TINY, digits, tmp_path)
+    context = prepare_quietly(TINY, digits, tmp_path)
     _, records = train_experts(context)
     for record, row in zip(records, results["experts"], strict=True):
         np.testing.assert_allclose(record["training_loss"], row["training_loss"], rtol=1e-3)
@@ -518,14 +477,14 @@ def test_all_experts_at_once_are_those_of_one_after_another(done, digits, tmp_pa
 )
 def test_a_config_that_does_not_fit_the_data_is_refused_before_training(digits, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        _run(dataclasses.replace(TINY, **changes), digits, tmp_path)
+        run_quietly(dataclasses.replace(TINY, **changes), digits, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_stage_and_step(digits, tmp_path):
     config = dataclasses.replace(TINY, alpha_learning_rate=3e38, patience=100, seeds=(1,))
     with pytest.raises(FloatingPointError, match=r"coefficients/seed1-config3: the .* is (nan|inf) at step \d"):
-        _run(config, digits, tmp_path)
+        run_quietly(config, digits, tmp_path)
 
 
 def test_an_expert_whose_losses_alone_are_finite_is_named_and_not_kept(digits, tmp_path, monkeypatch):
@@ -536,7 +495,7 @@ def test_an_expert_whose_losses_alone_are_finite_is_named_and_not_kept(digits, t
 
     monkeypatch.setattr(experts, "train", diverged)
     with pytest.raises(FloatingPointError, match="experts/0: it has weights or statistics that are not finite"):
-        _run(TINY, digits, tmp_path)
+        run_quietly(TINY, digits, tmp_path)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 

@@ -14,10 +14,11 @@ import glue_jax
 from glue_jax import gauss_newton
 from glue_jax.gauss_newton import GaussNewtonState
 from glue_jax.links import directions_of
+from tests.library.helpers import CLASSIFICATION, FEATURES, K, classification, cross_entropy, network
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-K, FEATURES, EXAMPLES = 4, 6, 40
+EXAMPLES = 40
 
 
 def linear(params, batch):
@@ -26,10 +27,6 @@ def linear(params, batch):
 
 def squared(outputs, batch):
     return jnp.mean((outputs - batch["y"]) ** 2)
-
-
-def cross_entropy(outputs, batch):
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(outputs, batch["y"]))
 
 
 REGRESSION = glue_jax.OutputLoss(linear, squared)
@@ -43,29 +40,6 @@ def regression(seed=0, noise=0.1):
     y = x @ (np.array([0.7, -0.4, 0.5, 0.2]) @ experts) + noise * rng.normal(size=EXAMPLES)
     batch = {"x": jnp.asarray(x, jnp.float32), "y": jnp.asarray(y, jnp.float32)}
     return {"w": jnp.asarray(experts, jnp.float32)}, batch
-
-
-def network(params, batch):
-    """A network with a hidden layer and logits of three classes."""
-    return jnp.tanh(batch["x"] @ params["first"]) @ params["second"]
-
-
-CLASSIFICATION = glue_jax.OutputLoss(network, cross_entropy)
-
-
-def classification(seed=0, dtype=jnp.float32, examples=240):
-    """Four noisy versions of a network, and examples that it labels."""
-    rng = np.random.default_rng(seed)
-    shapes = {"first": (FEATURES, 16), "second": (16, 3)}
-    truth = {name: rng.normal(size=shape) for name, shape in shapes.items()}
-    noise = np.array([0.5, 0.8, 1.0, 1.5])
-    experts = {
-        name: jnp.asarray(np.stack([leaf + scale * rng.normal(size=leaf.shape) for scale in noise]), dtype)
-        for name, leaf in truth.items()
-    }
-    x = rng.normal(size=(examples, FEATURES))
-    y = np.argmax(np.tanh(x @ truth["first"]) @ truth["second"], axis=1)
-    return experts, {"x": jnp.asarray(x, jnp.float32), "y": jnp.asarray(y, jnp.int32)}
 
 
 def undamped(state):

@@ -10,6 +10,7 @@ from experiments import report
 from experiments.protocol.config import CONFIGS, PAPER_CONFIGS, Config
 from experiments.reporting import claims, paper, run_report
 from experiments.reporting.analysis import clear_sign, lead, num_mixed
+from tests.helpers import ROOT
 
 
 def _results(accuracies, dataset="cifar10", network="resnet20"):
@@ -306,7 +307,7 @@ def test_a_full_disk_is_told_in_one_line_with_the_way_out(tmp_path, monkeypatch)
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     monkeypatch.setattr(report, "write_whole", full)
-    run = Path(__file__).parents[1] / "experiments" / "results" / "digits"
+    run = ROOT / "experiments" / "results" / "digits"
     with pytest.raises(SystemExit, match=rf"no space is left to write {tmp_path / 'figure1.png'}: make room"):
         report.main([str(run), "--out-dir", str(tmp_path)])
 

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import glue_jax
-from tests.test_learning import compilations
+from tests.helpers import compilations
 
 EXPERTS = glue_jax.stack_experts([{"w": jax.random.normal(jax.random.key(i), (4,))} for i in range(3)])
 TARGET = jax.random.normal(jax.random.key(9), (4,))

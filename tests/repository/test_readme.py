@@ -1,4 +1,3 @@
-import pathlib
 import re
 import tomllib
 
@@ -9,8 +8,8 @@ import numpy as np
 import pytest
 
 import glue_jax
+from tests.helpers import ROOT
 
-ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 

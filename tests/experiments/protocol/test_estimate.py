@@ -3,20 +3,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiments.protocol import data, estimate
+from experiments.protocol import estimate
 from experiments.protocol import run as protocol
 from experiments.protocol.expert_training import missing_experts
-from tests.test_learning import compilations
-from tests.test_protocol import TINY, _prepare
+from tests.experiments.helpers import TINY, prepare_quietly
+from tests.helpers import compilations
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 
 ONE_SEED = dataclasses.replace(TINY, seeds=(0,))
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return data.load("digits")
 
 
 @pytest.fixture
@@ -28,7 +23,7 @@ def steady(monkeypatch):
 
 
 def test_a_fresh_run_is_the_sum_of_its_steps(digits, tmp_path, steady):
-    seconds = estimate.estimate(_prepare(ONE_SEED, digits, tmp_path))
+    seconds = estimate.estimate(prepare_quietly(ONE_SEED, digits, tmp_path))
     # 2 experts of 2 epochs of 3 steps, measured on 20 validation, 64 target and 30 test images each.
     assert seconds["experts"] == pytest.approx(2 * 2 * 3 * 1 + 2 * (20 + 64 + 30) / 100)
     # 5 steps, validated on 20 images: Configs 3 and 4 at step 0, 2, 4, 5, Config 5 at step 0, 5.
@@ -46,7 +41,7 @@ def test_a_step_of_the_coefficients_is_measured_once_a_config_and_without_valida
         return SimpleNamespace(alpha=max_steps)
 
     monkeypatch.setattr(estimate, "learn_coefficients", learn)
-    estimate.estimate(_prepare(TINY, digits, tmp_path))
+    estimate.estimate(prepare_quietly(TINY, digits, tmp_path))
     # Two seeds; the first call of each compiles.
     assert sorted(measured) == [3, 3, 4, 4, 5, 5]
 
@@ -63,7 +58,7 @@ def test_neither_estimate_nor_run_compiles_a_step_twice(digits, tmp_path, caplog
     # Of the same numbers, training and fine-tuning are one program on a CPU.
     config = dataclasses.replace(ONE_SEED, fine_tuning_batch_size=ONE_SEED.expert_batch_size)
     with compilations(caplog) as names:
-        context = _prepare(config, digits, tmp_path)
+        context = prepare_quietly(config, digits, tmp_path)
         estimate.estimate(context)
         protocol.run(context)
     assert names.count("jit(steps)") == 1
@@ -75,11 +70,11 @@ def test_neither_estimate_nor_run_compiles_a_step_twice(digits, tmp_path, caplog
 
 
 def test_what_is_done_is_not_counted(digits, tmp_path, steady):
-    context = _prepare(ONE_SEED, digits, tmp_path)
+    context = prepare_quietly(ONE_SEED, digits, tmp_path)
     protocol.run(context)
     assert not missing_experts(context)
     assert estimate.estimate(context) == {}
-    two_seeds = _prepare(TINY, digits, tmp_path)
+    two_seeds = prepare_quietly(TINY, digits, tmp_path)
     assert protocol.remaining(two_seeds) == {"coefficients": [3, 4, 5], "fine-tuning": [1, 2, 3, 4, 5]}
     assert estimate.estimate(two_seeds).keys() == {"coefficients, at most", "fine-tuning"}
 
@@ -89,7 +84,7 @@ def test_steps_are_measured_as_they_run(digits, tmp_path, monkeypatch, together)
     if together:
         for module in ("context", "estimate"):
             monkeypatch.setattr(f"experiments.protocol.{module}.on_cpu", lambda tree: False)
-    seconds = estimate.estimate(_prepare(ONE_SEED, digits, tmp_path))
+    seconds = estimate.estimate(prepare_quietly(ONE_SEED, digits, tmp_path))
     assert len(seconds) == 3
     assert all(0 < value < 60 for value in seconds.values())
     # Nothing is kept of it.
