@@ -10,8 +10,6 @@ from experiments.protocol.config import Config
 from experiments.reporting import paper
 from tests.experiments.helpers import TINY
 
-pytestmark = pytest.mark.usefixtures("compilation_cache")
-
 FILES = {"config.json", "results.json", "report.md", "figure1.png", "alpha.png", "stages"}
 
 

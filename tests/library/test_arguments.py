@@ -12,8 +12,6 @@ import glue_jax
 from glue_jax import arguments
 from tests.library.helpers import ADAM, DATA, EXPERTS, OPTIMIZER, learn
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def never(*args, **words):
     raise AssertionError("work was done before the arguments were checked")

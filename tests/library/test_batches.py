@@ -8,8 +8,6 @@ import pytest
 import glue_jax
 from glue_jax.batches import num_examples
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def indices(first_step, num_steps, n=11, batch_size=3, seed=0):
     return np.asarray(glue_jax.batches.minibatch_indices(jax.random.key(seed), first_step, num_steps, n, batch_size))

@@ -14,8 +14,6 @@ import pytest
 
 import glue_jax
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 reproducible = hypothesis.settings(deadline=None, derandomize=True, max_examples=15)
 
 finite = st.floats(-100, 100, width=32, allow_subnormal=False)
@@ -198,7 +196,7 @@ def temporary_bytes(function, *arguments):
     ("step_fn", "models"),
     [(glue_jax.spsa_step, 1), (glue_jax.forward_gradient_step, 2.25), (glue_jax.full_gradient_step, 1.5)],
 )
-def test_a_step_makes_no_float32_copy_of_short_experts(without_quick_compilation, step_fn, models, dtype):
+def test_a_step_makes_no_float32_copy_of_short_experts(optimized, step_fn, models, dtype):
     k, batch = 12, jnp.ones((4, 600))
     experts, optimizer = parameters(k, dtype), optax.adam(0.1)
     step = functools.partial(step_fn, loss_fn=network_loss, optimizer=optimizer)
@@ -211,13 +209,13 @@ def test_a_step_makes_no_float32_copy_of_short_experts(without_quick_compilation
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_a_blend_of_short_experts_needs_no_memory_beside_its_result(without_quick_compilation, dtype):
+def test_a_blend_of_short_experts_needs_no_memory_beside_its_result(optimized, dtype):
     experts = parameters(12, dtype)
     blend = functools.partial(glue_jax.blend, min_dtype=jnp.float32)
     assert temporary_bytes(blend, experts, jnp.ones(12)) < 1e6
 
 
-def test_the_full_gradient_does_not_transpose_the_experts(without_quick_compilation):
+def test_the_full_gradient_does_not_transpose_the_experts(optimized):
     experts = parameters(12, jnp.float32)
 
     def gradient(alpha, experts, cotangent):

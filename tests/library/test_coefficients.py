@@ -11,8 +11,6 @@ import pytest
 import glue_jax
 from glue_jax.coefficients import check_floating
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 reproducible = hypothesis.settings(deadline=None, derandomize=True, max_examples=20)
 
 

@@ -12,8 +12,6 @@ from jax.flatten_util import ravel_pytree
 import glue_jax
 from glue_jax.directions import DirectionName, dimension
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 NAMES = get_args(DirectionName)
 BETAS = {
     "[K]": jnp.zeros(4),

@@ -14,8 +14,6 @@ from glue_jax import theory
 from glue_jax.directions import DirectionName, dimension
 from glue_jax.estimators import Scale
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 NAMES = get_args(DirectionName)
 SCALES = get_args(Scale)
 SAMPLES = 4000

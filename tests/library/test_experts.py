@@ -13,8 +13,6 @@ import pytest
 
 import glue_jax
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 class Layer(NamedTuple):
     kernel: Any

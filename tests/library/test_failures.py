@@ -14,8 +14,6 @@ import pytest
 import glue_jax
 from tests.library.helpers import ADAM, DATA, learn, squared
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SPSA = {"step_fn": glue_jax.spsa_step, "loss_fn": squared, "optimizer": ADAM}
 
 

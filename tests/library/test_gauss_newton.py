@@ -16,8 +16,6 @@ from glue_jax.gauss_newton import GaussNewtonState
 from glue_jax.links import directions_of
 from tests.library.helpers import CLASSIFICATION, FEATURES, K, classification, cross_entropy, network
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 EXAMPLES = 40
 
 

@@ -16,8 +16,6 @@ from glue_jax.streams import ArrayBatches
 from tests.helpers import compilations
 from tests.library.helpers import ADAM, DATA, EXPERTS, OPTIMIZER, learn, squared, upward
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 STEPS = [glue_jax.spsa_step, glue_jax.forward_gradient_step, glue_jax.full_gradient_step]
 
 

@@ -14,8 +14,6 @@ import glue_jax
 from glue_jax import planning, theory, timing
 from glue_jax.timing import Program, compile_and_run
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 K, FEATURES, CLASSES, EXAMPLES = 4, 5, 3, 12
 D = K - 1
 

@@ -11,8 +11,6 @@ import glue_jax
 from tests.helpers import compilations
 from tests.library.helpers import Loader
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 EXPERTS = {"w": jnp.array([-1.0, 0.0, 1.0])}
 DATA = 0.1 * jax.random.normal(jax.random.key(0), (64,)) + 0.3
 

@@ -12,8 +12,6 @@ import pytest
 
 import glue_jax
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 STEPS = [glue_jax.spsa_step, glue_jax.forward_gradient_step, glue_jax.full_gradient_step]
 all_steps = pytest.mark.parametrize("step_fn", STEPS)
 SGD = optax.sgd(1.0)

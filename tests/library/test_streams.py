@@ -15,8 +15,6 @@ from glue_jax.streams import ArrayBatches, is_stream
 from tests.helpers import compilations
 from tests.library.helpers import ADAM, DATA, Loader, learn, squared
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 KEY = jax.random.key(3)
 learn = functools.partial(learn, key=KEY, batch_size=64, loss_fn=squared, optimizer=ADAM)
 

@@ -10,8 +10,6 @@ import pytest
 import glue_jax
 from tests.library.helpers import DATA, EXPERTS, OPTIMIZER, Loader, learn, squared
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.mark.parametrize("value", [jnp.zeros(4), None, (jnp.zeros(()), jnp.zeros(())), jnp.array(1j)])
 @pytest.mark.parametrize("data", [DATA[:11], Loader([DATA[:11]])], ids=["arrays", "loader"])

@@ -13,8 +13,6 @@ from flax import nnx
 
 import glue_jax
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 ALPHA = np.array([0.6, 0.3, 0.1])
 INPUTS, WIDTH = 4, 8
 

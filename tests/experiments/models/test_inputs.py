@@ -11,8 +11,6 @@ from experiments import models
 from experiments.models.inputs import input_grams
 from glue_jax.paths import by_path
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TINY_VIT = {"patch_size": 4, "depth": 1, "width": 12, "heads": 3, "mlp_width": 24}
 
 

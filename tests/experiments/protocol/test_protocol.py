@@ -27,11 +27,9 @@ from experiments.runtime.progress import ProgressBars
 from experiments.runtime.stages import DamagedStageError, Stages
 from tests.experiments.helpers import TINY, prepare_quietly, run_quietly, without_times
 
-pytestmark = pytest.mark.usefixtures("compilation_cache")
-
 
 @pytest.fixture(scope="module")
-def done(digits, tmp_path_factory, compilation_cache):
+def done(digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     return run_quietly(TINY, digits, folder), folder
 
@@ -253,9 +251,9 @@ def test_changed_source_does_anew_what_it_touches(
 
 
 def _kind(name):
-    """The kind of a stage, by its name."""
+    """The kind of a stage, by its name: each Config that learns coefficients has a step of its own."""
     first, _, rest = name.partition("/")
-    return rest if first == "experts" else first
+    return {"experts": rest, "coefficients": name}.get(first, first)
 
 
 def _definition_of(code):
@@ -273,8 +271,7 @@ def _definition_of(code):
     return None
 
 
-@pytest.mark.parametrize("number", [4, 5])
-def test_all_functions_that_run_in_a_stage_are_of_its_digest(digits, tmp_path, monkeypatch, number):
+def test_all_functions_that_run_in_a_stage_are_of_its_digest(digits, tmp_path, monkeypatch):
     digest, run, train = sources.digest, Stages.run, experts._train_experts
     begun, ran = {}, {}
 
@@ -310,9 +307,10 @@ def test_all_functions_that_run_in_a_stage_are_of_its_digest(digits, tmp_path, m
         "_train_experts",
         lambda context, *rest: watched("experts", context.expert_fields["code"], lambda: train(context, *rest)),
     )
-    monkeypatch.setattr(protocol, "CONFIGS", (number,))
+    monkeypatch.setattr(protocol, "CONFIGS", (4, 5))
     run_quietly(dataclasses.replace(TINY, seeds=(0,)), digits, tmp_path)
-    assert ran.keys() == {"experts", "accuracies", "coefficients", "fine-tuning"}
+    learned = {"coefficients/seed0-config4", "coefficients/seed0-config5"}
+    assert ran.keys() == {"experts", "accuracies", "fine-tuning", *learned}
     for kind, (code, found) in ran.items():
         names, leaving_out = begun[code]
         reached = sources._reached(names, leaving_out)[1].keys() - set(leaving_out)

@@ -200,7 +200,9 @@ def test_a_function_that_holds_values_of_the_one_around_it_is_refused(monkeypatc
     def scaled(by):
         return lambda loss: by * loss
 
-    with pytest.raises(ValueError, match=r"<lambda> of tests\.experiments\.runtime\.test_sources has values .* functools\.partial"):
+    with pytest.raises(
+        ValueError, match=r"<lambda> of tests\.experiments\.runtime\.test_sources has values .* functools\.partial"
+    ):
         functions_in(scaled(2))
 
 

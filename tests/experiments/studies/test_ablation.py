@@ -4,19 +4,19 @@ import dataclasses
 import functools
 import io
 import json
-from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
 
-import experiments
 import glue_jax
 from experiments import digits
 from experiments.protocol import data
 from experiments.protocol import run as protocol
 from experiments.protocol.context import prepare
+from experiments.protocol.expert_training import train_experts
 from experiments.runtime.progress import ProgressBars
 from experiments.runtime.stages import Stages
 from experiments.studies.ablation import __main__ as ablation
@@ -25,10 +25,9 @@ from experiments.studies.ablation import trials as measurement
 from experiments.studies.ablation.prerequisites import Measured
 from experiments.studies.ablation.recipes import Recipe, recipes
 from tests.experiments.helpers import TINY
+from tests.helpers import ROOT
 
-pytestmark = pytest.mark.usefixtures("compilation_cache")
-
-RESULTS = Path(experiments.__file__).parent / "results"
+RESULTS = ROOT / "experiments" / "results"
 ONE_SEED = dataclasses.replace(TINY, seeds=(0,))
 ALL = {recipe.name: recipe for recipe in recipes(ONE_SEED)}
 
@@ -47,7 +46,11 @@ def test_every_recipe_gives_a_model_of_the_experts_architecture(tmp_path):
     found = measurement.measure(context, list(ALL.values()), 0, Stages(tmp_path / "out"))
     assert [row["recipe"] for row in found["rows"]] == list(ALL)
     rows = {row["recipe"]: row for row in found["rows"]}
-    assert all(0 <= row["test_accuracy"][0] <= 1 and np.isfinite(row["test_loss"]).all() for row in rows.values())
+    assert np.isfinite([row["test_loss"] for row in rows.values()]).all()
+    average = glue_jax.blend(glue_jax.stack_experts(train_experts(context)[0]), jnp.full(2, 0.5))
+    measures = context.evaluate(average, context.test)
+    uniform = rows["1 data size (uniform)"]
+    assert (uniform["test_loss"], uniform["test_accuracy"]) == ([measures["loss"]], [measures["accuracy"]])
     # Nothing to learn, nothing looked at.
     assert rows["1 data size (uniform)"]["forward_passes"] == 0
     # 5 steps of two probes of 16 images, validated at step 0, 2, 4, 5 on 20.
@@ -73,15 +76,11 @@ def test_every_recipe_gives_a_model_of_the_experts_architecture(tmp_path):
     assert rows["GLUE from three starts"]["forward_passes"] == 2 * 20 + 3 * (5 * 2 * 16 + 4 * 20)
     assert rows["GLUE, refreshed"]["alpha"] == rows["4 GLUE"]["alpha"]
     assert np.shape(rows["GLUE, by layer"]["alpha"]) == (5, 2)
-    assert rows["GLUE, temperature"]["temperature"] != 1
+    # A step of Adam moves the logarithm of the temperature by its learning rate at most.
+    moved = abs(np.log(rows["GLUE, temperature"]["temperature"])) / ONE_SEED.alpha_learning_rate
+    assert 0.5 < moved < 5.5
     best = max(found["experts"], key=lambda row: -row["validation_loss"])
     assert rows["best expert"]["test_accuracy"][0] == pytest.approx(best["test_accuracy"])
-
-
-@pytest.mark.parametrize("folder", sorted(RESULTS.glob("ablation-*")), ids=lambda folder: folder.name)
-def test_the_reports_that_are_kept_are_those_of_their_results(folder):
-    results = json.loads((folder / "results.json").read_text())
-    assert (folder / "report.md").read_text() == report._markdown(results)
 
 
 def test_a_command_line_comes_to_its_report_and_has_nothing_to_do_again(tiny, tmp_path, monkeypatch, capsys):
@@ -205,7 +204,7 @@ def test_several_starts_go_with_groups_and_a_temperature(tmp_path):
     )
     (row,) = measurement.measure(context, [recipe], 0, Stages(tmp_path / "out"))["rows"]
     assert np.shape(row["alpha"]) == (5, 2)
-    assert row["temperature"] != 1
+    assert abs(np.log(row["temperature"])) > ONE_SEED.alpha_learning_rate / 2
 
 
 def test_groups_start_where_one_vector_for_the_model_ended(tmp_path):
@@ -218,7 +217,8 @@ def test_groups_start_where_one_vector_for_the_model_ended(tmp_path):
     rows = measurement.measure(context, [first, fine, still], 0, Stages(tmp_path / "out"))["rows"]
     of_model, of_layers, of_still = (np.array(row["alpha"]) for row in rows)
     np.testing.assert_array_equal(of_still, np.tile(of_model, (4, 1)))
-    assert rows[2]["temperature"] == rows[0]["temperature"] != 1
+    assert rows[2]["temperature"] == rows[0]["temperature"]
+    assert abs(np.log(rows[0]["temperature"])) > ONE_SEED.alpha_learning_rate / 2
     assert np.abs(of_layers - of_model).max() > 1e-3
     assert [row["steps"] for row in rows] == [5, 10, 10]
     # 5 steps of 2 K directions, and 4 validations more.

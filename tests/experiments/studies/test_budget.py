@@ -86,7 +86,7 @@ def test_there_is_within_one_percent_of_each_seeds_best():
 
 def test_the_command_keeps_its_curves_and_reports_them(tmp_path, capsys):
     words = ["--num-experts", "3", "--expert-epochs", "1", "--expert-examples", "40", "--validation-examples", "60"]
-    words += ["--target-examples", "80", "--passes", "3000", "--seeds", "0", "--ways", "Gauss-Newton, d", "paper"]
+    words += ["--target-examples", "80", "--passes", "3000", "--seeds", "0", "--ways", "Gauss-Newton, d", "SPSA, as"]
     words += ["--sharing", "softmax", "free by layer", "--run-dir", str(tmp_path / "run")]
     words += ["--out-dir", str(tmp_path / "out")]
     results = budget.main(words)

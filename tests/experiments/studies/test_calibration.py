@@ -9,8 +9,6 @@ from experiments import digits
 from experiments.studies import calibration
 from tests.experiments.helpers import TINY
 
-pytestmark = pytest.mark.usefixtures("compilation_cache")
-
 
 @pytest.fixture
 def tiny(monkeypatch):

@@ -3,7 +3,6 @@ import itertools
 import json
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from rich.console import Console
@@ -56,10 +55,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(folder):
-    # As the fixture quick_compilation, which is not the module's.
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield run(folder)
-    jax.config.update("jax_disable_most_optimizations", False)
+    return run(folder)
 
 
 def run(folder, *arguments):

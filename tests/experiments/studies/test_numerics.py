@@ -10,8 +10,6 @@ import pytest
 from experiments.studies import numerics
 from experiments.studies.rounding import with_rounded_products
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 X, W = (jax.random.normal(jax.random.key(seed), shape) for seed, shape in ((0, (5, 7)), (1, (7, 3))))
 
 
@@ -55,7 +53,6 @@ def test_a_product_inside_a_branch_is_refused():
         jax.jit(with_rounded_products(branched, 7))(X, W)
 
 
-@pytest.mark.usefixtures("compilation_cache")
 def test_the_report_has_the_error_of_each_number_format(tmp_path, monkeypatch):
     monkeypatch.setattr(numerics, "RADII", (0.1,))
     monkeypatch.setattr(numerics, "DTYPES", {"bfloat16": jnp.bfloat16})

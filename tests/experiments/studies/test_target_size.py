@@ -20,8 +20,6 @@ from experiments.studies import starts, target_size
 from experiments.studies.starts import STARTS, labelled_images
 from tests.experiments.helpers import TINY
 
-pytestmark = pytest.mark.usefixtures("compilation_cache")
-
 TINY_ONE = dataclasses.replace(TINY, seeds=(0,))
 # Of the training images, those that do not validate.
 AVAILABLE = 1348 - TINY.validation_examples
@@ -96,7 +94,6 @@ def tiny(monkeypatch):
     monkeypatch.setitem(digits.PRESETS, "quick", TINY_ONE)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_the_command_keeps_what_it_measured_and_reports_it(tiny, tmp_path, monkeypatch, capsys):
     words = ["--sizes", "30", "2000", "--epochs", "2", "--least-steps", "3"]
     words += ["--run-dir", str(tmp_path / "run"), "--out-dir", str(tmp_path / "out")]

@@ -23,8 +23,6 @@ from experiments.studies.variance.variance_claims import claims
 from glue_jax import theory
 from tests.experiments.helpers import TINY
 
-pytestmark = pytest.mark.usefixtures("compilation_cache")
-
 ESTIMATORS = [
     Estimator("alpha", "sphere", "paper"),
     Estimator("beta", "rademacher", "unbiased"),
@@ -191,12 +189,7 @@ def _main(folder, *options):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(digits.PRESETS, "tiny", dataclasses.replace(TINY, num_experts=3))
         folders = ["--run-dir", str(folder / "run"), "--out-dir", str(folder / "out")]
-        # As the fixture `quick_compilation`, for one call.
-        jax.config.update("jax_disable_most_optimizations", True)
-        try:
-            return command.main([*OPTIONS, *folders, *options])
-        finally:
-            jax.config.update("jax_disable_most_optimizations", False)
+        return command.main([*OPTIONS, *folders, *options])
 
 
 def test_the_default_preset_is_the_experiments_own():
@@ -275,7 +268,7 @@ def test_the_papers_claims_by_hand():
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory, compilation_cache):
+def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("variance")
     return _main(folder), folder
 

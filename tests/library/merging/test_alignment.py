@@ -9,8 +9,6 @@ import glue_jax
 from experiments import models
 from experiments.models.permutations import SPECS
 
-pytestmark = pytest.mark.usefixtures("compilation_cache")
-
 MLP = {
     "dense1/kernel": (None, "hidden1"),
     "dense1/bias": ("hidden1",),
@@ -62,10 +60,18 @@ def network(request):
     """Network, variables whose leaves are all different, spec and images."""
     name, options, shape = NETWORKS[request.param]
     network = models.build(name, image_shape=shape, num_classes=4, **options)
-    variables = jax.jit(network.init)(jax.random.key(0))
-    keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(variables))))
-    variables = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.uniform(next(keys), leaf.shape), variables)
-    images = jax.random.normal(jax.random.key(2), (3, *shape))
+    rng = np.random.default_rng(0)
+
+    def draw(leaf):
+        """Weights of the size that keeps the size of what they multiply; all else, as variances, is above 0."""
+        if leaf.ndim > 1:
+            drawn = rng.normal(size=leaf.shape) / np.sqrt(leaf.size / leaf.shape[-1])
+        else:
+            drawn = rng.uniform(0.5, 1.5, leaf.shape)
+        return jnp.asarray(drawn, leaf.dtype)
+
+    variables = jax.tree.map(draw, jax.eval_shape(network.init, jax.random.key(0)))
+    images = jnp.asarray(rng.normal(size=(3, *shape)), jnp.float32)
     return network, variables, SPECS[name](**options), images
 
 

@@ -8,8 +8,6 @@ import pytest
 import glue_jax
 from glue_jax.merging.regmean import conv_gram, layer_gram
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def experts_and_inputs(*, num_experts=3, rows=40, in_features=5, out_features=4, dtype=jnp.float32):
     kernels = jax.random.normal(jax.random.key(0), (num_experts, in_features, out_features)).astype(dtype)
