@@ -163,7 +163,7 @@ def test_a_notebook_defines_nothing(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_the_public_address_of_a_notebook_is_that_of_the_project(path):
+def test_a_notebook_names_the_one_public_address(path):
     title, install = _read(path.stem).cells[:2]
     public = ADDRESS.removeprefix("https://github.com/")
     colab = "https://colab.research.google.com"

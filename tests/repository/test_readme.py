@@ -84,7 +84,7 @@ def test_the_test_command_is_what_ci_runs():
         assert part in ci.replace("--quiet ", "")
 
 
-def test_the_public_address_is_that_of_the_project():
+def test_all_files_name_one_public_address():
     address = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
     for path in ("README.md", "CITATION.cff"):
         found = set(re.findall(r"https://github\.com/[^/\s)]+/glue_jax", (ROOT / path).read_text()))
