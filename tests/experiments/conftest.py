@@ -1,0 +1,35 @@
+"""What the tests of the experiments share: data, and the programs of equal configs."""
+
+import functools
+import types
+
+import optax
+import pytest
+
+from experiments import models
+from experiments.protocol import context, data
+from experiments.protocol.training import Problem, make_evaluate, make_trainer
+
+
+@pytest.fixture(scope="session")
+def digits():
+    return data.load("digits")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _programs_are_made_once():
+    """Lets runs of equal configs share their networks, trainers and optimizers, which are traced and compiled once."""
+    problems = {}
+
+    def make_problem(network, mean, std, mesh):
+        return problems.setdefault((network, mean.tobytes(), std.tobytes(), mesh), Problem(network, mean, std, mesh))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            context, "models", types.SimpleNamespace(MODULES=models.MODULES, build=functools.cache(models.build))
+        )
+        patch.setattr(context, "optax", types.SimpleNamespace(adam=functools.cache(optax.adam)))
+        patch.setattr(context, "Problem", make_problem)
+        patch.setattr(context, "make_trainer", functools.cache(make_trainer))
+        patch.setattr(context, "make_evaluate", functools.cache(make_evaluate))
+        yield

@@ -1,0 +1,47 @@
+"""A run of the protocol that takes seconds."""
+
+import copy
+import io
+
+from rich.console import Console
+
+from experiments.protocol import run as protocol
+from experiments.protocol.config import Config
+from experiments.protocol.context import prepare
+from experiments.runtime.progress import ProgressBars
+
+TINY = Config(
+    dataset="digits",
+    network="convnet",
+    num_experts=2,
+    expert_examples=24,
+    expert_epochs=2,
+    expert_batch_size=8,
+    augmentation="none",
+    validation_examples=20,
+    target_examples=64,
+    alpha_batch_size=16,
+    alpha_steps=5,
+    validate_every=2,
+    patience=3,
+    fine_tuning_epochs=2,
+    fine_tuning_batch_size=32,
+    test_examples=30,
+    seeds=(0, 1),
+)
+
+
+def prepare_quietly(config, dataset, folder):
+    return prepare(config, dataset, folder, ProgressBars(Console(file=io.StringIO())))
+
+
+def run_quietly(config, dataset, folder):
+    return protocol.run(prepare_quietly(config, dataset, folder))
+
+
+def without_times(results):
+    results = copy.deepcopy(results)
+    del results["seconds"]
+    for run in results["runs"]:
+        del run["prior_seconds"]
+    return results

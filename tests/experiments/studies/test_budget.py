@@ -1,0 +1,125 @@
+"""The ways of the budget study: what they take, and that each of them learns."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import glue_jax
+from experiments.studies import budget
+from experiments.studies.ways import Coefficients, ways
+from tests.library.helpers import CLASSIFICATION, K, classification
+
+RATES = {"spsa": 0.1, "spsa_d": 0.1, "forward": 0.1, "full": 0.1}
+PAPER = functools.partial(glue_jax.spsa_step, radius=1e-2, directions="sphere")
+WAYS = ways(RATES, PAPER, optax.adam(1e-2))
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way.above < K - 1], ids=lambda way: way.name)
+def test_each_way_lowers_the_loss(way):
+    experts, data = classification()
+    merge = functools.partial(glue_jax.blend, min_dtype=jnp.float32)
+    problem = Coefficients(experts, jnp.zeros(K), jax.nn.softmax, merge, CLASSIFICATION)
+    assert problem.dimension == K - 1
+    stepper = way.begin(problem, jax.random.key(0), 2000)
+    stepper.compile(data)
+    state = stepper.state
+    for _ in range(60):
+        state = stepper.step(state, data)
+
+    def loss(beta):
+        return float(CLASSIFICATION(merge(experts, jax.nn.softmax(beta)), data))
+
+    assert loss(stepper.beta(state)) < loss(problem.beta) - 1e-3
+
+
+def test_what_a_step_of_each_way_takes():
+    passes = {way.name: (way.forward(9), way.backward) for way in WAYS}
+    assert passes == {
+        "SPSA, as in the paper": (2, 0),
+        "SPSA, m = 1": (2, 0),
+        "SPSA, m = d": (18, 0),
+        "forward gradient, m = 1": (1, 0),
+        "full gradient, as in the paper": (1, 1),
+        "full gradient": (1, 1),
+        "Gauss-Newton, differences": (11, 0),
+        "Gauss-Newton, tangents": (11, 0),
+        "Gauss-Newton, differences, m = 16": (18, 0),
+        "CMA-ES": (10, 0),
+        "NGOpt": (1, 0),
+    }
+
+
+def curve(way, seed, losses):
+    points = [100 * index for index in range(len(losses))]
+    return {
+        "sharing": "softmax",
+        "dimension": 9,
+        "way": way,
+        "seed": seed,
+        "forward": points,
+        "backward": [0] * len(points),
+        "learning_seconds": [index / 1000 for index in points],
+        "validation_loss": losses,
+        "test_loss": [loss + 1 for loss in losses],
+    }
+
+
+def test_there_is_within_one_percent_of_each_seeds_best():
+    curves = [
+        curve("a", 0, [3.0, 2.01, 2.0]),
+        curve("b", 0, [3.0, 2.5, 2.019]),
+        curve("a", 1, [3.0, 1.0, 1.5]),
+        curve("b", 1, [3.0, 2.0, 1.1]),
+    ]
+    assert budget.reached(curves[0], 2.02) == {"forward": 100, "backward": 0, "learning_seconds": 0.1}
+    assert budget.reached(curves[1], 2.0) is None
+    head, rows = budget.table({"curves": curves}, "softmax")
+    assert len(head) == len(rows[0]) == 7
+    assert rows[0][:5] == ["a", "2 of 2", "100", "0", "0.1"]
+    assert rows[1][:5] == ["b", "1 of 2", "-", "-", "-"]
+    # The test loss where validation is best.
+    assert rows[0][6].startswith("2.500")
+
+
+def test_the_command_keeps_its_curves_and_reports_them(tmp_path, capsys):
+    words = ["--num-experts", "3", "--expert-epochs", "1", "--expert-examples", "40", "--validation-examples", "60"]
+    words += ["--target-examples", "80", "--passes", "3000", "--seeds", "0", "--ways", "Gauss-Newton, d", "SPSA, as"]
+    words += ["--sharing", "softmax", "free by layer", "--run-dir", str(tmp_path / "run")]
+    words += ["--out-dir", str(tmp_path / "out")]
+    results = budget.main(words)
+    assert {(found["sharing"], found["dimension"]) for found in results["curves"]} == {
+        ("softmax", 2),
+        ("free by layer", 3 * 5),
+    }
+    for found in results["curves"]:
+        seconds = np.array(found["learning_seconds"])
+        assert seconds[0] == 0
+        assert (np.diff(seconds) > 0).all()
+        assert found["forward"][-1] <= 3000
+        assert len(found["validation_loss"]) == len(found["forward"])
+    again = budget.main(words)
+    assert again["curves"] == results["curves"]
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "## free by layer: 15 directions" in report
+    assert (tmp_path / "out" / "free-by-layer.png").exists()
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--ways", "Newtons"], "ways has 'Newtons'"),
+        (["--passes", "0"], "passes is 0"),
+        (["--rate", "-1"], "rate is -1"),
+        (["--sharing", "free", "free"], "each given once"),
+    ],
+)
+def test_a_command_line_out_of_range_ends_before_any_work(words, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        budget.main([*words, "--out-dir", str(tmp_path / "out")])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

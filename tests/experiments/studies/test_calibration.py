@@ -1,0 +1,72 @@
+"""Learning with many radii and with calibrated ones, at a tiny scale."""
+
+import dataclasses
+import json
+
+import pytest
+
+from experiments import digits
+from experiments.studies import calibration
+from tests.experiments.helpers import TINY
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(digits.PRESETS, "quick", dataclasses.replace(TINY, seeds=(0,)))
+    monkeypatch.setattr(calibration, "FACTORS", (1.0, 100.0))
+    monkeypatch.setattr(calibration, "GUESSES", (1e4,))
+
+
+def test_a_command_line_comes_to_its_report_and_has_nothing_to_do_again(tiny, tmp_path, monkeypatch):
+    words = ["--run-dir", str(tmp_path / "run"), "--out-dir", str(tmp_path / "out")]
+    results = calibration.main(words)
+    assert [(row["way"], row["radius"]) for row in results["rows"]][:2] == [("sweep", 0.01), ("sweep", 1.0)]
+    calibrated = results["rows"][2]
+    assert calibrated["way"] == "calibrated from 100"
+    # Three decades to either side of the guess, and far below it.
+    assert 0.1 <= calibrated["radius"] <= 10
+    assert all(row["steps"] == TINY.alpha_steps for row in results["rows"])
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "nan" not in report
+    assert "| calibrated from 100 |" in report
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "stages",
+        "results.json",
+        "report.md",
+        "calibration.png",
+    }
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == json.loads(json.dumps(results))
+    monkeypatch.setattr(calibration, "_learn", lambda *_: pytest.fail("learned again"))
+    assert calibration.main(words)["rows"] == results["rows"]
+
+
+def test_verdicts_compare_with_the_best_radius_of_the_sweep():
+    rows = [
+        {"way": "sweep", "radius": 0.1, "loss": 1.0},
+        {"way": "sweep", "radius": 0.1, "loss": 3.0},
+        {"way": "sweep", "radius": 1.0, "loss": 5.0},
+        {"way": "calibrated from 10", "radius": 0.3, "loss": 2.0},
+        {"way": "calibrated from 10", "radius": 0.2, "loss": 2.04},
+        {"way": "calibrated from 100", "radius": 9.0, "loss": 2.1},
+    ]
+    first, second = calibration.verdicts(rows)
+    assert first["ratio"] == pytest.approx(1.01)
+    assert first["holds"]
+    assert second["ratio"] == pytest.approx(1.05)
+    assert not second["holds"]
+
+
+def test_one_expert_alone_has_no_radius(tiny, tmp_path):
+    with pytest.raises(SystemExit, match="num_experts is 1; expected at least 2 for this command"):
+        calibration.main(["--out-dir", str(tmp_path / "out"), "--num-experts", "1"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_radii_that_are_rounded_away_end_the_command_in_one_line(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration, "FACTORS", ())
+    words = ["--run-dir", str(tmp_path / "run"), "--out-dir", str(tmp_path / "out"), "--radius", "1e-20"]
+    with pytest.raises(SystemExit) as stopped:
+        calibration.main(words)
+    said = str(stopped.value.code)
+    assert said.startswith("FloatingPointError: calibration/guess0-seed0: --radius is 1e-20, and no radius within")
+    assert len(said.splitlines()) == 1

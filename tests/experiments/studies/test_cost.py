@@ -1,0 +1,386 @@
+import dataclasses
+import itertools
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from experiments.runtime.progress import ProgressBars
+from experiments.studies.cost import __main__ as cost
+from experiments.studies.cost import cost_report as report
+from experiments.studies.cost import step_costs as measurement
+from experiments.studies.cost.cost_claims import claims, growth_table
+from experiments.studies.cost.programs import Setting
+from experiments.studies.cost.promises import promises
+from experiments.studies.cost.step_costs import Program, Samples
+
+TINY = ["--networks", "convnet", "--batch-sizes", "4", "--num-experts", "3", "--num-directions", "1"]
+REPETITIONS = 3
+BASE = Setting(network="convnet", batch_size=4, num_experts=3)
+TPU_ROW = {
+    **dataclasses.asdict(Setting(batch_size=512)),
+    "platform": "tpu v5e (compiled)",
+    "temporary_bytes": {"full_step": 400e6, "spsa_step": 100e6},
+    "flops": {"full_step": 3e9, "spsa_step_vmapped": 2e9},
+    "compile_seconds": {"full_step": 41.0, "spsa_step": 27.0},
+}
+TPU = {
+    "command": "python -m experiments.studies.cost.tpu",
+    "topology": "v5e:2x2",
+    "compiler": "libtpu 1.2.3",
+    "matmul_precision": "highest",
+    "rows": [TPU_ROW],
+}
+SECONDS = {
+    "forward": [2.0],
+    "value_and_grad": [6.0],
+    "blend": [0.5],
+    "inner_products": [0.25],
+    "probe": [3.0],
+    "estimate": [6.5],
+    "full_step": [9.0],
+    "spsa_step": [7.0],
+}
+FAULTS = {"forward": [100], "blend": [20], "spsa_step": [150]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cost")
+    (folder / "tpu.json").write_text(json.dumps(TPU))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(folder):
+    return run(folder)
+
+
+def run(folder, *arguments):
+    return cost.main([*TINY, "--repetitions", str(REPETITIONS), "--out-dir", str(folder), *arguments])
+
+
+def row(*, platform="cpu", full_bytes=10, spsa_bytes=1, flops=0.66, ratio=0.4, over=1.0, **fields):
+    times = {"spsa_over_full": ratio, "over_predicted": {"spsa_step": over}}
+    sizes = {"temporary_bytes": {"full_step": full_bytes, "spsa_step": spsa_bytes}}
+    work = {"flops": {"full_step": 1.0, "spsa_step_vmapped": flops}}
+    return {**dataclasses.asdict(Setting(**fields)), "platform": platform, "times": times, **sizes, **work}
+
+
+def samples(**seconds):
+    return {name: Samples(values, FAULTS.get(name, [0])) for name, values in {**SECONDS, **seconds}.items()}
+
+
+def test_a_run_writes_its_report(results, folder):
+    assert {path.name for path in folder.iterdir()} == {"results.json", "report.md", "cost.png", "stages", "tpu.json"}
+    assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(results))
+    report = (folder / "report.md").read_text()
+    assert "python -m experiments.studies.cost --networks convnet" in report
+    assert results["machine"] in report
+    assert "nan" not in report
+
+
+def test_predictions_follow_from_the_measured_parts(results):
+    (measured,) = results["rows"]
+    times = measured["times"]
+    assert all(len(values) == REPETITIONS for values in times["samples"].values())
+    parts = {name: np.median(values) for name, values in times["samples"].items()}
+    # Eq. (9), with (1 + gamma) F the time of the loss with its gradient.
+    full = parts["value_and_grad"] + parts["blend"] + parts["inner_products"]
+    spsa = 2 * (parts["forward"] + parts["blend"])
+    assert times["predicted"] == pytest.approx({"full_step": full, "spsa_step": spsa})
+    assert times["over_predicted"]["full_step"] == pytest.approx(parts["full_step"] / full)
+    assert times["over_predicted"]["spsa_step"] == pytest.approx(parts["spsa_step"] / spsa)
+    assert times["cheaper"] == (parts["spsa_step"] < parts["full_step"])
+    assert min(parts.values()) > 0
+
+
+def test_the_compiled_steps_are_sized(results):
+    (measured,) = results["rows"]
+    # The convolutions of one image forwards, 8 x 8 at stride 1 and 4 x 4 at stride 2, less what the borders save.
+    forward = 4 * 2 * 9 * (64 * 1 * 32 + 16 * 32 * 64)
+    assert 0.75 < measured["flops"]["spsa_step_vmapped"] / (2 * forward) < 1.2
+    assert 2 * forward < measured["flops"]["full_step"] < 4 * forward
+    # The least that a backward pass keeps: the activations of the first layer in float32.
+    assert measured["temporary_bytes"]["full_step"] > 4 * 64 * 32 * 4
+    assert measured["temporary_bytes"]["spsa_step"] < measured["temporary_bytes"]["full_step"]
+    assert measured["total_bytes"] > measured["temporary_bytes"]["full_step"]
+
+
+def test_the_report_sets_the_measured_figure_beside_each_promise(results, folder):
+    report, (measured,) = (folder / "report.md").read_text(), results["rows"]
+    times, flops = measured["times"], measured["flops"]
+    for what, limit, value in (
+        ("SPSA step / full step, time", 0.5, times["spsa_over_full"]),
+        (
+            "SPSA step / full step, FLOPs, all probes vmapped",
+            0.67,
+            flops["spsa_step_vmapped"] / flops["full_step"],
+        ),
+        ("SPSA step / 2 (F + C_mix), time", 1.05, times["over_predicted"]["spsa_step"]),
+    ):
+        verdict = "kept" if value <= limit else "missed"
+        assert {promise["verdict"] for promise in results["promises"] if promise["what"] == what} == {verdict}
+        assert f"| {what} | convnet, batch 4, cpu | {limit:g} | {value:.3f} | {verdict} |" in report
+
+
+def test_what_was_compiled_for_a_tpu_is_shown(results, folder):
+    report = (folder / "report.md").read_text()
+    assert "| resnet20 | 512 | 10 | 1 | 400 | 100 | 0.250 | 3 | 2 | 0.667 | 41 | 27 |" in report
+    assert "libtpu 1.2.3" in report
+
+
+def test_a_run_that_is_repeated_has_nothing_to_do(results, folder, monkeypatch):
+    def refuse(*arguments):
+        raise AssertionError("compiled anew")
+
+    monkeypatch.setattr(measurement, "compile_program", refuse)
+    report = (folder / "report.md").read_text()
+    assert run(folder) == results
+    assert (folder / "report.md").read_text() == report
+
+
+def test_an_interrupted_run_keeps_finished_rows(results, folder, monkeypatch, capsys):
+    begun = []
+
+    def interrupted(setting, problem, bar):
+        begun.append(setting)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measurement, "_programs", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        run(folder, "--num-directions", "1", "2")
+    assert stopped.value.code == 130
+    assert begun == [dataclasses.replace(BASE, num_directions=2)]
+    assert f"finished stages are kept in {folder}" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_the_memory_is_not_timed(results, folder, monkeypatch, tmp_path):
+    (tmp_path / "stages").symlink_to(folder / "stages")
+    monkeypatch.setattr(measurement, "available_bytes", lambda: 1000)
+    (measured,) = run(tmp_path, "--repetitions", "2")["rows"]
+    assert measured["times"] is None
+    assert measured["temporary_bytes"] == results["rows"][0]["temporary_bytes"]
+    report = (tmp_path / "report.md").read_text()
+    assert "Not timed, since a program takes more memory than was free: convnet-batch4-k3-m1 (0.0 GB)" in report
+    assert "| SPSA step / full step, time | convnet, batch 4, cpu | 0.5 | - | not measured |" in report
+
+
+def test_the_costs_of_equations_9_and_10_by_hand():
+    times = measurement.compare(samples(), 1)
+    assert times["backward_ratio"] == 2
+    assert times["predicted"] == {"full_step": 6.75, "spsa_step": 5}
+    assert times["over_predicted"] == pytest.approx({"full_step": 9 / 6.75, "spsa_step": 7 / 5})
+    assert times["quartiles"] == pytest.approx([1.4, 1.4])
+    assert (times["predicted_cheaper"], times["cheaper"]) == (True, True)
+    assert times["excess"] == {"one program": 1, "many probes": 0.5, "the rest": 0.5}
+    # Two directions: twice as many probes, the same full gradient.
+    times = measurement.compare(samples(estimate=[12.5], spsa_step=[13.0]), 2)
+    assert times["predicted"] == {"full_step": 6.75, "spsa_step": 10}
+    assert (times["predicted_cheaper"], times["cheaper"]) == (False, False)
+    assert times["excess"] == {"one program": 2, "many probes": 0.5, "the rest": 0.5}
+    # A backward pass that costs next to nothing.
+    assert not measurement.compare(samples(value_and_grad=[2.2]), 1)["predicted_cheaper"]
+
+
+def test_a_deviation_of_more_than_15_percent_is_explained_by_its_largest_part():
+    def explain(**seconds):
+        times = measurement.compare(samples(**seconds), 1)
+        return report.explain({"times": times, "num_directions": 1, "platform": "cpu"}) or "within"
+
+    assert explain(spsa_step=[5.7]) == "within"
+    assert explain() == (
+        "+40 %, of it +20 % a blend and a forward pass in one program, against each in its own; +10 % 2 such "
+        "probes one after another, with their directions, against each in its own program; +10 % the update of the "
+        "coefficients."
+    )
+    assert explain(probe=[2.5], estimate=[5.0]).startswith("+40 %, of it +40 % the update of the coefficients; ")
+    saving = explain(probe=[2.5], estimate=[4.0], spsa_step=[4.0])
+    assert saving.startswith("-20 %, of it -20 % 2 such probes one after another")
+    assert saving.endswith(
+        "240 page faults in 2 forward passes and blends by themselves; within the step it is used again, 150."
+    )
+    noisy = explain(**{name: 2 * values for name, values in SECONDS.items()} | {"spsa_step": [4.0, 10.0]})
+    assert noisy.endswith("The quartiles, 1.10 to 1.70, reach within it: the machine was not quiet.")
+
+
+def test_a_deviation_on_an_accelerator_says_nothing_of_page_faults():
+    times = measurement.compare(samples(probe=[2.5], estimate=[4.0], spsa_step=[4.0]), 1)
+    assert "page faults" in (report.explain({"times": times, "num_directions": 1, "platform": "cpu"}) or "")
+    assert "page faults" not in (report.explain({"times": times, "num_directions": 1, "platform": "gpu"}) or "")
+    columns = {
+        platform: report._part_table([{**row(), "platform": platform, "times": times}])[0]
+        for platform in ("cpu", "gpu")
+    }
+    assert columns["cpu"] == [*columns["gpu"], "faults of F", "of SPSA"]
+
+
+def test_a_promise_is_kept_or_missed():
+    small, large = row(ratio=0.5, over=1.06), row(batch_size=512, spsa_bytes=3, flops=0.68)
+    found = {
+        (promise["what"], promise["where"]): promise["verdict"] for promise in promises([small, large], [TPU_ROW], 10)
+    }
+    here, there = "resnet20, batch 64, cpu", "resnet20, batch 512, cpu"
+    compiled = "resnet20, batch 512, tpu v5e (compiled)"
+    assert found == {
+        ("SPSA step / full step, time", here): "kept",
+        ("SPSA step / full step, time", there): "kept",
+        ("SPSA step / full step, FLOPs, all probes vmapped", here): "kept",
+        ("SPSA step / full step, FLOPs, all probes vmapped", there): "missed",
+        ("SPSA step / full step, FLOPs, all probes vmapped", compiled): "kept",
+        ("SPSA step / full step, peak temporary memory", there): "missed",
+        ("SPSA step / full step, peak temporary memory", compiled): "missed",
+        ("SPSA step / 2 (F + C_mix), time", here): "missed",
+        ("SPSA step / 2 (F + C_mix), time", there): "kept",
+    }
+
+
+def test_promises_are_of_the_base_and_one_about_a_cpus_time_is_not_a_gpus():
+    others = [row(num_directions=4, ratio=1.6), row(num_experts=50, ratio=0.6)]
+    tpu_rows = [{**TPU_ROW, "num_experts": 50}, {**TPU_ROW, "num_directions": 4}]
+    found = promises([row(platform="gpu"), {**row(), "times": None}, *others], tpu_rows, 10)
+    gpu, cpu = "resnet20, batch 64, gpu", "resnet20, batch 64, cpu"
+    assert [(promise["what"], promise["where"], promise["verdict"]) for promise in found] == [
+        ("SPSA step / full step, time", cpu, "not measured"),
+        ("SPSA step / full step, FLOPs, all probes vmapped", gpu, "kept"),
+        ("SPSA step / full step, FLOPs, all probes vmapped", cpu, "kept"),
+        ("SPSA step / full step, peak temporary memory", "resnet20, batch 512", "not measured"),
+        ("SPSA step / 2 (F + C_mix), time", gpu, "kept"),
+        ("SPSA step / 2 (F + C_mix), time", cpu, "not measured"),
+    ]
+
+
+def timed_row(parameters, flops, num_directions=1, num_experts=10, **seconds):
+    setting = Setting(network=NETWORKS[parameters], num_directions=num_directions, num_experts=num_experts)
+    times = measurement.compare(samples(**seconds), num_directions)
+    steps = {"full_step": 3e9 * flops, "spsa_step_vmapped": 2e9 * flops}
+    return {**dataclasses.asdict(setting), "parameters": parameters, "flops": steps, "times": times}
+
+
+NETWORKS = {100: "resnet20", 200: "mobilenetv2", 300: "vit"}
+
+
+def test_the_papers_claims_by_hand():
+    # F = 2, γ = 2, C_mix = 0.5, D_α = 0.25; the gap is 9 - 7 s of time, 1 GFLOP.
+    small = timed_row(100, 1)
+    # γ = 1, so that Eq. (10) holds not by its first term; D_α = 20 C_mix; the gap is 12 - 7 s, 2 GFLOP.
+    middle = timed_row(200, 2, value_and_grad=[4.0], inner_products=[10.0], full_step=[12.0])
+    # The gap is 8 - 7 s, 3 GFLOP.
+    large = timed_row(300, 3, full_step=[8.0])
+    # m = 4 and K = 50 count for γ and D_α alone.
+    found = claims([large, small, middle, timed_row(100, 1, num_directions=4), timed_row(100, 1, num_experts=50)], 10)
+    assert [(claim["section"], claim["measured"], claim["verdict"]) for claim in found] == [
+        ("4.1", "γ: vit 2, resnet20 2, mobilenetv2 1 (5 rows)", "in 4 of 5"),
+        ("4.1", "D_α / C_mix: vit 0.5, resnet20 0.5, mobilenetv2 20 (5 rows)", "in 4 of 5"),
+        ("4.1", "its right side over C_mix: vit 4.5, resnet20 4.5, mobilenetv2 20 (4 rows)", "yes"),
+        ("4.1", "SPSA step / full step, time: vit 0.875, resnet20 0.778, mobilenetv2 0.583 (4 rows)", "yes"),
+        ("6", "(γ − 1)F over the size of D_α − C_mix: resnet20 8, mobilenetv2 0, vit 8 at batch 64", "in 2 of 3"),
+        ("6", "T_full − T_SPSA: resnet20 2000 ms, mobilenetv2 5000 ms, vit 1000 ms at batch 64", "in 1 of 2"),
+        ("6", "full − SPSA: resnet20 1 GFLOP, mobilenetv2 2 GFLOP, vit 3 GFLOP at batch 64", "yes"),
+    ]
+    headers, table = growth_table([large, small, {**middle, "times": None}], 10)
+    assert table == [
+        ["resnet20", "100", "64", "2000", "-250", "2000", "0.778", "1", "0.667"],
+        ["mobilenetv2", "200", "64", "-", "-", "-", "-", "2", "0.667"],
+        ["vit", "300", "64", "2000", "-250", "1000", "0.875", "3", "0.667"],
+    ]
+    assert len(headers) == len(table[0])
+
+
+def test_one_network_tells_nothing_about_growth():
+    found = claims([timed_row(100, 1)], 10)
+    assert [claim["verdict"] for claim in found] == ["yes", "yes", "yes", "yes", "-", "-", "-"]
+    assert found[-1]["measured"] == "full − SPSA: one network alone"
+
+
+def test_the_report_gives_the_papers_claims_with_their_verdicts(results, folder):
+    (measured,) = results["rows"]
+    gamma = measured["times"]["backward_ratio"]
+    assert (
+        f"| γ: convnet {gamma:.3g} (1 rows) | {'yes' if gamma >= 2 else 'no'} |" in (folder / "report.md").read_text()
+    )
+    assert measured["parameters"] == 19_562
+
+
+def test_what_the_base_is_varied_by_one_at_a_time_at_the_smallest_batch_size():
+    settings = cost.Arguments(networks=("vit", "resnet20"), batch_sizes=(512, 64, 64)).settings()
+    assert settings[:5] == [
+        Setting(network="vit", batch_size=64),
+        Setting(network="vit", batch_size=512),
+        Setting(network="vit", batch_size=64, num_experts=2),
+        Setting(network="vit", batch_size=64, num_experts=50),
+        Setting(network="vit", batch_size=64, num_directions=4),
+    ]
+    assert settings[5:] == [dataclasses.replace(setting, network="resnet20") for setting in settings[:5]]
+
+
+def test_programs_take_turns_each_after_a_forward_pass():
+    calls = []
+    called: Any = calls.append
+    programs = {name: Program(called, (name,)) for name in ("forward", "full_step", "spsa_step_vmapped")}
+    found = measurement._time(programs, 2, ProgressBars(Console()).stage("", 2))
+    round_of_calls = ["forward", "forward", "forward", "full_step"]
+    assert calls == list(itertools.chain.from_iterable([round_of_calls] * 3))
+    assert {name: len(values.seconds) for name, values in found.items()} == {"forward": 2, "full_step": 2}
+
+
+def test_the_memory_that_is_free_is_what_the_system_says(monkeypatch, tmp_path):
+    monkeypatch.setattr(measurement, "_MEMORY_INFO", tmp_path / "meminfo")
+    assert measurement.available_bytes() is None
+    (tmp_path / "meminfo").write_text("MemTotal:  100 kB\nMemFree:  7 kB\nMemAvailable:   42 kB\n")
+    assert measurement.available_bytes() == 42 * 1024
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--repetitions", "0"], "repetitions is 0; expected at least 1"),
+        (["--networks", "vgg"], "network is 'vgg'; expected one of"),
+        (["--batch-sizes", "64", "0"], "batch_size is 0; expected at least 1"),
+        (["--num-experts", "10", "-1"], "num_experts is -1; expected at least 1"),
+        (["--num-directions", "0"], "num_directions is 0; expected at least 1"),
+        (["--batch-sizes"], "batch_sizes is empty; expected at least one"),
+        (["--repetition", "few"], "repetition"),
+    ],
+)
+def test_a_bad_argument_is_refused_by_name(arguments, message, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        cost.main(["--out-dir", str(tmp_path / "out"), *arguments])
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    assert message in " ".join((printed.err + printed.out).replace("│", " ").split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_any_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stopped:
+        cost.main([*TINY, "--out-dir", str(tmp_path / "file")])
+    assert f"--out-dir is {tmp_path / 'file'}" in str(stopped.value.code)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "Expecting"),
+        ("[]", "tpu.json is []"),
+        (json.dumps({**TPU, "rows": {}}), "tpu.json['rows'] is {}"),
+        (json.dumps({**TPU, "rows": [{**TPU_ROW, "batch_size": float("nan")}]}), "it has NaN, which is no number"),
+        (json.dumps({**TPU, "rows": [TPU_ROW, {"network": "vit"}]}), "tpu.json['rows'][1] has no 'batch_size'"),
+        (
+            json.dumps({**TPU, "rows": [{**TPU_ROW, "flops": {"full_step": 1.0}}]}),
+            "['flops'] has no 'spsa_step_vmapped'",
+        ),
+    ],
+)
+def test_a_tpu_file_of_another_shape_is_refused_before_any_work(content, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(cost, "measure", lambda *_: pytest.fail("rows were measured"))
+    (tmp_path / "tpu.json").write_text(content)
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path)
+    assert f"{tmp_path / 'tpu.json'} is not what python -m experiments.studies.cost.tpu writes: " in str(
+        stopped.value.code
+    )
+    assert message in str(stopped.value.code)
