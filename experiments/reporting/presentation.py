@@ -4,7 +4,7 @@ import functools
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -12,6 +12,8 @@ from rich.table import Table
 
 from experiments.runtime.stages import write_json, write_whole
 
+TableCells: TypeAlias = tuple[list[str], list[list[str]]]
+"""The header of a table, and its rows."""
 STYLE: dict[Any, Any] = {
     "font.size": 11,
     "axes.spines.top": False,
