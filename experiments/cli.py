@@ -20,7 +20,7 @@ from experiments.protocol.expert_training import describe_missing
 from experiments.protocol.presets import folder_of
 from experiments.reporting import run_report
 from experiments.runtime.session import exit_on, session
-from experiments.runtime.stages import machine, naming
+from experiments.runtime.stages import machine, naming, write_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,8 +76,10 @@ def main(
         results = protocol.run(context)
         results["experiment"] = name
         results["title"] = _title(name, parsed.preset, presets[parsed.preset], config)
-        run_report.write(results, parsed.out_dir)
-    run_report.print_table(results, parsed.out_dir, console)
+        report = run_report.present(results)
+        write_json(parsed.out_dir / "config.json", results["config"])
+        report.write(parsed.out_dir, results)
+    report.show(parsed.out_dir, console)
     return results
 
 

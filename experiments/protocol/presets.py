@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import tyro
 
@@ -104,9 +104,7 @@ def choose(prog: str, words: Sequence[str]) -> Chosen:
     return Chosen(given.experiment, preset, presets[preset], folder_of(given.experiment, preset, presets))
 
 
-def parse(
-    arguments: Callable[..., Parsed], command: str, description: str, words: Sequence[str], **more: Any
-) -> Parsed:
+def parse(arguments: Callable[..., Parsed], command: str, description: str, words: Sequence[str]) -> Parsed:
     """Returns a command line over the defaults of its experiment's preset.
 
     Args:
@@ -114,7 +112,6 @@ def parse(
         command: the module, without `experiments.`. The default of `out_dir` begins with the last part of its name.
         description: what `--help` says.
         words: the command line.
-        **more: defaults of fields that have none.
 
     Raises:
         ValueError: as `choose`.
@@ -127,7 +124,6 @@ def parse(
         run_dir=Path("runs") / chosen.folder,
         out_dir=Path("runs") / f"{command.rpartition('.')[2]}-{chosen.folder}",
         config=chosen.config,
-        **more,
     )
     return tyro.cli(type(default), prog=prog, description=description.strip(), args=list(words), default=default)
 

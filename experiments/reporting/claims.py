@@ -11,18 +11,20 @@ import numpy as np
 from experiments.protocol.config import PAPER_CONFIGS
 from experiments.reporting.analysis import clear_sign, lead, name_of, signed
 from experiments.reporting.paper import LARGEST_LEAD, LARGEST_VARIATION, MATCHED, experiment_of, is_at_its_scale
+from experiments.reporting.presentation import TableCells
 
 EXPLANATION = (
-    "A lead is clear where Student's t test over seeds (one-sided, 5 %) says so; one seed has no verdict. 'Yes' is a "
-    "clear lead, at every epoch and over both Configs where the claim is about all; 'in part' where it is at some and "
-    "GLUE is clearly behind at none; 'no' where GLUE is clearly behind at some; 'undecided' else. 'At most' and "
-    "'within' compare means with their bound, without a test. The seeds share one draw of experts: they tell what the "
-    "target images, minibatches and directions do, not what another draw of experts would."
+    "A lead is clear if Student's t test over seeds says so (one-sided, 5 %). One seed has no verdict. 'Yes': the "
+    "lead is clear, at every epoch and over both Configs where the claim is about all of them. 'In part': it is clear "
+    "at some, and GLUE is clearly behind at none. 'No': GLUE is clearly behind at some. 'Undecided': nothing is "
+    "clear. 'At most' and 'within' compare means with their bound, without a test. The seeds share one draw of "
+    "experts. So they tell what the target images, minibatches and directions do, not what another draw of experts "
+    "would do."
 )
 """How `verdicts` judges."""
 
 
-def leads(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def leads(results: Mapping[str, Any]) -> TableCells:
     """Returns GLUE's leads over the paper's other Configs, headers and rows: 'up to' over the epochs of fine-tuning.
 
     Args:
@@ -42,7 +44,7 @@ def leads(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return headers, rows
 
 
-def leads_of_ours(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def leads_of_ours(results: Mapping[str, Any]) -> TableCells:
     """Returns Config 5's leads over the paper's Configs, headers and rows, as `leads` of GLUE.
 
     Args:
@@ -56,7 +58,7 @@ def leads_of_ours(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]
     return ["Gauss-Newton (ours) against", "up to", "at epoch", "at the prior", "at the end"], rows
 
 
-def verdicts(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def verdicts(results: Mapping[str, Any]) -> TableCells:
     """Returns section 5's claims on one run, headers and rows: the paper's figure, ours in points, the verdict.
 
     Args:

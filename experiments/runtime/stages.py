@@ -155,6 +155,26 @@ def naming(stage: str) -> Iterator[None]:
         raise FloatingPointError(f"{stage}: {error}; the stages that were finished before are kept") from error
 
 
+@contextlib.contextmanager
+def reading(path: Path, way_out: str) -> Iterator[None]:
+    """Names a file that does not hold what this project writes there, where its content cannot be used.
+
+    Args:
+        path: the file.
+        way_out: what to do.
+
+    Raises:
+        ValueError: in the place of what the content raised.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        why = f"it has no {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"{path} is damaged, or another program wrote it ({' '.join(why.split())}); {way_out}"
+        ) from error
+
+
 def read_json(path: Path) -> Any:
     """Returns what a JSON file holds.
 

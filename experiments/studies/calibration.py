@@ -27,7 +27,7 @@ from experiments.protocol.config import CoefficientFields, part
 from experiments.protocol.context import Context, take
 from experiments.protocol.expert_training import train_experts
 from experiments.protocol.presets import ExpertArguments
-from experiments.reporting.presentation import STYLE, TableCells, markdown_table, number, spread
+from experiments.reporting.presentation import STYLE, Report, TableCells, markdown_table, number, page, spread
 from experiments.runtime.session import process
 from experiments.runtime.stages import Stages
 from experiments.studies import frame
@@ -186,10 +186,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> TableCells:
     return ["radius", "validation loss", "over the best radius", "steps", "radii"], cells
 
 
-def present(results: Mapping[str, Any]) -> frame.Report:
+def present(results: Mapping[str, Any]) -> Report:
     """Returns all that is shown of the results of `main`."""
     cells = table(results["rows"])
-    markdown = frame.page(
+    markdown = page(
         results,
         "GLUE learns the coefficients with a radius. The table has the best validation loss (cross-entropy, nats), the "
         "mean over seeds ± the standard deviation, and the number of steps after which learning ended. The third "
@@ -198,7 +198,7 @@ def present(results: Mapping[str, Any]) -> frame.Report:
         "![validation loss by radius](calibration.png)",
         markdown_table(*cells),
     )
-    return frame.Report(markdown, {"calibration.png": _figure(results)}, {results["title"]: cells})
+    return Report(markdown, {"calibration.png": _figure(results)}, {results["title"]: cells})
 
 
 def _figure(results: Mapping[str, Any]) -> Figure:

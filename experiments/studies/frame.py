@@ -4,10 +4,8 @@ import dataclasses
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from matplotlib.figure import Figure
 from rich.console import Console
 
 from experiments.protocol import data
@@ -16,34 +14,10 @@ from experiments.protocol.context import Context, prepare
 from experiments.protocol.data import Dataset
 from experiments.protocol.expert_training import describe_missing
 from experiments.protocol.presets import ExpertArguments, Parsed, parse
-from experiments.reporting.presentation import TableCells, rich_table, write_report
+from experiments.reporting.presentation import Report
 from experiments.runtime.progress import ProgressBars
 from experiments.runtime.session import exit_on, session
 from experiments.runtime.stages import Stages, machine
-
-
-class Report(NamedTuple):
-    """What a study shows.
-
-    Attributes:
-        markdown: the report.
-        figures: by the names of their files.
-        tables: by title, the header and the rows. They are printed.
-    """
-
-    markdown: str
-    figures: Mapping[str, Figure]
-    tables: Mapping[str, TableCells]
-
-    def write(self, folder: Path, results: Mapping[str, Any]) -> None:
-        """Writes `results.json`, the pictures and `report.md`, each whole or not at all."""
-        write_report(folder, results, self.markdown, self.figures)
-
-    def show(self, folder: Path, console: Console) -> None:
-        """Prints the tables, and where the report is."""
-        for title, table in self.tables.items():
-            console.print(rich_table(title, *table))
-        console.print(f"report: {folder / 'report.md'}", highlight=False, soft_wrap=True)
 
 
 def describe_experts(context: Context, parsed: ExpertArguments) -> str:
@@ -122,12 +96,6 @@ def open_context(parsed: ExpertArguments, config: Config, dataset: Dataset, prog
 def command_line(module: str, words: Sequence[str]) -> str:
     """Returns the command line of a module of `experiments`, as a shell takes it."""
     return shlex.join(["python", "-m", f"experiments.{module}", *words])
-
-
-def page(results: Mapping[str, Any], *blocks: str) -> str:
-    """Returns a report: the title, the command and the machine, and then some blocks of Markdown."""
-    head = f"# {results['title']}", f"    {results['command']}", f"Run on {results['machine']}."
-    return "\n\n".join([*head, *blocks]) + "\n"
 
 
 def slug(name: str) -> str:

@@ -32,7 +32,7 @@ from experiments.protocol.data import Examples
 from experiments.protocol.expert_training import train_experts
 from experiments.protocol.presets import ExpertArguments
 from experiments.protocol.training import cross_entropy
-from experiments.reporting.presentation import TableCells, markdown_table, number
+from experiments.reporting.presentation import Report, TableCells, markdown_table, number, page
 from experiments.runtime.session import process
 from experiments.runtime.stages import Stages
 from experiments.studies import frame
@@ -221,9 +221,9 @@ def _table(results: Mapping[str, Any]) -> TableCells:
     ]
 
 
-def present(results: Mapping[str, Any]) -> frame.Report:
+def present(results: Mapping[str, Any]) -> Report:
     """Returns all that is shown of the results of `main`."""
-    markdown = frame.page(
+    markdown = page(
         results,
         "Rounded products and bfloat16 layers are emulated.",
         "The table has the error of an estimate of the coefficients' gradient, divided by the length of the exact "
@@ -248,7 +248,7 @@ def present(results: Mapping[str, Any]) -> frame.Report:
         ),
         markdown_table(*_table(results)),
     )
-    return frame.Report(markdown, {}, {results["title"]: _table(results)})
+    return Report(markdown, {}, {results["title"]: _table(results)})
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from experiments.models.permutations import SPECS
 from experiments.protocol.context import Context, take
 from experiments.protocol.expert_training import initial_variables, train_experts
 from experiments.protocol.presets import ExpertArguments
-from experiments.reporting.presentation import TableCells, markdown_table
+from experiments.reporting.presentation import Report, TableCells, markdown_table, page
 from experiments.runtime.session import process
 from experiments.runtime.stages import Stages
 from experiments.studies import frame
@@ -173,7 +173,7 @@ def _mean_of_pairs(cosine: np.ndarray) -> list[float]:
     return cosine[:, first, second].mean(axis=1).tolist()
 
 
-def present(results: Mapping[str, Any]) -> frame.Report:
+def present(results: Mapping[str, Any]) -> Report:
     """Returns all that is shown of the results of `main`."""
     tables = {"Cosines of the experts' weights": _module_table(results)}
     blocks = [
@@ -191,7 +191,7 @@ def present(results: Mapping[str, Any]) -> frame.Report:
             "as they are.",
             markdown_table(*_barrier_table(results)),
         ]
-    return frame.Report(frame.page(results, *blocks), {}, {**tables, "Advice": (["to do"], [[results["advice"]]])})
+    return Report(page(results, *blocks), {}, {**tables, "Advice": (["to do"], [[results["advice"]]])})
 
 
 def _module_table(results: Mapping[str, Any]) -> TableCells:

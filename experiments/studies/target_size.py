@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         title="Test accuracy by the number of labelled target images",
         rows="rows",
         measure=measure,
-        present=_present,
+        present=present,
     )
 
 
@@ -234,8 +234,8 @@ def _distinct(results: Mapping[str, Any], name: str) -> list[Any]:
     return list(dict.fromkeys(row[name] for row in results["rows"]))
 
 
-def _present(results: Mapping[str, Any]) -> frame.Report:
-    """All that is shown."""
+def present(results: Mapping[str, Any]) -> frame.Report:
+    """Returns all that is shown of the results of `main`."""
     return frame.Report(_markdown(results), {"target-size.png": _figure(results)}, {results["title"]: table(results)})
 
 

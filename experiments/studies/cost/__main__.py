@@ -10,7 +10,6 @@ its figures are shown, too.
 
 import dataclasses
 import itertools
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,12 +20,11 @@ from rich.console import Console
 
 from experiments.runtime.session import exit_on, process, session
 from experiments.runtime.stages import Stages, machine
-from experiments.studies.cost import cost_report as report
 from experiments.studies.cost import tpu
-from experiments.studies.cost.cost_claims import claims
+from experiments.studies.cost.cost_report import present
 from experiments.studies.cost.programs import Setting
-from experiments.studies.cost.promises import promises
 from experiments.studies.cost.step_costs import measure
+from experiments.studies.frame import command_line
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,32 +95,30 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         arguments: the command line; None is the process's.
 
     Returns:
-        The results: `command`, `machine`, `arguments`, `rows` (see `experiments.studies.cost.step_costs.measure`),
-        `tpu` (what `experiments.studies.cost.tpu` found, or None), `promises`, `claims`.
+        The results: `command`, `machine`, `arguments`, `rows` (see `experiments.studies.cost.step_costs.measure`), and
+        `tpu` (what `experiments.studies.cost.tpu` found, or None).
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
+    command = command_line("studies.cost", words)
     parsed = tyro.cli(
         Arguments, prog="python -m experiments.studies.cost", description=(__doc__ or "").strip(), args=words
     )
-    console, settings, k = Console(markup=False), parsed.settings(), parsed.num_experts[0]
-    command = shlex.join(["python", "-m", "experiments.studies.cost", *words])
+    console, settings = Console(markup=False), parsed.settings()
     with session(parsed.out_dir, console, command) as progress:
         with exit_on(OSError, ValueError):
             compiled = tpu.read(parsed.out_dir)
         progress.say(f"{len(settings)} rows, {parsed.repetitions} calls of each program; {machine()}")
         stages = Stages(parsed.out_dir / "stages", parsed.accept_stages, progress.say)
-        rows = measure(settings, parsed.repetitions, stages, progress)
         results = {
             "command": command,
             "machine": machine(),
             "arguments": {**dataclasses.asdict(parsed), "out_dir": str(parsed.out_dir)},
-            "rows": rows,
+            "rows": measure(settings, parsed.repetitions, stages, progress),
             "tpu": compiled,
-            "promises": promises(rows, compiled["rows"] if compiled else [], k),
-            "claims": claims(rows, k),
         }
-        report.write(results, parsed.out_dir)
-    report.print_tables(results, parsed.out_dir, console)
+        report = present(results)
+        report.write(parsed.out_dir, results)
+    report.show(parsed.out_dir, console)
     return results
 
 

@@ -12,7 +12,6 @@ import functools
 import importlib.metadata
 import importlib.util
 import os
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -27,10 +26,9 @@ from rich.console import Console
 
 import glue_jax
 from experiments.reporting.presentation import rich_table
-from experiments.reporting.shapes import check_shape
 from experiments.runtime.session import process, session
-from experiments.runtime.stages import Stages, machine, read_json, write_json
-from experiments.studies.cost.cost_report import size_table
+from experiments.runtime.stages import Stages, machine, read_json, reading, write_json
+from experiments.studies.cost.cost_report import size_table, tpu_blocks
 from experiments.studies.cost.programs import (
     Setting,
     compile_program,
@@ -42,21 +40,12 @@ from experiments.studies.cost.programs import (
     spsa_step,
     temporary_bytes,
 )
+from experiments.studies.frame import command_line
 
 TOPOLOGY = "v5e:2x2"
 """The smallest that libtpu describes; the programs are for one of its chips."""
 _PLATFORM = "tpu v5e (compiled)"
 _FILE = "tpu.json"
-# Its keys and their types.
-_NUMBER = int | float
-_ROW = {
-    **{field.name: type(field.default) for field in dataclasses.fields(Setting)},
-    "platform": str,
-    "temporary_bytes": {"full_step": _NUMBER, "spsa_step": _NUMBER},
-    "flops": {"full_step": _NUMBER, "spsa_step_vmapped": _NUMBER},
-    "compile_seconds": {"full_step": _NUMBER, "spsa_step": _NUMBER},
-}
-_SHAPE = {"command": str, "topology": str, "compiler": str, "matmul_precision": str, "rows": [_ROW]}
 # What a TPU's host would say to libtpu, which asks the network otherwise.
 _HOST = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -135,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         sys.exit("libtpu, the TPU's compiler, is not installed: pip install -e '.[experiments,tpu]'")
     console, settings, rows = Console(markup=False), parsed.settings(), []
     versions = {"libtpu": importlib.metadata.version("libtpu"), "jax": jax.__version__}
-    command = shlex.join(["python", "-m", "experiments.studies.cost.tpu", *words])
+    command = command_line("studies.cost.tpu", words)
     # What it writes stands beside the results of the other command on cost.
     with session(parsed.out_dir, console, "python -m experiments.studies.cost") as progress:
         stages = Stages(parsed.out_dir / "stages", parsed.accept_stages, progress.say)
@@ -200,13 +189,9 @@ def read(folder: Path) -> dict[str, Any] | None:
     path = folder / _FILE
     if not path.exists():
         return None
-    try:
+    with reading(path, "run python -m experiments.studies.cost.tpu again"):
         content = read_json(path)
-        check_shape(content, _SHAPE, _FILE)
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is not what python -m experiments.studies.cost.tpu writes: {error}; run it again"
-        ) from error
+        tpu_blocks(content)
     return content
 
 

@@ -49,8 +49,6 @@ def check(context: Context, settings: Settings) -> None:
         ValueError: with the field, its value, and what was expected.
     """
     k, m = context.config.num_experts, max(settings.averaged)
-    if k < 2:
-        raise ValueError(f"num_experts is {k}; expected at least 2, or there is nothing to probe")
     # For two estimates, each of whole blocks of at most K.
     if settings.probes < 2 * (m + k):
         raise ValueError(f"probes is {settings.probes}; expected at least {2 * (m + k)} for m = {m} and K = {k}")
