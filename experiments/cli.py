@@ -19,30 +19,24 @@ from experiments.protocol.estimate import describe, estimate
 from experiments.protocol.expert_training import describe_missing
 from experiments.protocol.presets import folder_of
 from experiments.reporting import run_report
+from experiments.runtime.arguments import StageArguments
 from experiments.runtime.session import exit_on, session
 from experiments.runtime.stages import machine, naming, write_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Arguments(StageArguments):
     """What a command line says.
 
     Attributes:
-        preset: a set of defaults for all that follows; its choices stand above.
-        out_dir: the run's folder: its report, and what it goes on from. The default is the experiment's name under
-            runs/, with its preset's where that is not the default one.
+        preset: a set of defaults for all that follows. The presets are named above.
         data_dir: the data directory of tensorflow-datasets; the default is its own (TFDS_DATA_DIR, or
             ~/tensorflow_datasets).
-        accept_stages: kinds of stages, as `experts` or `coefficients`. Kept ones of these kinds, with the same settings
-            and data, are taken though other source, as an older version, computed them; each is named. Right where the
-            source changed and the results would not.
         config: every number of the protocol.
     """
 
     preset: str
-    out_dir: Path
     data_dir: str | None = None
-    accept_stages: tuple[str, ...] = ()
     config: tyro.conf.OmitArgPrefixes[Config]
 
 

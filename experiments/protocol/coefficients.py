@@ -17,14 +17,14 @@ from experiments.protocol.data import Examples
 from experiments.protocol.training import output_loss
 from experiments.runtime.progress import Stage
 
-# Of the coefficients by step, so many at most are kept, evenly spaced.
+# The coefficients of at most so many steps are kept, evenly spaced.
 _MOST_ALPHAS = 201
-# Of Config 5: a few of its steps go as far as many others. It is `glue_jax.learn`'s own default.
+# Steps between two validations of Config 5, as `glue_jax.learn` does by default: few of its steps go far.
 _GAUSS_NEWTON_VALIDATES_EVERY = 5
 _ONLY_OF_SPSA = ("radius", "num_directions", "directions")
-# The fields of `CoefficientFields` that a Config does not use: its coefficients do not depend on them.
+# The fields of `CoefficientFields` that a Config does not use. Its coefficients do not depend on them.
 _NOT_USED = {3: _ONLY_OF_SPSA, 5: (*_ONLY_OF_SPSA, "alpha_learning_rate", "alpha_b1", "alpha_b2", "validate_every")}
-# What a seed's key is folded with, so that no two uses share one: fine-tuning has another.
+# A seed's key is folded with this number, so that no two uses share a key. Fine-tuning has another number.
 _COEFFICIENTS = 2
 
 
@@ -34,7 +34,7 @@ def validate_every(context: Context, number: int) -> int:
 
 
 def coefficients_key(seed: int) -> jax.Array:
-    """Returns what decides a seed's minibatches and directions while the coefficients are learned."""
+    """Returns the key of a seed's minibatches and directions while the coefficients are learned."""
     return jax.random.fold_in(jax.random.key(seed), _COEFFICIENTS)
 
 
@@ -51,9 +51,9 @@ def learn_coefficients(
     """Learns the coefficients of Config 3, 4 or 5.
 
     Args:
-        context: of `experiments.protocol.context.prepare`; its validation images, if any, judge the plateau.
+        context: of `experiments.protocol.context.prepare`. Its validation images, if any, find the plateau.
         number: 3, 4 or 5.
-        key: decides the minibatches, the same for these Configs, and the directions.
+        key: of the directions, and of the minibatches, which are the same for these Configs.
         experts: stacked, each leaf `[K, ...]`.
         target: the images to learn on.
         max_steps: the most steps.
@@ -84,7 +84,7 @@ def learn_coefficients(
 
 
 def heuristic_coefficients(context: Context, number: int, measured: dict[str, Any]) -> list[float]:
-    """The coefficients of Configs 1 and 2."""
+    """Returns the coefficients of Config 1 or 2."""
     if number == 1:
         weights = glue_jax.coefficients.data_size_weights([len(rows) for rows in context.splits.experts])
     else:
@@ -95,7 +95,7 @@ def heuristic_coefficients(context: Context, number: int, measured: dict[str, An
 
 
 def coefficients_stage(context: Context, number: int, seed: int) -> tuple[str, dict[str, Any]]:
-    """The name of a stage that learns coefficients, and all that it depends on."""
+    """Returns the name of a stage that learns coefficients, and all that it depends on."""
     fields = part(context.config, CoefficientFields)
     depends_on = {
         **context.expert_fields,
@@ -116,7 +116,7 @@ def coefficients_of(
     measured: dict[str, Any],
     stage: Stage,
 ) -> dict[str, Any]:
-    """The coefficients of one Config, and how they were learned."""
+    """Returns the coefficients of one Config, and how they were learned."""
     config = context.config
     if number not in context.step_fns:
         return {"alpha": heuristic_coefficients(context, number, measured)}

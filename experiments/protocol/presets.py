@@ -1,4 +1,4 @@
-"""Which experiment a command line is about, for the commands that take up another's experts."""
+"""Which experiment a command line is about, for the commands that use an experiment's experts."""
 
 import argparse
 import dataclasses
@@ -11,41 +11,31 @@ from typing import NamedTuple, TypeVar
 import tyro
 
 from experiments.protocol.config import Config
-from experiments.runtime.progress import ProgressBars
+from experiments.runtime.arguments import StageArguments
 from experiments.runtime.session import DEFAULT_EXPERIMENT
-from experiments.runtime.stages import Stages
 
 Parsed = TypeVar("Parsed", bound="ExpertArguments")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExpertArguments:
-    """What the command line of a command on another experiment's experts says.
+class ExpertArguments(StageArguments):
+    """What the command line of a command that uses an experiment's experts says.
 
     Attributes:
-        experiment: whose experts; a module of `experiments` that has presets, as digits or cifar10.
-        preset: of that experiment: the defaults of its fields. The default is its first.
+        experiment: the experiment whose experts are used: a module of `experiments` with presets, for example
+            cifar10.
+        preset: a preset of that experiment: the defaults of its fields. The default is its first preset.
         run_dir: the experiment's folder, which keeps the experts; the default is its own.
-        out_dir: for the report and the finished parts; the default is the command's name and the experiment's folder's.
         data_dir: the data directory of tensorflow-datasets; the default is its own (TFDS_DATA_DIR, or
             ~/tensorflow_datasets).
-        accept_stages: kinds of stages, as `experts` or `coefficients`. Kept ones of these kinds, with the same settings
-            and data, are taken though other source, as an older version, computed them; each is named. Right where the
-            source changed and the results would not.
         config: every number of the experiment.
     """
 
     experiment: str
     preset: str
     run_dir: Path
-    out_dir: Path
     data_dir: str | None = None
-    accept_stages: tuple[str, ...] = ()
     config: tyro.conf.OmitArgPrefixes[Config]
-
-    def stages(self, progress: ProgressBars) -> Stages:
-        """Returns where the command keeps its own stages."""
-        return Stages(self.out_dir / "stages", self.accept_stages, progress.say)
 
     def check(self, *, least_experts: int = 1) -> None:
         """Refuses what no command can do, before any work.
@@ -84,7 +74,7 @@ class Chosen(NamedTuple):
 
 
 def choose(prog: str, words: Sequence[str]) -> Chosen:
-    """Returns what a command line chooses by `--experiment` and `--preset`: by default digits, and its first preset.
+    """Returns the experiment and the preset that a command line chooses: by default digits, and its first preset.
 
     Args:
         prog: the command's name.

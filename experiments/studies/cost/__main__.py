@@ -18,8 +18,9 @@ from typing import Any, Literal
 import tyro
 from rich.console import Console
 
+from experiments.runtime.arguments import StageArguments
 from experiments.runtime.session import exit_on, process, session
-from experiments.runtime.stages import Stages, machine
+from experiments.runtime.stages import machine
 from experiments.studies.cost import tpu
 from experiments.studies.cost.cost_report import present
 from experiments.studies.cost.programs import Setting
@@ -28,7 +29,7 @@ from experiments.studies.frame import command_line
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Arguments(StageArguments):
     """What a command line says.
 
     Attributes:
@@ -38,10 +39,6 @@ class Arguments:
         num_directions: m. The first is the base; the others are tried at the smallest batch size.
         repetitions: timed calls of each program.
         matmul_precision: of the networks' products; the experiments' own default. A CPU knows but one.
-        out_dir: for the report and the finished rows.
-        accept_stages: kinds of stages, as `sizes`, `times` or `tpu`. Kept ones of these kinds, with the same settings
-            and data, are taken though other source, as an older version, computed them; each is named. Right where the
-            source changed and the results would not.
     """
 
     networks: tuple[str, ...] = ("resnet20", "mobilenetv2", "vit")
@@ -51,7 +48,6 @@ class Arguments:
     repetitions: int = 9
     matmul_precision: Literal["highest", "high", "default"] = "highest"
     out_dir: Path = Path("runs") / "cost"
-    accept_stages: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuses values out of their range.
@@ -108,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         with exit_on(OSError, ValueError):
             compiled = tpu.read(parsed.out_dir)
         progress.say(f"{len(settings)} rows, {parsed.repetitions} calls of each program; {machine()}")
-        stages = Stages(parsed.out_dir / "stages", parsed.accept_stages, progress.say)
+        stages = parsed.stages(progress)
         results = {
             "command": command,
             "machine": machine(),

@@ -26,8 +26,9 @@ from rich.console import Console
 
 import glue_jax
 from experiments.reporting.presentation import rich_table
+from experiments.runtime.arguments import StageArguments
 from experiments.runtime.session import process, session
-from experiments.runtime.stages import Stages, machine, read_json, reading, write_json
+from experiments.runtime.stages import machine, read_json, reading, write_json
 from experiments.studies.cost.cost_report import size_table, tpu_blocks
 from experiments.studies.cost.programs import (
     Setting,
@@ -58,7 +59,7 @@ _HOST = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Arguments(StageArguments):
     """What a command line says.
 
     Attributes:
@@ -69,10 +70,6 @@ class Arguments:
         matmul_precision: of the networks' products; the blends' is the highest always. The experiments learn the
             coefficients with `highest`, which takes several times as long to compile: for the SPSA step of ResNet-20 at
             batch 64, four times, to the same temporary memory and, within 0.2 %, the same FLOPs.
-        out_dir: for tpu.json and the finished rows.
-        accept_stages: kinds of stages, as `sizes`, `times` or `tpu`. Kept ones of these kinds, with the same settings
-            and data, are taken though other source, as an older version, computed them; each is named. Right where the
-            source changed and the results would not.
     """
 
     networks: tuple[str, ...] = ("resnet20", "mobilenetv2", "vit")
@@ -81,7 +78,6 @@ class Arguments:
     num_directions: int = 1
     matmul_precision: Literal["highest", "high", "default"] = "default"
     out_dir: Path = Path("runs") / "cost"
-    accept_stages: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuses values out of their range.
@@ -127,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     command = command_line("studies.cost.tpu", words)
     # What it writes stands beside the results of the other command on cost.
     with session(parsed.out_dir, console, "python -m experiments.studies.cost") as progress:
-        stages = Stages(parsed.out_dir / "stages", parsed.accept_stages, progress.say)
+        stages = parsed.stages(progress)
         sharding = _one_chip()
         progress.say(f"{len(settings)} rows of 2 programs for {TOPOLOGY}, minutes each; {machine()}")
         bar = progress.stage("Compilation", len(settings))
