@@ -55,7 +55,7 @@ def main(
         The results.
     """
     parsed = _parse(name, description, presets, arguments)
-    # Paths are no markup.
+    # A path may contain brackets, which are no markup.
     config, console = parsed.config, Console(markup=False)
     with session(parsed.out_dir, console, f"python -m experiments.{name}") as progress:
         with exit_on(ValueError, OSError, data.DatasetNotFoundError):
@@ -104,7 +104,7 @@ def _plan(context: Context) -> str:
 
 
 def _title(name: str, preset: str, defaults: Config, config: Config) -> str:
-    """The experiment, its preset, and what differs from that."""
+    """The experiment, its preset, and the fields that differ from the preset."""
     changed = [
         f"{field.name} {getattr(config, field.name)}"
         for field in dataclasses.fields(config)
@@ -114,7 +114,7 @@ def _title(name: str, preset: str, defaults: Config, config: Config) -> str:
 
 
 def _parse(name: str, description: str, presets: Mapping[str, Config], arguments: Sequence[str] | None) -> Arguments:
-    """The command line over the defaults of its preset."""
+    """The command line, with the defaults of its preset."""
     arguments = sys.argv[1:] if arguments is None else arguments
     first_pass = argparse.ArgumentParser(prog=f"python -m experiments.{name}", add_help=False, allow_abbrev=False)
     first_pass.add_argument("--preset", choices=list(presets), default=next(iter(presets)))

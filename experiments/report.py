@@ -3,7 +3,7 @@
     python -m experiments.report                                    # of all runs under runs/
     python -m experiments.report runs/cifar10 runs/imagenette       # of these, in this order
 
-How a run came to its figures is in its own report.
+The report of a run says how it came to its figures.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ class Arguments:
     """What a command line says.
 
     Attributes:
-        runs: the folders of runs, each with its results.json; none given are all under runs/ that came to their report.
+        runs: the folders of runs, each with its results.json. None given: all finished runs under runs/.
         out_dir: where the page and its picture go.
     """
 
@@ -162,12 +162,12 @@ def configs(runs: Sequence[Mapping[str, Any]]) -> TableCells:
 
 
 def costs(runs: Sequence[Mapping[str, Any]]) -> TableCells:
-    """Returns what each Config's prior took, headers and rows, run by run."""
+    """Returns what it took to find each Config's prior, headers and rows, run by run."""
     return _by_run(runs, cost_table)
 
 
 def leads(runs: Sequence[Mapping[str, Any]]) -> TableCells:
-    """Returns section 5's leads of GLUE, headers and rows, run by run."""
+    """Returns the leads of GLUE in section 5, headers and rows, run by run."""
     return _by_run(runs, claims.leads)
 
 
@@ -223,10 +223,10 @@ def _page(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
 
 
 def _found(folder: Path) -> list[dict[str, Any]]:
-    """The runs below a folder that came to their report, the paper's experiments first."""
+    """The finished runs below a folder, the paper's experiments first."""
     runs = []
     for path in sorted(folder.glob("*/results.json")):
-        # The commands that measure something else keep their results beside the runs.
+        # The studies keep their results beside the runs.
         with contextlib.suppress(ValueError):
             runs.append(read(path.parent))
     order = [*EXPERIMENTS, None]

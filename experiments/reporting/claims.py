@@ -1,6 +1,6 @@
-"""Section 5's claims about the paper's four Configs: GLUE's leads on a run, and a verdict on each claim.
+"""The claims of section 5 about the paper's four Configs: the leads of GLUE in a run, and a verdict on each claim.
 
-Config 5 is ours: no claim is about it, and its leads stand apart.
+Config 5 is ours. No claim is about it, and its leads have a table of their own.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ EXPLANATION = (
 
 
 def leads(results: Mapping[str, Any]) -> TableCells:
-    """Returns GLUE's leads over the paper's other Configs, headers and rows: 'up to' over the epochs of fine-tuning.
+    """Returns the leads of GLUE over the paper's other Configs, headers and rows. 'Up to' is over fine-tuning epochs.
 
     Args:
         results: of a run.
@@ -45,7 +45,7 @@ def leads(results: Mapping[str, Any]) -> TableCells:
 
 
 def leads_of_ours(results: Mapping[str, Any]) -> TableCells:
-    """Returns Config 5's leads over the paper's Configs, headers and rows, as `leads` of GLUE.
+    """Returns the leads of Config 5 over the paper's Configs, headers and rows, like `leads`.
 
     Args:
         results: of a run that has Config 5.
@@ -59,7 +59,7 @@ def leads_of_ours(results: Mapping[str, Any]) -> TableCells:
 
 
 def verdicts(results: Mapping[str, Any]) -> TableCells:
-    """Returns section 5's claims on one run, headers and rows: the paper's figure, ours in points, the verdict.
+    """Returns the claims of section 5 for one run, headers and rows: the paper's figure, ours in points, the verdict.
 
     Args:
         results: of a run.
@@ -117,7 +117,7 @@ def verdicts(results: Mapping[str, Any]) -> TableCells:
 
 
 def _verdict(signs: Sequence[int] | np.ndarray) -> str:
-    """What clear leads, or their lack, say about a claim."""
+    """What clear leads say about a claim."""
     signs = np.asarray(signs)
     if signs.size and (signs > 0).all():
         return "yes"

@@ -1,4 +1,4 @@
-"""Figures that the paper prints, to stand beside measured ones."""
+"""Figures of the paper, to compare with measured ones."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,10 +24,10 @@ LARGEST_LEAD: Mapping[str, Mapping[int, float]] = {
     "svhn": {1: 3.8, 2: 3.9},
     "imagenette": {1: 8.5, 2: 9.1},
 }
-"""Section 5: by how many points of test accuracy GLUE outperforms Configs 1, 2 and 3 'by up to'."""
+"""Section 5: the points of test accuracy by which GLUE outperforms Configs 1, 2 and 3 'by up to'."""
 
 LARGEST_VARIATION: Mapping[str, float] = {"svhn": 1.4, "imagenette": 0.5}
-"""Section 5: points of 'at most' variation between GLUE and Config 3."""
+"""Section 5: the variation between GLUE and Config 3, 'at most', in points."""
 
 MATCHED = 1.4
 """The abstract: 'GLUE either outperforms backpropagation-based full-gradient mixing or matches its performance within

@@ -1,4 +1,4 @@
-"""How figures, tables and numbers look, in every report, and how a report is written."""
+"""How figures, tables and numbers look in every report, and how a report is written."""
 
 import functools
 import io
@@ -22,7 +22,7 @@ STYLE: dict[Any, Any] = {
     "axes.grid": True,
     "grid.alpha": 0.3,
 }
-"""Matplotlib's settings, for `matplotlib.rc_context`."""
+"""The settings of Matplotlib, for `matplotlib.rc_context`."""
 
 
 class Report(NamedTuple):
@@ -40,7 +40,7 @@ class Report(NamedTuple):
 
     def write(self, folder: Path, results: Mapping[str, Any] | None = None) -> None:
         """Writes `results.json`, where results are given, the pictures and `report.md`, each whole or not at all."""
-        # All is made before any of it is written, and the report, which points to the rest, last.
+        # Everything is made before anything is written. The report points to the rest, so it is written last.
         contents = {name: png(figure) for name, figure in self.figures.items()}
         if results is not None:
             write_json(folder / "results.json", results)
@@ -66,37 +66,37 @@ def page(results: Mapping[str, Any], *blocks: str) -> str:
 
 
 def png(figure: Figure) -> bytes:
-    """Returns a picture as it is written."""
+    """Returns the bytes of a picture's file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=150, format="png")
     return buffer.getvalue()
 
 
 def unbroken(title: str) -> str:
-    """Returns a title that `textwrap` breaks at its commas alone, no field from its value."""
+    """Returns a title that `textwrap` breaks only after commas, not between a field and its value."""
     return title.replace(" ", "\N{NO-BREAK SPACE}").replace(",\N{NO-BREAK SPACE}", ", ")
 
 
 def shortened(title: str, width: int) -> str:
-    """Returns a title with as many of its parts, between commas, as `width` characters hold, and '...' for the rest."""
+    """Returns a title with as many of its parts, between commas, as fit `width` characters, and '...' for the rest."""
     parts = title.split(", ")
     kept = [part for index, part in enumerate(parts) if len(", ".join(parts[: index + 1])) <= width]
     return title if len(kept) == len(parts) else f"{', '.join(kept)} ..."
 
 
 def number(value: float) -> str:
-    """Returns a number with three digits, or with all that are before its point."""
+    """Returns a number with three digits, or with all digits before the point."""
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
 def ends(values: Iterable[float]) -> str:
-    """Returns the least and the most of some numbers, or the one that they all are."""
+    """Returns the least and the most of some numbers, once if they are equal."""
     ordered = sorted(values)
     return " to ".join(dict.fromkeys((number(ordered[0]), number(ordered[-1]))))
 
 
 def spread(values: np.ndarray, digits: int) -> str:
-    """Returns mean and standard deviation; no deviation where all are equal, as where nothing depends on the seed."""
+    """Returns mean and standard deviation. Equal values have no deviation, as where nothing depends on the seed."""
     deviation = f" ± {values.std(ddof=1):,.{digits}f}" if np.ptp(values) > 0 else ""
     return f"{values.mean():,.{digits}f}{deviation}"
 

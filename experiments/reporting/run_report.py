@@ -1,4 +1,4 @@
-"""The report of a run: tables, pictures, and the same table for the terminal."""
+"""The report of a run: tables and pictures, and tables for the terminal."""
 
 import json
 import textwrap
@@ -82,7 +82,7 @@ def config_table(results: Mapping[str, Any]) -> TableCells:
 
 
 def cost_table(results: Mapping[str, Any]) -> TableCells:
-    """Returns headers and rows of what each Config's prior took: a run of an older version does not say.
+    """Returns headers and rows of what each Config's prior took. A run of an older version did not count.
 
     Args:
         results: of a run.
@@ -189,7 +189,7 @@ def _expert_table(results: Mapping[str, Any]) -> TableCells:
 
 
 def _numbers(row: Sequence[float] | np.ndarray) -> list[str]:
-    """Accuracies and losses in turn."""
+    """Accuracies and losses, alternating, as text."""
     return [f"{value:.1f}" if column % 2 == 0 else f"{value:.3f}" for column, value in enumerate(row)]
 
 
@@ -205,7 +205,7 @@ def _alpha_table(results: Mapping[str, Any]) -> TableCells:
 
 
 def _end(run: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    """After how many steps a run was at its best, and what stopped it."""
+    """The step at which a run was best, and its last step."""
     steps = run["validation_steps"]
     best = steps[int(np.argmin(run["validation_loss"]))]
     return f"{best} of {steps[-1]}" + ("" if steps[-1] < config["alpha_steps"] else " (limit)")

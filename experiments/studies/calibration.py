@@ -39,7 +39,7 @@ GUESSES = (1e-4, 1e-2, 100.0, 1e4)
 """The guesses that calibration starts from, as multiples of the experiment's own radius."""
 _SEARCH = np.logspace(-3, 3, 13)
 _IMAGES = 512
-# What a seed's key is folded with, beside the protocol's.
+# A seed's key is folded with this number. The protocol has other numbers.
 _CALIBRATION = 4
 
 
@@ -69,7 +69,7 @@ def measure(context: Context, stages: Stages) -> list[dict[str, Any]]:
     """Learns from each radius what is not learned yet.
 
     Args:
-        context: of the run whose experts these are; they are trained where they are missing.
+        context: of the run whose experts these are. Missing experts are trained.
         stages: where the results are kept.
 
     Returns:
@@ -108,10 +108,10 @@ def calibrated_radius(context: Context, experts: Variables, seed: int, guess: fl
         context: of `experiments.protocol.context.prepare`.
         experts: stacked, each leaf `[K, ...]`.
         seed: of target images and directions.
-        guess: in the middle, on a logarithmic axis, of the radii that are tried.
+        guess: the middle, on a logarithmic axis, of the radii that are tried.
 
     Raises:
-        FloatingPointError: none of them changes the loss, as where they are so small that it is rounded away.
+        FloatingPointError: no radius changes the loss, for example since the change is rounded away.
     """
     batch = take(context.train, context.targets[seed][:_IMAGES])
 
@@ -127,7 +127,7 @@ def calibrated_radius(context: Context, experts: Variables, seed: int, guess: fl
                 loss,
                 glue_jax.coefficients.weights_to_logits(glue_jax.coefficients.uniform(config.num_experts)),
                 radii=[float(radius) for radius in guess * _SEARCH],
-                # A probe is of many images: so many at once fit wherever a step does.
+                # A probe has many images. So many probes at once fit the memory wherever a step does.
                 probe_batch_size=None if on_cpu(batch) else 2,
             )
     except ValueError as error:
@@ -153,12 +153,12 @@ def _learn(context: Context, experts: Variables, seed: int, radius: float) -> di
 
 
 def _learn_calibrated(context: Context, experts: Variables, seed: int, guess: float) -> dict[str, Any]:
-    """The same with the radius that calibration proposes."""
+    """The best validation loss with the radius that calibration proposes."""
     return _learn(context, experts, seed, calibrated_radius(context, experts, seed, guess))
 
 
 def _losses(rows: Sequence[Mapping[str, Any]], *, sweep: bool) -> dict[Any, list[float]]:
-    """The losses of all seeds, by radius of the sweep, or by way of calibration."""
+    """The losses of all seeds, by radius of the sweep or by guess."""
     found: dict[Any, list[float]] = {}
     for row in rows:
         if (row["way"] == "sweep") == sweep:

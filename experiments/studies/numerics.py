@@ -98,7 +98,7 @@ def measure(context: Context, stages: Stages) -> dict[str, Any]:
         "code": context.code(_errors, drawn_together),
     }
     cases = [("softmax", *case) for case in itertools.product(banks, DTYPES, ARITHMETIC)]
-    # What the number format does, it does under any link.
+    # A number format has the same effect under any link, so fewer cases do for this one.
     cases += [
         ("free", experts, next(iter(DTYPES)), arithmetic)
         for experts, arithmetic in itertools.product(banks, ARITHMETIC)
@@ -116,11 +116,11 @@ def measure(context: Context, stages: Stages) -> dict[str, Any]:
 
 
 def drawn_together(experts: Variables, distance: float) -> tuple[Variables, float]:
-    """Returns experts at a distance from their mean, and at which they were.
+    """Returns experts that are drawn to a distance from their mean, and the distance that they had.
 
     Args:
         experts: stacked, each leaf `[K, ...]`.
-        distance: root mean square over experts of a parameter vector's distance from the mean, over the mean's length.
+        distance: of an expert's parameters from the mean, over the mean's length; a root mean square over experts.
     """
     mean = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0, keepdims=True), experts)
     away = jax.tree.map(jnp.subtract, experts, mean)
@@ -130,7 +130,7 @@ def drawn_together(experts: Variables, distance: float) -> tuple[Variables, floa
 
 
 def _errors(context: Context, experts: Variables, dtype: str, arithmetic: str, link: str) -> dict[str, Any]:
-    """The relative errors of the estimates for one case, root mean squares over points and minibatches."""
+    """The relative errors of the estimates in one case, root mean squares over points and minibatches."""
     config = context.config
     bank = jax.tree.map(lambda leaf: leaf.astype(DTYPES[dtype]), experts)
     exact_bank = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), bank)
@@ -181,7 +181,7 @@ def _errors(context: Context, experts: Variables, dtype: str, arithmetic: str, l
         return float(np.sqrt(np.mean(squares)))
 
     with warnings.catch_warnings():
-        # That the network multiplies bfloat16 is what is measured.
+        # The warning is about products in bfloat16, which are measured here.
         warnings.filterwarnings("ignore", message="loss_fn multiplies bfloat16")
         return {
             "spsa": [{"radius": radius, "error": error(functools.partial(spsa, radius))} for radius in RADII],
@@ -192,7 +192,7 @@ def _errors(context: Context, experts: Variables, dtype: str, arithmetic: str, l
 
 
 def _loss(context: Context, arithmetic: str) -> Callable[[Variables, Examples], jax.Array]:
-    """The loss as a network of this arithmetic computes it."""
+    """The loss, computed by a network with this arithmetic."""
     problem = context.problem
     if arithmetic == "float32":
         return problem.loss

@@ -48,9 +48,9 @@ from experiments.studies.frame import slug
 from experiments.studies.starts import LEAST_VALIDATION, SCRATCH, STARTS, Bank, Labelled, labelled_images, make_bank
 from glue_jax.checks import check_counts
 
-# Of the most epochs, this part without a lower validation loss ends fine-tuning.
+# Fine-tuning ends if this part of the most epochs brought no lower validation loss: a quarter.
 _PATIENCE = 4
-# What a seed's key is folded with, beside the protocol's.
+# A seed's key is folded with this number. The protocol has other numbers.
 _TUNING = 5
 
 

@@ -24,25 +24,25 @@ from glue_jax.types import LinkFn, LossFn, MergeFn
 
 HEAD = "^params/head/"
 """The layer that a temperature is folded into."""
-# What is left of a learning rate that falls, at the most steps.
+# The part of a falling learning rate that is left at the most steps.
 _LAST_RATE = 0.02
 
 
 class Learner(NamedTuple):
-    """A recipe's parts, built once: what is compiled for one seed serves the next.
+    """The parts of a recipe. They are built once, so a program that is compiled for one seed serves the next.
 
     Attributes:
-        recipe: whose parts.
-        experts: stacked; aligned, with an origin, without statistics, as the recipe has it.
+        recipe: the recipe.
+        experts: stacked; aligned, with an origin, without statistics, as the recipe says.
         link_fn: of `glue_jax.learn`.
         merge_fn: of `glue_jax.learn`.
         loss_fn: of `glue_jax.learn`.
-        beta: the start, leaves `[...]`, or of several starts `[S, ...]`; None where it is learned.
-        first: what learns it.
-        num_groups: of coefficients; None is one vector for the model.
+        beta: the start, leaves `[...]`, or several starts, `[S, ...]`. None: `first` learns the start.
+        first: the learner of the start.
+        num_groups: the number of groups of coefficients. None is one vector for the model.
         num_starts: S.
-        start_passes: what the starts took, as `Measured.passes`.
-        optimizer: of beta; None is Gauss-Newton, which has none.
+        start_passes: the passes that the starts took, as `Measured.passes`.
+        optimizer: of beta. None is Gauss-Newton, which has none.
         max_steps: the most steps.
     """
 
@@ -61,12 +61,12 @@ class Learner(NamedTuple):
 
 
 class Learned(NamedTuple):
-    """What was learned.
+    """The result of learning.
 
     Attributes:
         beta: the best by validation.
-        alpha: of it.
-        steps: of learning, those of what was learned first among them.
+        alpha: the coefficients of `beta`.
+        steps: the steps of learning, including those of the first recipe.
         passes: as `Measured.passes`.
     """
 
@@ -77,7 +77,7 @@ class Learned(NamedTuple):
 
 
 def make_learner(context: Context, recipe: Recipe, measured: Measured) -> Learner:
-    """What a recipe learns with."""
+    """Returns what a recipe learns with."""
     experts, link = measured.experts(recipe.aligned), recipe.link_fn
     merge: MergeFn = glue_jax.blend
     if recipe.task_vectors:
@@ -94,7 +94,7 @@ def make_learner(context: Context, recipe: Recipe, measured: Measured) -> Learne
         link, merge = glue_jax.links.tempered_link(link), glue_jax.links.tempered_merge(merge, head=HEAD)
 
     def start(weights: jax.Array) -> Any:
-        # A softmax reaches a single expert only in the limit.
+        # A softmax selects a single expert only in the limit.
         inside = 0.99 * weights + 0.01 / weights.shape[-1]
         beta = weights if recipe.outside_the_hull else glue_jax.coefficients.weights_to_logits(inside)
         return _by_groups(glue_jax.links.Tempered(beta, jnp.zeros(())) if recipe.temperature else beta, num_groups)
@@ -136,7 +136,7 @@ def make_learner(context: Context, recipe: Recipe, measured: Measured) -> Learne
 
 
 def learn_beta(context: Context, learner: Learner, target: Examples, seed: int) -> Learned:
-    """Coefficients, learned."""
+    """Learns the coefficients on a seed's target images."""
     config = context.config
     before = Learned(learner.beta, None, steps=0, passes=0)
     if learner.first is not None:
@@ -151,11 +151,11 @@ def learn_beta(context: Context, learner: Learner, target: Examples, seed: int) 
         "validation_data": context.validation,
         "batch_size": config.alpha_batch_size,
         "max_steps": learner.max_steps,
-        # Gauss-Newton's few steps are validated as often as learn does by default.
+        # Gauss-Newton takes few steps, so they are validated as often as `learn` does by default.
         "validate_every": None if learner.optimizer is None else config.validate_every,
         "patience": config.patience,
     }
-    # The steps of a start after each of its chunks; each start begins anew.
+    # The number of steps after each chunk. Each start counts anew.
     taken: list[int] = []
     words["callback"] = lambda progress: taken.append(progress.step)
     key = coefficients_key(seed)
@@ -169,10 +169,10 @@ def learn_beta(context: Context, learner: Learner, target: Examples, seed: int) 
     metrics = result.history.metrics
     steps = len(metrics.loss)
     if learner.optimizer is None:
-        # Gauss-Newton: beta, what was proposed, and a difference along each direction.
+        # Gauss-Newton: beta, its proposal, and a difference along each direction.
         per_step = dimension(result.beta, directions_of(learner.link_fn)) + 2
     else:
-        # One pass a step where there are no probes: the full gradient's, which its backward pass is not counted in.
+        # Without probes it is the full gradient, with one forward pass. Its backward pass is not counted.
         per_step = 1 if metrics.probe_losses is None else metrics.probe_losses[0].size
     of_all_starts = sum(last for last, following in itertools.pairwise([*taken, 0]) if following <= last)
     # Each start is judged before its first step and after each chunk.
@@ -182,7 +182,7 @@ def learn_beta(context: Context, learner: Learner, target: Examples, seed: int) 
 
 
 def _by_groups(beta: Any, num_groups: int | None) -> Any:
-    """The same coefficients for each group."""
+    """Repeats coefficients for each group."""
     if num_groups is None:
         return beta
     if isinstance(beta, glue_jax.links.Tempered):

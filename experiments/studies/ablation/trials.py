@@ -27,15 +27,15 @@ from experiments.studies.ablation.prerequisites import Alignment, Measured
 from experiments.studies.ablation.recipes import Recipe
 
 REFRESH_BATCH, REFRESH_BATCHES = 256, 8
-"""Target images that BatchNorm's statistics and RegMean's Gram matrices are estimated on, at most."""
+"""The size and the most number of the batches that estimate BatchNorm's statistics and RegMean's Gram matrices."""
 
 
 def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: Stages) -> dict[str, Any]:
     """Measures what is not measured yet.
 
     Args:
-        context: of the run whose experts these are; they are trained where they are missing.
-        recipes: to follow.
+        context: of the run whose experts these are. Missing experts are trained.
+        recipes: the recipes to follow.
         num_epochs: of fine-tuning.
         stages: where the measurements are kept.
 
@@ -44,8 +44,8 @@ def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: St
         accuracy of their mean probabilities), and `rows`, one for each recipe and seed: `recipe`, `part`, `seed`,
         `test_loss` and `test_accuracy` (of the prior and after each epoch), `validation_loss` and
         `validation_accuracy` (of the prior, on the images that judged it), `training_loss` of each epoch,
-        `forward_passes` (of one model on one image), `prior_seconds` (compilation included, the experts' alignment
-        not), `machine`, and, where they are learned, `alpha`, `temperature`, `steps`, `learned_on`, a machine.
+        `forward_passes` (of one model on one image), `prior_seconds` (with compilation, without the experts'
+        alignment), `machine`, and, if they are learned, `alpha`, `temperature`, `steps` and `learned_on`, a machine.
     """
     experts, _ = train_experts(context)
     table = measure_experts(context, experts)["experts"]
@@ -64,10 +64,10 @@ def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: St
 
         def compute() -> dict[str, Any]:
             target, learned = take(context.train, context.targets[seed]), None
-            # In nobody's seconds: it is computed once.
+            # The alignment is computed once, so it is not part of any recipe's seconds.
             measured.experts(recipe.aligned)
             if recipe.step_fn is not None:
-                # Kept before it is fine-tuned, for each may take long.
+                # The coefficients are kept before fine-tuning, since both may take long.
                 stage = f"{name}-coefficients", {**learning_fields, **how}
                 learned = stages.run(*stage, lambda: _learn(context, learner(), target, seed))
                 learner()
@@ -108,7 +108,7 @@ def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: St
 
 
 def _kept(context: Context, recipe: Recipe, measured: Measured, seed: int, num_epochs: int) -> dict[str, Any] | None:
-    """What `measure` asks of one of the paper's Configs, where the experiment has done it: hours at its scale."""
+    """A row of `measure` for one of the paper's Configs, if the experiment has it: hours of work at its scale."""
     config = context.config
     weights, tuned = (None, None) if recipe.paper_config is None else kept(context, recipe.paper_config, seed)
     if weights is None or tuned is None or num_epochs > config.fine_tuning_epochs:
@@ -143,7 +143,7 @@ def _model(
     learned: dict[str, Any] | None,
     target: Examples,
 ) -> tuple[Variables, dict[str, Any]]:
-    """A recipe's model, and what is known of it: `forward_passes`, and what `_learn` returned where it was learned."""
+    """A recipe's model, and what is known of it: `forward_passes`, and what `_learn` returned."""
     measured.passes, passes, details = 0, 0, {}
     images = target.images[: REFRESH_BATCH * REFRESH_BATCHES]
     batches = [images[at : at + REFRESH_BATCH] for at in range(0, len(images), REFRESH_BATCH)]
@@ -160,7 +160,7 @@ def _model(
         if recipe.temperature:
             alpha = glue_jax.links.Tempered(alpha, jnp.float32(learned["temperature"]))
         variables = learner().merge_fn(learner().experts, alpha)
-        # The start is asked for once, and every seed needs it.
+        # The start is computed once, but every seed needs it.
         measured.passes, passes = learner().start_passes, learned["forward_passes"]
     if recipe.statistics != "blended":
         variables = glue_jax.merging.refresh_statistics(variables, batches, _statistics_fn(context.problem))
@@ -184,7 +184,7 @@ def _learn(context: Context, learner: Learner, target: Examples, seed: int) -> d
 
 @functools.cache
 def _statistics_fn(problem: Problem) -> Callable[[Variables, jax.Array], Any]:
-    """Of a minibatch of images, compiled once for a problem."""
+    """BatchNorm's statistics of a minibatch of images, compiled once for a problem."""
     return jax.jit(problem.minibatch_statistics)
 
 

@@ -3,9 +3,9 @@
     python -m experiments.studies.cost
     python -m experiments.studies.cost --networks resnet20 --batch-sizes 64 --num-experts 10 --num-directions 1
 
-The first takes 23 minutes on 2 CPU cores, most of them MobileNetV2's. Leave the machine alone meanwhile: the figures
-are medians of times. No data is needed. Where `python -m experiments.studies.cost.tpu` was run into the same folder,
-its figures are shown, too.
+The first command takes 23 minutes on 2 CPU cores, most of them for MobileNetV2. Leave the machine alone meanwhile,
+since times are measured. No data is needed. The figures of `python -m experiments.studies.cost.tpu` are shown too, if
+they are in the same folder.
 """
 
 import dataclasses
@@ -35,10 +35,10 @@ class Arguments(StageArguments):
     Attributes:
         networks: any of resnet20, mobilenetv2, vit, convnet.
         batch_sizes: images in a minibatch.
-        num_experts: K. The first is the base; the others are tried at the smallest batch size.
-        num_directions: m. The first is the base; the others are tried at the smallest batch size.
+        num_experts: K. The first is tried at every batch size, the others at the smallest.
+        num_directions: m. The first is tried at every batch size, the others at the smallest.
         repetitions: timed calls of each program.
-        matmul_precision: of the networks' products; the experiments' own default. A CPU knows but one.
+        matmul_precision: of the networks' products. The default is the experiments' own. A CPU has only one.
     """
 
     networks: tuple[str, ...] = ("resnet20", "mobilenetv2", "vit")

@@ -3,8 +3,8 @@
     pip install -e '.[experiments,tpu]'
     python -m experiments.studies.cost.tpu
 
-It writes `tpu.json`: peak temporary memory, FLOPs and seconds of compilation of the SPSA step, all probes in one
-vmapped forward pass, and of the full-gradient step. Nothing is run. `python -m experiments.studies.cost` shows it, too.
+It writes `tpu.json`: peak temporary memory, FLOPs and seconds of compilation, of the SPSA step with all probes in one
+vmapped forward pass, and of the full-gradient step. Nothing is run. `python -m experiments.studies.cost` shows it too.
 """
 
 import dataclasses
@@ -44,16 +44,16 @@ from experiments.studies.cost.programs import (
 from experiments.studies.frame import command_line
 
 TOPOLOGY = "v5e:2x2"
-"""The smallest that libtpu describes; the programs are for one of its chips."""
+"""The smallest topology that libtpu describes. The programs are for one of its chips."""
 _PLATFORM = "tpu v5e (compiled)"
 _FILE = "tpu.json"
-# What a TPU's host would say to libtpu, which asks the network otherwise.
+# What the host of a TPU would tell libtpu. Otherwise libtpu asks the network.
 _HOST = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
-    # It would refuse to load where another process has it, or was killed with it.
+    # Otherwise libtpu does not load if another process has loaded it, or was killed with it.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
@@ -67,9 +67,9 @@ class Arguments(StageArguments):
         batch_sizes: images in a minibatch.
         num_experts: K.
         num_directions: m.
-        matmul_precision: of the networks' products; the blends' is the highest always. The experiments learn the
-            coefficients with `highest`, which takes several times as long to compile: for the SPSA step of ResNet-20 at
-            batch 64, four times, to the same temporary memory and, within 0.2 %, the same FLOPs.
+        matmul_precision: of the networks' products. The blends always have the highest. The experiments learn the
+            coefficients with `highest`. That takes longer to compile: four times as long for the SPSA step of ResNet-20
+            at batch 64, with the same temporary memory and, within 0.2 %, the same FLOPs.
     """
 
     networks: tuple[str, ...] = ("resnet20", "mobilenetv2", "vit")
@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     console, settings, rows = Console(markup=False), parsed.settings(), []
     versions = {"libtpu": importlib.metadata.version("libtpu"), "jax": jax.__version__}
     command = command_line("studies.cost.tpu", words)
-    # What it writes stands beside the results of the other command on cost.
+    # The folder has the results of the other command on cost, too.
     with session(parsed.out_dir, console, "python -m experiments.studies.cost") as progress:
         stages = parsed.stages(progress)
         sharding = _one_chip()
@@ -147,14 +147,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def compile_steps(setting: Setting, sharding: Sharding) -> dict[str, Any]:
-    """Compiles both steps, as a TPU would run them.
+    """Compiles both steps as a TPU would run them.
 
     Args:
         setting: the row.
-        sharding: of all arguments, on a device that need not be there.
+        sharding: of all arguments. Its device need not exist.
 
     Returns:
-        A row as of `experiments.studies.cost.step_costs.measure`, without times, with `compile_seconds`.
+        A row like those of `experiments.studies.cost.step_costs.measure`, without times, with `compile_seconds`.
     """
     problem = make_problem(setting)
     inputs = jax.tree.map(
@@ -177,10 +177,10 @@ def compile_steps(setting: Setting, sharding: Sharding) -> dict[str, Any]:
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """Returns what `tpu.json` in a folder holds, or None where there is none.
+    """Returns the content of `tpu.json` in a folder, or None if there is none.
 
     Raises:
-        ValueError: a file that this module did not write.
+        ValueError: a damaged file, or one that this module did not write.
     """
     path = folder / _FILE
     if not path.exists():
@@ -192,7 +192,7 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 
 def _one_chip() -> Sharding:
-    """One chip of the topology; this process computes on its CPU."""
+    """One chip of the topology. This process itself computes on its CPU."""
     os.environ.update(_HOST)
     jax.config.update("jax_platforms", "cpu")
     topology = topologies.get_topology_desc(TOPOLOGY, "tpu", chips_per_host_bounds=[2, 2, 1])
