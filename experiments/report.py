@@ -122,10 +122,10 @@ def figure1(runs: Sequence[Mapping[str, Any]]) -> Figure:
         figure = Figure(figsize=(4.6 * len(runs) + 0.4, 4.4), layout="constrained")
         for axes, results in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs, strict=True):
             draw_accuracy(axes, results)
-            seeds = len(results["config"]["seeds"])
+            config, seeds = results["config"], len(results["config"]["seeds"])
             title = f"{shortened(results['title'], 80)}; {seeds} seed{'s' if seeds > 1 else ''}"
-            name = textwrap.fill(unbroken(title), 48)
-            axes.set_title(f"{_data_and_network(results)}\n{name}", fontsize=10)
+            head = f"{config['dataset'].split('/')[0]}, {config['network']}"
+            axes.set_title(f"{head}\n{textwrap.fill(unbroken(title), 48)}", fontsize=10)
         lines = {str(line.get_label()): line for axes in figure.axes for line in axes.lines}
         title, columns = "mean and standard deviation over seeds", len(lines) if len(runs) > 2 else len(runs) + 1
         figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=columns, title=title)
@@ -134,26 +134,21 @@ def figure1(runs: Sequence[Mapping[str, Any]]) -> Figure:
 
 def table1(runs: Sequence[Mapping[str, Any]]) -> TableCells:
     """Returns Table 1, headers and rows: accuracy of each expert in percent, the paper's and ours."""
-    most = max(len(results["experts"]) for results in runs)
-    headers = ["run", "whose", *map(str, range(max(most, 10))), "mean", "least", "most"]
+    width = max(10, *(len(results["experts"]) for results in runs))
     rows = []
     for results in runs:
-        experiment = experiment_of(results["config"])
-        ours = {split: _accuracies(results, split) for split in ("test", "target")}
-        values = {f"ours, {split}": accuracy for split, accuracy in ours.items()}
-        if experiment:
-            values = {"the paper's": np.array(EXPERT_ACCURACY[experiment]), **values}
-        for whose, accuracy in values.items():
-            padding = [""] * (len(headers) - 5 - len(accuracy))
-            rows.append(
-                [results["title"], whose, *(f"{value:.1f}" for value in accuracy), *padding, *_summary(accuracy)]
-            )
+        title, experiment = results["title"], experiment_of(results["config"])
+        found = {"the paper's": np.array(EXPERT_ACCURACY[experiment])} if experiment else {}
+        for split in ("test", "target"):
+            found[f"ours, {split}"] = np.array([100 * row[f"{split}_accuracy"] for row in results["experts"]])
+        ends = {whose: np.array([each.mean(), each.min(), each.max()]) for whose, each in found.items()}
+        for whose, each in found.items():
+            cells = [f"{value:.1f}" for value in each] + [""] * (width - len(each))
+            rows.append([title, whose, *cells, *(f"{value:.1f}" for value in ends[whose])])
         if experiment and is_at_its_scale(results["config"]):
-            paper = EXPERT_ACCURACY[experiment]
-            difference = np.subtract(_extremes(ours["test"]), _extremes(np.array(paper)))
-            cells = [f"{value:+.1f}" for value in difference]
-            rows.append([results["title"], "ours, test, less the paper's", *[""] * (len(headers) - 5), *cells])
-    return headers, rows
+            difference = [f"{value:+.1f}" for value in ends["ours, test"] - ends["the paper's"]]
+            rows.append([title, "ours, test, less the paper's", *[""] * width, *difference])
+    return ["run", "whose", *map(str, range(width)), "mean", "least", "most"], rows
 
 
 def configs(runs: Sequence[Mapping[str, Any]]) -> TableCells:
@@ -231,26 +226,6 @@ def _found(folder: Path) -> list[dict[str, Any]]:
             runs.append(read(path.parent))
     order = [*EXPERIMENTS, None]
     return sorted(runs, key=lambda results: order.index(experiment_of(results["config"])))
-
-
-def _data_and_network(results: Mapping[str, Any]) -> str:
-    """What a run is of."""
-    return f"{results['config']['dataset'].split('/')[0]}, {results['config']['network']}"
-
-
-def _accuracies(results: Mapping[str, Any], split: str) -> np.ndarray:
-    """Each expert's accuracy in percent."""
-    return np.array([100 * row[f"{split}_accuracy"] for row in results["experts"]])
-
-
-def _extremes(accuracies: np.ndarray) -> tuple[float, float, float]:
-    """Mean, least and most."""
-    return float(accuracies.mean()), float(accuracies.min()), float(accuracies.max())
-
-
-def _summary(accuracies: np.ndarray) -> list[str]:
-    """Mean, least and most, as text."""
-    return [f"{value:.1f}" for value in _extremes(accuracies)]
 
 
 if __name__ == "__main__":

@@ -114,20 +114,30 @@ def _training_step(
 
 def _most_validations(context: Context, number: int) -> int:
     """The most validations of one Config: at the start, and after each chunk of steps."""
-    return 1 + math.ceil(context.config.alpha_steps / validate_every(context, number))
+    return 1 + math.ceil(context.config.alpha_steps / validate_every(context.config, number))
 
 
 def _alpha_step(context: Context, number: int, experts: Any, target: Any) -> float:
     """The seconds of a step that learns one Config's coefficients, without validation."""
-    steps = _STEPS if on_cpu(context.train) else validate_every(context, number)
+    steps = _STEPS if on_cpu(context.train) else validate_every(context.config, number)
     steps = min(steps, context.config.alpha_steps)
 
     def learn() -> Any:
-        unjudged = context._replace(validation=None)
         with warnings.catch_warnings():
             # All experts are the same network, so the gradient is 0.
             warnings.filterwarnings("ignore", "the gradient was exactly 0")
-            found = learn_coefficients(unjudged, number, jax.random.key(0), experts, target, max_steps=steps)
+            found = learn_coefficients(
+                number,
+                jax.random.key(0),
+                experts,
+                target,
+                None,
+                problem=context.problem,
+                step_fn=context.step_fns[number],
+                optimizer=context.alpha_optimizer,
+                config=context.config,
+                max_steps=steps,
+            )
         return found.alpha
 
     return _second_call(learn) / steps

@@ -4,16 +4,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from experiments.protocol.config import Config
-from experiments.protocol.context import Context
 
 
 def prior_cost(
-    context: Context, number: int, weights: Mapping[str, Any], measured: Mapping[str, Any]
+    config: Config, images: Mapping[str, Any], number: int, weights: Mapping[str, Any], measured: Mapping[str, Any]
 ) -> dict[str, int | float]:
     """Returns what the coefficients of a Config and a seed took.
 
     Args:
-        context: of `experiments.protocol.context.prepare`.
+        config: of the run.
+        images: the numbers of `validation`, `target` and `test` images.
         number: of the Config.
         weights: the coefficients, as `experiments.protocol.run.kept` returns them.
         measured: of `experiments.protocol.expert_training.measure_experts`. Config 2 needs a part of it.
@@ -21,13 +21,11 @@ def prior_cost(
     Returns:
         `forward_passes`, of steps and of validations; `backward_passes`; and `prior_seconds`, compilation included.
     """
-    num_validation = len(context.validation.labels)
-    seconds = weights.get("seconds", 0.0)
+    num_validation, seconds = images["validation"], weights.get("seconds", 0.0)
     if number == 2:
         # The experts were measured on three sets of images. Config 2 needs only the validation images.
-        others = len(context.test.labels) + len(context.targets[context.config.seeds[0]])
-        seconds = measured["seconds"] * num_validation / (num_validation + others)
-    forward, backward = _passes(context.config, num_validation, number, weights)
+        seconds = measured["seconds"] * num_validation / (num_validation + images["target"] + images["test"])
+    forward, backward = _passes(config, num_validation, number, weights)
     return {"forward_passes": forward, "backward_passes": backward, "prior_seconds": seconds}
 
 

@@ -46,7 +46,7 @@ def run(context: Context) -> dict[str, Any]:
     runs = []
     for (seed, number), weights in learned.items():
         tuned = fine_tuned(context, number, seed, stacked, weights["alpha"], tuning)
-        took = prior_cost(context, number, weights, measured)
+        took = prior_cost(config, drawn, number, weights, measured)
         for what, record in (("Coefficients", weights), ("Fine-tuning", tuned)):
             name = f"{what}, Config {number}"
             seconds[name] = seconds.get(name, 0.0) + record.pop("seconds", 0.0)
@@ -88,7 +88,7 @@ def kept(context: Context, number: int, seed: int) -> tuple[dict[str, Any] | Non
         weights = context.stages.read(*coefficients_stage(context, number, seed))
     else:
         measured = context.stages.read(*measurement(context))
-        weights = measured and {"alpha": heuristic_coefficients(context, number, measured)}
+        weights = measured and {"alpha": heuristic_coefficients(context.splits, number, measured)}
     tuned = weights and context.stages.read(*fine_tuning_stage(context, number, seed, weights["alpha"]))
     return weights, tuned
 

@@ -139,14 +139,16 @@ def calibrated_radius(context: Context, experts: Variables, seed: int, guess: fl
 
 def _learn(context: Context, experts: Variables, seed: int, radius: float) -> dict[str, Any]:
     """The best validation loss with a radius."""
-    step = functools.partial(context.step_fns[4], radius=radius)
     result = learn_coefficients(
-        context._replace(step_fns={4: step}),
         4,
         coefficients_key(seed),
         experts,
         take(context.train, context.targets[seed]),
-        max_steps=context.config.alpha_steps,
+        context.validation,
+        problem=context.problem,
+        step_fn=functools.partial(context.step_fns[4], radius=radius),
+        optimizer=context.alpha_optimizer,
+        config=context.config,
     )
     history = result.history
     return {"radius": radius, "loss": float(history.validation_values.min()), "steps": len(history.metrics.loss)}

@@ -107,13 +107,19 @@ def _uniform(bank: Bank, labelled: Labelled) -> Variables:
 
 def _glue(bank: Bank, labelled: Labelled) -> Variables:
     """GLUE as in the paper."""
-    config, context = bank.context.config, bank.context
-    batch_size = min(config.alpha_batch_size, len(labelled.learning))
-    context = context._replace(
-        validation=bank.images(labelled.validation), config=dataclasses.replace(config, alpha_batch_size=batch_size)
+    context = bank.context
+    batch_size = min(context.config.alpha_batch_size, len(labelled.learning))
+    result = learn_coefficients(
+        4,
+        coefficients_key(labelled.seed),
+        bank.experts,
+        bank.images(labelled.learning),
+        bank.images(labelled.validation),
+        problem=context.problem,
+        step_fn=context.step_fns[4],
+        optimizer=context.alpha_optimizer,
+        config=dataclasses.replace(context.config, alpha_batch_size=batch_size),
     )
-    key, learning = coefficients_key(labelled.seed), bank.images(labelled.learning)
-    result = learn_coefficients(context, 4, key, bank.experts, learning, max_steps=config.alpha_steps)
     return glue_jax.blend(bank.experts, result.alpha)
 
 

@@ -187,7 +187,16 @@ def _learned(setting: _Setting) -> dict[str, Any]:
             done = progress.step
 
         result = learn_coefficients(
-            context, 4, key, setting.experts, setting.target, max_steps=max_steps, callback=callback
+            4,
+            key,
+            setting.experts,
+            setting.target,
+            context.validation,
+            problem=context.problem,
+            step_fn=context.step_fns[4],
+            optimizer=context.alpha_optimizer,
+            config=context.config,
+            callback=callback,
         )
         bar.skip(max_steps - done)
         return {"alpha": np.asarray(result.last_alpha).tolist(), "steps": done}
