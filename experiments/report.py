@@ -1,4 +1,4 @@
-"""The paper's tables and figures from runs, its own figures beside them, and a verdict on each of its claims.
+"""The paper's tables and figures from our runs, the paper's own numbers, and a verdict on each of its claims.
 
     python -m experiments.report                                    # of all runs under runs/
     python -m experiments.report runs/cifar10 runs/imagenette       # of these, in this order
@@ -91,7 +91,7 @@ def read(folder: Path) -> dict[str, Any]:
 def _check_runs(results: Mapping[str, Any]) -> None:
     """Refuses runs that are not one for each seed and Config, and accuracies that are no fractions."""
     found = sorted((run["seed"], run["config"]) for run in results["runs"])
-    # Older runs have the paper's alone.
+    # Older runs have only the paper's Configs.
     if found not in (sorted(itertools.product(results["config"]["seeds"], of)) for of in (PAPER_CONFIGS, CONFIGS)):
         raise ValueError(f"it has runs of (seed, Config) {found}; expected each Config once for each seed")
     of_experts = [row[f"{split}_accuracy"] for row in results["experts"] for split in ("test", "target")]

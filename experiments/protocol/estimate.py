@@ -73,7 +73,7 @@ def describe(seconds: dict[str, float]) -> str:
     if not seconds:
         return "nothing is left to do: all stages are kept from an earlier run"
     stages = ", ".join(f"{name} {duration(value)}" for name, value in seconds.items())
-    return f"time, from a few steps measured here: {duration(sum(seconds.values()))} ({stages}), beside compilation"
+    return f"time, from a few steps measured here: {duration(sum(seconds.values()))} ({stages}), without compilation"
 
 
 def duration(seconds: float) -> str:

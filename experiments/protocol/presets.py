@@ -119,7 +119,7 @@ def parse(arguments: Callable[..., Parsed], command: str, description: str, word
 
 
 def folder_of(experiment: str, preset: str, presets: Mapping[str, Config]) -> str:
-    """Returns the name of a run's folder: the experiment's, with its preset's where that is not the first."""
+    """Returns the name of a run's folder: the experiment's name, and the preset's unless that is the first."""
     return experiment if preset == next(iter(presets)) else f"{experiment}-{preset}"
 
 

@@ -17,7 +17,7 @@ EXPERT_ACCURACY: Mapping[str, tuple[float, ...]] = {
     "svhn": (60.10, 71.79, 77.05, 69.35, 70.97, 55.82, 54.38, 60.54, 54.96, 76.49),
     "imagenette": (33.04, 34.06, 40.51, 29.73, 39.49, 33.89, 32.08, 32.94, 32.99, 38.14),
 }
-"""Table 1, in percent. Its caption says 'evaluated on the target training dataset', section 5 test accuracy."""
+"""Table 1, in percent. Its caption says 'evaluated on the target training dataset'; section 5 says test accuracy."""
 
 LARGEST_LEAD: Mapping[str, Mapping[int, float]] = {
     "cifar10": {1: 6.7, 2: 7.0, 3: 4.5},

@@ -102,7 +102,7 @@ class Stages:
         return locked(self._folder)
 
     def _carry_over(self, name: str, depends_on: Mapping[str, Any]) -> bool:
-        """If that is accepted, files what other source computed as this source's, with the folder beside it."""
+        """Files what other source computed as this source's, with the folder beside it, if that is accepted."""
         if name.partition("/")[0] not in self._accept or (found := self._of_other_source(name, depends_on)) is None:
             return False
         old, result = found
@@ -276,5 +276,5 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _digest(stage: Any, result: Any) -> str:
-    """Of all that a stage's file holds."""
+    """The digest of all that a stage's file holds."""
     return hashlib.sha256(json.dumps([stage, result], sort_keys=True).encode()).hexdigest()

@@ -169,7 +169,7 @@ def _model(
 
 
 def _learn(context: Context, learner: Learner, target: Examples, seed: int) -> dict[str, Any]:
-    """Learned coefficients, and what they took: `alpha`, `temperature`, `steps`, `forward_passes`."""
+    """Learns coefficients. Returns `alpha`, `temperature`, `steps` and `forward_passes`."""
     learned = learn_beta(context, learner, target, seed)
     alpha, temperature = learned.alpha, None
     if learner.recipe.temperature:

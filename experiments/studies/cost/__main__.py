@@ -1,4 +1,4 @@
-"""The cost of an SPSA step against a full-gradient step: time beside Eq. (9) and (10), memory and FLOPs.
+"""The cost of an SPSA step and of a full-gradient step: time, compared with Eq. (9) and (10), memory and FLOPs.
 
     python -m experiments.studies.cost
     python -m experiments.studies.cost --networks resnet20 --batch-sizes 64 --num-experts 10 --num-directions 1

@@ -94,9 +94,10 @@ def _markdown(results: Mapping[str, Any], k: int) -> str:
         "Page faults are the pages of memory that the process is given in a call.",
         markdown_table(*_part_table(rows)),
         "## Memory and FLOPs",
-        "Temporary memory is what a compiled step takes beside its arguments and results, as it runs here by default: "
-        "one probe after another on a CPU, all probes vmapped on an accelerator. XLA counts the FLOPs of a loop's body "
-        "once. So the FLOPs of SPSA are of the step with all probes vmapped, which is compiled and not run.",
+        "Temporary memory is what a compiled step takes in addition to its arguments and results, as it runs here by "
+        "default: one probe after another on a CPU, all probes vmapped on an accelerator. XLA counts the FLOPs of a "
+        "loop's body once. So the FLOPs of SPSA are of the step with all probes vmapped, which is compiled and not "
+        "run.",
         markdown_table(*size_table(rows)),
         *(tpu_blocks(results["tpu"]) if results["tpu"] is not None else []),
     )
@@ -149,7 +150,7 @@ def _excess_table(rows: Rows) -> TableCells:
 def _part_table(rows: Rows) -> TableCells:
     """What Eq. (9) is made of."""
     names = ("blend", "inner_products", "probe", "estimate")
-    # Of the host alone: where an accelerator computes, they say nothing about a step.
+    # Page faults are the host's. If an accelerator computes, they say nothing about a step.
     faulty = {"forward": "faults of F", "spsa_step": "of SPSA"} if rows[0]["platform"] == "cpu" else {}
     table = []
     for row in _timed(rows):
@@ -168,7 +169,7 @@ def _sizes(row: Mapping[str, Any]) -> Iterable[str]:
         (memory["full_step"], memory["spsa_step"], 1e6),
         (flops["full_step"], flops["spsa_step_vmapped"], 1e9),
     ):
-        # A TPU keeps a small program's arrays in the memory of its core, and takes none beside.
+        # A TPU keeps the arrays of a small program in its core, and takes no other memory.
         ratio = f"{spsa / full:.3f}" if full else "-"
         yield from (f"{full / unit:.4g}", f"{spsa / unit:.4g}", ratio)
 

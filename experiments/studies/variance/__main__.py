@@ -1,11 +1,11 @@
-"""The error of GLUE's gradient estimates on trained experts: against m, K and the radius, beside what theory says.
+"""The error of GLUE's gradient estimates on trained experts, by m, K and the radius, and what theory says.
 
     python -m experiments.studies.variance
     python -m experiments.studies.variance --experiment cifar10 --examples 64 --probes 128 --averaged 1 2 5 10 20
 
-The digits take about 3 minutes on 2 CPU cores, beside their experts. The experts are read from `--run-dir`, where the
-experiment's own command keeps them (give it the same options). Missing experts are trained first, by default at the
-scale of the experiment's own default preset. For cifar10 this is the paper's scale, which takes hours on a CPU.
+The digits take about 3 minutes on 2 CPU cores, in addition to their experts. The experts are read from `--run-dir`,
+where the experiment's own command keeps them (give it the same options). Missing experts are trained first, by default
+at the scale of the experiment's own default preset. For cifar10 this is the paper's scale, which takes hours on a CPU.
 
 The loss is that of one batch of target images, so its gradient is known. At each point of the experts' hull the loss is
 probed once along many random directions. Then m directions at a time are averaged. In alpha the scale is the paper's,

@@ -12,7 +12,7 @@ from experiments.studies.variance.variance_figure import draw
 
 Rows = Sequence[Mapping[str, Any]]
 
-# Of fewer estimates a standard error is itself too uncertain to count deviations by.
+# A standard error of fewer estimates is too uncertain to count deviations by.
 _ENOUGH = 30
 
 
