@@ -144,11 +144,7 @@ class Config(FineTuningFields, CoefficientFields, NetworkFields, ExpertFields):
     """Seeds of target images, minibatches, directions and fine-tuning. Results are means over them (section 5)."""
 
     def __post_init__(self) -> None:
-        """Refuses values out of their range.
-
-        Raises:
-            ValueError: with the field, its value, and what was expected.
-        """
+        """Refuses values out of their range, by a ValueError with the field, its value, and what was expected."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if get_origin(field.type) is Literal and value not in get_args(field.type):

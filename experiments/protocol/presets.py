@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import tyro
 
@@ -57,32 +57,19 @@ class ExpertArguments(StageArguments):
             )
 
 
-class Chosen(NamedTuple):
-    """An experiment with its preset.
-
-    Attributes:
-        experiment: a module of `experiments` that has presets.
-        preset: one of them.
-        config: that preset's.
-        folder: the name of its runs' folder under `runs/`.
-    """
-
-    experiment: str
-    preset: str
-    config: Config
-    folder: str
-
-
-def choose(prog: str, words: Sequence[str]) -> Chosen:
-    """Returns the experiment and the preset that a command line chooses: by default digits, and its first preset.
+def parse(arguments: Callable[..., Parsed], command: str, description: str, words: Sequence[str]) -> Parsed:
+    """Returns a command line, with the defaults of its experiment's preset: by default digits, and its first preset.
 
     Args:
-        prog: the command's name.
-        words: its command line.
+        arguments: `ExpertArguments`, or a class that adds fields to it.
+        command: the module, without `experiments.`. The default of `out_dir` begins with the last part of its name.
+        description: what `--help` says.
+        words: the command line.
 
     Raises:
-        ValueError: a module without presets, or a preset that it does not have.
+        ValueError: an experiment without presets, or a preset that it does not have.
     """
+    prog = f"python -m experiments.{command}"
     parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
     parser.add_argument("--experiment", default=DEFAULT_EXPERIMENT)
     parser.add_argument("--preset")
@@ -91,29 +78,13 @@ def choose(prog: str, words: Sequence[str]) -> Chosen:
     preset = given.preset or next(iter(presets))
     if preset not in presets:
         raise ValueError(f"preset is {preset!r}; expected one of {tuple(presets)}, those of {given.experiment}")
-    return Chosen(given.experiment, preset, presets[preset], folder_of(given.experiment, preset, presets))
-
-
-def parse(arguments: Callable[..., Parsed], command: str, description: str, words: Sequence[str]) -> Parsed:
-    """Returns a command line over the defaults of its experiment's preset.
-
-    Args:
-        arguments: `ExpertArguments`, or what adds fields to them.
-        command: the module, without `experiments.`. The default of `out_dir` begins with the last part of its name.
-        description: what `--help` says.
-        words: the command line.
-
-    Raises:
-        ValueError: as `choose`.
-    """
-    prog = f"python -m experiments.{command}"
-    chosen = choose(prog, words)
+    folder = folder_of(given.experiment, preset, presets)
     default = arguments(
-        experiment=chosen.experiment,
-        preset=chosen.preset,
-        run_dir=Path("runs") / chosen.folder,
-        out_dir=Path("runs") / f"{command.rpartition('.')[2]}-{chosen.folder}",
-        config=chosen.config,
+        experiment=given.experiment,
+        preset=preset,
+        run_dir=Path("runs") / folder,
+        out_dir=Path("runs") / f"{command.rpartition('.')[2]}-{folder}",
+        config=presets[preset],
     )
     return tyro.cli(type(default), prog=prog, description=description.strip(), args=list(words), default=default)
 

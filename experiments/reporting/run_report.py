@@ -47,7 +47,8 @@ def present(results: Mapping[str, Any]) -> Report:
         results: of a run, with its `title` and `machine`.
     """
     pictures = {"figure1.png": _accuracy_figure(results), "alpha.png": _alpha_figure(results)}
-    tables = {results["title"]: config_table(results), "What the prior took": cost_table(results)}
+    name = f"{results['title']}: the prior and the fine-tuned model on the test images"
+    tables = {name: config_table(results), "What the prior took": cost_table(results)}
     return Report("\n\n".join(_blocks(results)) + "\n", pictures, tables)
 
 

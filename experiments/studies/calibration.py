@@ -44,10 +44,7 @@ _CALIBRATION = 4
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures, from a command line to the report.
-
-    Args:
-        arguments: the command line; None is the process's.
+    """Measures, from a command line (None is the process's) to the report.
 
     Returns:
         The results: `title`, `command`, `machine`, `config`, and `rows`. A row is of one radius and seed. It has `way`,

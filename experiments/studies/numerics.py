@@ -55,10 +55,7 @@ BATCHES = 3
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures, from a command line to the report.
-
-    Args:
-        arguments: the command line; None is the process's.
+    """Measures, from a command line (None is the process's) to the report.
 
     Returns:
         The results: `title`, `command`, `machine`, `config`, and what `measure` returns.

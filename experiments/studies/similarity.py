@@ -48,20 +48,13 @@ class Arguments(ExpertArguments):
     barriers: int = 3
 
     def __post_init__(self) -> None:
-        """Refuses values out of their range.
-
-        Raises:
-            ValueError: with the field, its value, and what was expected.
-        """
+        """Refuses values out of their range, by a ValueError with the field, its value, and what was expected."""
         if self.barriers < 0 or self.barriers == 1:
             raise ValueError(f"barriers is {self.barriers}; expected 0, or at least 2 experts")
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Compares a run's experts, from a command line to the report.
-
-    Args:
-        arguments: the command line; None is the process's.
+    """Compares a run's experts, from a command line (None is the process's) to the report.
 
     Returns:
         The results: `title`, `command`, `machine`, `config`, and what `measure` returns.

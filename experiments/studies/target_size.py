@@ -72,11 +72,7 @@ class Arguments(ExpertArguments):
     least_steps: int = 500
 
     def __post_init__(self) -> None:
-        """Refuses values out of their range.
-
-        Raises:
-            ValueError: with the field, its value, and what was expected.
-        """
+        """Refuses values out of their range, by a ValueError with the field, its value, and what was expected."""
         check_counts(epochs=self.epochs, least_steps=self.least_steps)
         least = 2 * LEAST_VALIDATION
         if not self.sizes or len(set(self.sizes)) < len(self.sizes) or min(self.sizes) < least:
@@ -87,10 +83,7 @@ class Arguments(ExpertArguments):
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures, from a command line to the report.
-
-    Args:
-        arguments: the command line; None is the process's.
+    """Measures, from a command line (None is the process's) to the report.
 
     Returns:
         The results: `title`, `command`, `machine`, `config`, and what `measure` returns.

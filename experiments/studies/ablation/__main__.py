@@ -43,11 +43,7 @@ class Arguments(ExpertArguments):
     epochs: int = 5
 
     def __post_init__(self) -> None:
-        """Refuses values out of their range.
-
-        Raises:
-            ValueError: with the field, its value, and what was expected.
-        """
+        """Refuses values out of their range, by a ValueError with the field, its value, and what was expected."""
         if self.epochs < 0:
             raise ValueError(f"epochs is {self.epochs}; expected at least 0")
         if not self.initializations or len(set(self.initializations)) < len(self.initializations):
@@ -68,10 +64,7 @@ class Arguments(ExpertArguments):
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures, from a command line to the report.
-
-    Args:
-        arguments: the command line; None is the process's.
+    """Measures, from a command line (None is the process's) to the report.
 
     Returns:
         The results: `title`, `command`, `machine`, `config`, and `sets`, for each initialisation what

@@ -50,11 +50,7 @@ class Arguments(StageArguments):
     out_dir: Path = Path("runs") / "cost"
 
     def __post_init__(self) -> None:
-        """Refuses values out of their range.
-
-        Raises:
-            ValueError: with the field, its value, and what was expected.
-        """
+        """Refuses values out of their range, by a ValueError with the field, its value, and what was expected."""
         if self.repetitions < 1:
             raise ValueError(f"repetitions is {self.repetitions}; expected at least 1")
         for name in ("networks", "batch_sizes", "num_experts", "num_directions"):
@@ -85,10 +81,7 @@ class Arguments(StageArguments):
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures, from a command line to the report.
-
-    Args:
-        arguments: the command line; None is the process's.
+    """Measures, from a command line (None is the process's) to the report.
 
     Returns:
         The results: `command`, `machine`, `arguments`, `rows` (see `experiments.studies.cost.step_costs.measure`), and

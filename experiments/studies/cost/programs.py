@@ -51,11 +51,7 @@ class Setting:
     matmul_precision: Literal["highest", "high", "default"] = "highest"
 
     def __post_init__(self) -> None:
-        """Refuses values out of their range.
-
-        Raises:
-            ValueError: with the field, its value, and what was expected.
-        """
+        """Refuses values out of their range, by a ValueError with the field, its value, and what was expected."""
         if self.network not in IMAGE_SHAPES:
             raise ValueError(f"network is {self.network!r}; expected one of {tuple(IMAGE_SHAPES)}")
         for name in ("batch_size", "num_experts", "num_directions"):

@@ -80,11 +80,7 @@ class Arguments(StageArguments):
     out_dir: Path = Path("runs") / "cost"
 
     def __post_init__(self) -> None:
-        """Refuses values out of their range.
-
-        Raises:
-            ValueError: with the field, its value, and what was expected.
-        """
+        """Refuses values out of their range, by a ValueError with the field, its value, and what was expected."""
         if not self.settings():
             raise ValueError("networks or batch_sizes is empty; expected at least one of each")
 
@@ -104,10 +100,7 @@ class Arguments(StageArguments):
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Compiles, from a command line to `tpu.json`.
-
-    Args:
-        arguments: the command line; None is the process's.
+    """Compiles, from a command line (None is the process's) to `tpu.json`.
 
     Returns:
         What `tpu.json` holds: `command`, `topology`, `compiler`, `matmul_precision`, `rows` (see `compile_steps`).
