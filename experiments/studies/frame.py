@@ -20,12 +20,6 @@ from experiments.runtime.session import exit_on, session
 from experiments.runtime.stages import Stages, machine
 
 
-def describe_experts(context: Context, parsed: ExpertArguments) -> str:
-    """Returns how many experts are to be trained."""
-    del parsed
-    return describe_missing(context)
-
-
 def run(
     arguments: type[Parsed],
     module: str,
@@ -36,7 +30,7 @@ def run(
     measure: Callable[[Context, Parsed, Stages], Mapping[str, Any]],
     present: Callable[[Mapping[str, Any]], Report],
     rows: str | None = None,
-    plan: Callable[[Context, Parsed], str] = describe_experts,
+    plan: Callable[[Context, Parsed], str] | None = None,
 ) -> dict[str, Any]:
     """Runs a study from a command line to its report.
 
@@ -50,7 +44,7 @@ def run(
         present: from the results to the report.
         rows: the name under which `measure` returns a list of dicts that each have a `machine`. None: the machine is
             the one of this process, unless `measure` returns a `machine`.
-        plan: returns what is said before the work begins.
+        plan: returns what is said before the work begins. None: how many experts are to be trained.
 
     Returns:
         The results, which JSON holds: `title`, `command`, `machine`, `config`, and what `measure` returns.
@@ -68,7 +62,8 @@ def run(
         with exit_on(ValueError, OSError, data.DatasetNotFoundError):
             dataset = data.load(parsed.config.dataset, parsed.data_dir, parsed.config.image_size)
             context = open_context(parsed, parsed.config, dataset, progress)
-        progress.say(f"{dataset.name}; {machine()}\n{plan(context, parsed)}")
+        work = plan(context, parsed) if plan else describe_missing(context)
+        progress.say(f"{dataset.name}; {machine()}\n{work}")
         measured = measure(context, parsed, parsed.stages(progress))
         machines = {row["machine"] for row in measured[rows]} if rows else {machine()}
         results = {
