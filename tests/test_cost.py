@@ -276,7 +276,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_any_work(tmp_path):
         ("{", "Expecting"),
         ("[]", "list indices"),
         (json.dumps({**TPU, "rows": [{**TPU_ROW, "batch_size": float("nan")}]}), "it has NaN, which is no number"),
-        (json.dumps({**TPU, "rows": [TPU_ROW, {"network": "vit"}]}), "it has no 'batch_size'"),
+        (json.dumps({**TPU, "rows": [TPU_ROW, {"network": "vit"}]}), "it has no 'temporary_bytes'"),
         (json.dumps({**TPU, "rows": [{**TPU_ROW, "flops": {"full_step": 1.0}}]}), "it has no 'spsa_step_vmapped'"),
     ],
 )

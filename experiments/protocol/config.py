@@ -40,7 +40,7 @@ class ExpertFields:
     network: str = "resnet20"
     """The architecture of the experts (section 5)."""
     num_experts: int = 10
-    """K (section 5)."""
+    """K, the number of experts (section 5)."""
     expert_examples: int = 2000
     """Training images of each expert (section 5)."""
     concentration: float = 0.5

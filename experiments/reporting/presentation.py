@@ -107,6 +107,16 @@ def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def table_of(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -> TableCells:
+    """Returns headers and cells.
+
+    Args:
+        rows: the fields of each row.
+        columns: by header, a format string that takes fields, for example `{loss:.3f}` or `{times[full_step]:.0f}`.
+    """
+    return list(columns), [[cell.format_map(row) for cell in columns.values()] for row in rows]
+
+
 class Claim(NamedTuple):
     """A claim of the paper, beside what was measured.
 

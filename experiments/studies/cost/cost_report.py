@@ -3,13 +3,13 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from experiments.reporting.presentation import Report, TableCells, claim_table, markdown_table, page
+from experiments.reporting.presentation import Report, TableCells, claim_table, markdown_table, page, table_of
 from experiments.studies.cost.cost_claims import EXPLANATION, claims, growth_table
 from experiments.studies.cost.cost_figure import draw
 
 Rows = Sequence[Mapping[str, Any]]
 
-_SETTING = ("network", "batch", "K", "m")
+_SETTING = {"network": "{network}", "batch": "{batch_size}", "K": "{num_experts}", "m": "{num_directions}"}
 
 
 def present(results: Mapping[str, Any]) -> Report:
@@ -28,8 +28,27 @@ def size_table(rows: Rows) -> TableCells:
     Args:
         rows: of `experiments.studies.cost.step_costs.measure` or `experiments.studies.cost.tpu.compile_steps`.
     """
-    headers = [*_SETTING, "full, MB", "SPSA, MB", "SPSA / full", "full, GFLOP", "SPSA, GFLOP", "SPSA / full"]
-    return headers, [[*_setting(row), *_sizes(row)] for row in rows]
+    table = []
+    for row in rows:
+        memory, flops = row["temporary_bytes"], row["flops"]
+        fields = {
+            "memory": {name: value / 1e6 for name, value in memory.items()},
+            # A TPU keeps the arrays of a small program in its core, and takes no other memory.
+            "memory_ratio": f"{memory['spsa_step'] / memory['full_step']:.3f}" if memory["full_step"] else "-",
+            "gflop": {name: value / 1e9 for name, value in flops.items()},
+            "flops_ratio": flops["spsa_step_vmapped"] / flops["full_step"],
+        }
+        table.append({**row, **fields})
+    columns = {
+        **_SETTING,
+        "full, MB": "{memory[full_step]:.4g}",
+        "SPSA, MB": "{memory[spsa_step]:.4g}",
+        "MB, SPSA / full": "{memory_ratio}",
+        "full, GFLOP": "{gflop[full_step]:.4g}",
+        "SPSA, GFLOP": "{gflop[spsa_step_vmapped]:.4g}",
+        "GFLOP, SPSA / full": "{flops_ratio:.3f}",
+    }
+    return table_of(table, columns)
 
 
 def tpu_blocks(tpu: Mapping[str, Any]) -> list[str]:
@@ -104,90 +123,76 @@ def _markdown(results: Mapping[str, Any], k: int) -> str:
 
 
 def _time_table(rows: Rows) -> TableCells:
-    """Measured times beside Eq. (9) and (10)."""
-    headers = [*_SETTING, "T_full, ms", "T_SPSA, ms", "SPSA / full"]
-    headers += ["T_full by (9)", "measured / it", "T_SPSA by (9)", "measured / it", "Eq. (10)", "cheaper"]
-    table = []
-    for row in rows:
-        if (times := row["times"]) is None:
-            table.append([*_setting(row), *["-"] * (len(headers) - len(_SETTING))])
-            continue
-        predicted, (low, high) = times["predicted"], times["quartiles"]
-        table.append(
-            [
-                *_setting(row),
-                *_measured(times),
-                _milliseconds(predicted["full_step"]),
-                f"{times['over_predicted']['full_step']:.2f}",
-                _milliseconds(predicted["spsa_step"]),
-                f"{times['over_predicted']['spsa_step']:.2f} [{low:.2f}, {high:.2f}]",
-                "yes" if times["predicted_cheaper"] else "no",
-                "yes" if times["cheaper"] else "no",
-            ]
-        )
-    return headers, table
+    """Measured times, compared with Eq. (9) and (10)."""
+    columns = {
+        **_SETTING,
+        "T_full, ms": "{ms[full_step]}",
+        "T_SPSA, ms": "{ms[spsa_step]}",
+        "SPSA / full": "{times[spsa_over_full]:.3f}",
+        "T_full by (9)": "{by_9[full_step]}",
+        "measured / T_full by (9)": "{times[over_predicted][full_step]:.2f}",
+        "T_SPSA by (9)": "{by_9[spsa_step]}",
+        "measured / T_SPSA by (9)": (
+            "{times[over_predicted][spsa_step]:.2f} [{times[quartiles][0]:.2f}, {times[quartiles][1]:.2f}]"
+        ),
+        "Eq. (10)": "{said}",
+        "cheaper": "{cheaper}",
+    }
+    untimed = [row for row in rows if row["times"] is None]
+    headers, cells = table_of(_timed(rows), columns)
+    return headers, cells + table_of(untimed, {**columns, **dict.fromkeys(headers[len(_SETTING) :], "-")})[1]
 
 
 def _short_table(rows: Rows) -> TableCells:
-    """What of it fits a terminal."""
-    headers = [*_SETTING, "full, ms", "SPSA, ms", "SPSA / full", "SPSA / Eq. (9)"]
-    return headers, [
-        [*_setting(row), *_measured(row["times"]), f"{row['times']['over_predicted']['spsa_step']:.2f}"]
-        for row in _timed(rows)
-    ]
+    """The columns of `_time_table` that fit a terminal."""
+    columns = {
+        **_SETTING,
+        "full, ms": "{ms[full_step]}",
+        "SPSA, ms": "{ms[spsa_step]}",
+        "SPSA / full": "{times[spsa_over_full]:.3f}",
+        "SPSA / Eq. (9)": "{times[over_predicted][spsa_step]:.2f}",
+    }
+    return table_of(_timed(rows), columns)
 
 
 def _excess_table(rows: Rows) -> TableCells:
     """Where the SPSA step differs from Eq. (9), by the programs in between."""
-    table = []
-    for row in _timed(rows):
-        excess, predicted = row["times"]["excess"], row["times"]["predicted"]["spsa_step"]
-        shares = (sum(excess.values()), *excess.values())
-        table.append([*_setting(row), *(f"{100 * share / predicted:+.0f} %" for share in shares)])
-    return [*_SETTING, "difference", "one program", "many probes", "the rest"], table
+    names = ("difference", "one program", "many probes", "the rest")
+    return table_of(_timed(rows), {**_SETTING, **{name: f"{{percent[{name}]:+.0f}} %" for name in names}})
 
 
 def _part_table(rows: Rows) -> TableCells:
-    """What Eq. (9) is made of."""
-    names = ("blend", "inner_products", "probe", "estimate")
+    """The parts of Eq. (9)."""
+    columns = {
+        **_SETTING,
+        "F, ms": "{ms[forward]}",
+        "γ": "{times[backward_ratio]:.2f}",
+        "C_mix, ms": "{ms[blend]}",
+        "D_α, ms": "{ms[inner_products]}",
+        "probe, ms": "{ms[probe]}",
+        "estimate, ms": "{ms[estimate]}",
+    }
     # Page faults are the host's. If an accelerator computes, they say nothing about a step.
-    faulty = {"forward": "faults of F", "spsa_step": "of SPSA"} if rows[0]["platform"] == "cpu" else {}
-    table = []
-    for row in _timed(rows):
-        seconds, gamma = row["times"]["seconds"], row["times"]["backward_ratio"]
-        others = (_milliseconds(seconds[name]) for name in names)
-        faults = (f"{row['times']['page_faults'][name]:.0f}" for name in faulty)
-        table.append([*_setting(row), _milliseconds(seconds["forward"]), f"{gamma:.2f}", *others, *faults])
-    headers = ["F, ms", "γ", "C_mix, ms", "D_α, ms", "probe, ms", "estimate, ms", *faulty.values()]
-    return [*_SETTING, *headers], table
+    if rows[0]["platform"] == "cpu":
+        columns |= {"faults of F": "{times[page_faults][forward]:.0f}"}
+        columns |= {"faults of SPSA": "{times[page_faults][spsa_step]:.0f}"}
+    return table_of(_timed(rows), columns)
 
 
-def _sizes(row: Mapping[str, Any]) -> Iterable[str]:
-    """Megabytes and GFLOP of the full step and of SPSA, and their ratios."""
-    memory, flops = row["temporary_bytes"], row["flops"]
-    for full, spsa, unit in (
-        (memory["full_step"], memory["spsa_step"], 1e6),
-        (flops["full_step"], flops["spsa_step_vmapped"], 1e9),
-    ):
-        # A TPU keeps the arrays of a small program in its core, and takes no other memory.
-        ratio = f"{spsa / full:.3f}" if full else "-"
-        yield from (f"{full / unit:.4g}", f"{spsa / unit:.4g}", ratio)
-
-
-def _measured(times: Mapping[str, Any]) -> Iterable[str]:
-    """Both steps, and their ratio."""
-    yield from (_milliseconds(times["seconds"][name]) for name in ("full_step", "spsa_step"))
-    yield f"{times['spsa_over_full']:.3f}"
-
-
-def _timed(rows: Rows) -> Rows:
-    """The rows that have times."""
-    return [row for row in rows if row["times"] is not None]
-
-
-def _setting(row: Mapping[str, Any]) -> list[str]:
-    """A row's first cells."""
-    return [row["network"], *(str(row[name]) for name in ("batch_size", "num_experts", "num_directions"))]
+def _timed(rows: Rows) -> Iterable[Mapping[str, Any]]:
+    """The rows that have times, with fields for the tables."""
+    for row in rows:
+        if (times := row["times"]) is not None:
+            predicted = times["predicted"]
+            excess = {"difference": sum(times["excess"].values()), **times["excess"]}
+            yield {
+                **row,
+                "ms": {name: _milliseconds(seconds) for name, seconds in times["seconds"].items()},
+                "by_9": {name: _milliseconds(seconds) for name, seconds in predicted.items()},
+                "percent": {name: 100 * seconds / predicted["spsa_step"] for name, seconds in excess.items()},
+                "said": "yes" if times["predicted_cheaper"] else "no",
+                "cheaper": "yes" if times["cheaper"] else "no",
+            }
 
 
 def _milliseconds(seconds: float) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.reporting.presentation import Report, TableCells, claim_table, markdown_table, page
+from experiments.reporting.presentation import Report, TableCells, claim_table, markdown_table, page, table_of
 from experiments.studies.variance.settings import TOLERANCE
 from experiments.studies.variance.variance_claims import EXPLANATION, claims, meeting, slack
 from experiments.studies.variance.variance_figure import draw
@@ -125,53 +125,43 @@ def _measured(row: Mapping[str, Any], name: str = "error") -> str:
 
 def _point_table(points: Rows) -> TableCells:
     """The points and their norms."""
-    headers = [
-        "point",
-        "K",
-        "loss",
-        "largest α",
-        "‖∇αL‖",
-        "its zero-sum part",
-        "‖∇βL‖",
-        "‖∇θL‖",
-        "σ_max(Θ)",
-        "σ²‖∇θL‖²/‖∇αL‖²",
-        "Eq. (13) meets at m",
-    ]
-    norms = ("alpha_gradient", "zero_sum_gradient", "beta_gradient", "parameter_gradient", "experts_spectral")
-    return headers, [
-        [
-            row["point"],
-            str(row["K"]),
-            f"{row['loss']:.3f}",
-            f"{max(row['alpha']):.3f}",
-            *(f"{row[f'{name}_norm']:.3g}" for name in norms),
-            f"{slack(row):.3g}",
-            f"{meeting(row):.0f}",
-        ]
-        for row in points
-    ]
+    rows = [{**row, "most": max(row["alpha"]), "slack": slack(row), "m": meeting(row)} for row in points]
+    columns = {
+        "point": "{point}",
+        "K": "{K}",
+        "loss": "{loss:.3f}",
+        "largest α": "{most:.3f}",
+        "‖∇αL‖": "{alpha_gradient_norm:.3g}",
+        "its zero-sum part": "{zero_sum_gradient_norm:.3g}",
+        "‖∇βL‖": "{beta_gradient_norm:.3g}",
+        "‖∇θL‖": "{parameter_gradient_norm:.3g}",
+        "σ_max(Θ)": "{experts_spectral_norm:.3g}",
+        "σ²‖∇θL‖²/‖∇αL‖²": "{slack:.3g}",
+        "Eq. (13) meets at m": "{m:.0f}",
+    }
+    return table_of(rows, columns)
 
 
 def _alpha_table(rows: Rows) -> TableCells:
     """The paper's estimate at each point, for each K and m."""
-    headers = ["point", "K", "m", "estimates", "measured", "exact", "(measured − exact)/s.e.", "Eq. (18), (19)"]
-    return [*headers, "Eq. (13) / measured", "variance", "exact variance"], [
-        [
-            row["point"],
-            str(row["K"]),
-            str(row["m"]),
-            str(row["estimates"]),
-            _measured(row),
-            f"{row['exact']:.4f}",
-            f"{row['deviation']:+.1f}",
-            f"{row['equation_19']:.3g}",
-            f"{row['bound'] / row['error']:.3g}",
-            _measured(row, "variance"),
-            f"{row['exact_variance']:.3g}",
-        ]
+    columns = {
+        "point": "{point}",
+        "K": "{K}",
+        "m": "{m}",
+        "estimates": "{estimates}",
+        "measured": "{measured}",
+        "exact": "{exact:.4f}",
+        "(measured − exact)/s.e.": "{deviation:+.1f}",
+        "Eq. (18), (19)": "{equation_19:.3g}",
+        "Eq. (13) / measured": "{over:.3g}",
+        "variance": "{spread}",
+        "exact variance": "{exact_variance:.3g}",
+    }
+    more = (
+        {"measured": _measured(row), "over": row["bound"] / row["error"], "spread": _measured(row, "variance")}
         for row in rows
-    ]
+    )
+    return table_of(({**row, **fields} for row, fields in zip(rows, more, strict=True)), columns)
 
 
 def _beta_table(rows: Rows) -> TableCells:
