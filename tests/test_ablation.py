@@ -267,8 +267,9 @@ def test_the_ensemble_is_of_mean_probabilities(tmp_path):
         (["--recipes", "magic"], "recipes has 'magic'; expected part of one of"),
         (["--epochs", "-1"], "epochs is -1; expected at least 0"),
         (["--initializations", "common", "common"], "each given once"),
-        (["--experiment", "nowhere"], "experiment is 'nowhere'"),
-        (["--preset", "huge"], "preset is 'huge'"),
+        (["--experiment", "nowhere"], "experiment is 'nowhere'; expected a module of experiments with PRESETS"),
+        (["--experiment", "stages"], "experiment is 'stages'; expected"),
+        (["--preset", "huge"], "preset is 'huge'; expected one of ('quick',)"),
     ],
 )
 def test_a_bad_command_line_is_refused_before_any_work(words, message, tmp_path, capsys):

@@ -55,12 +55,6 @@ def test_a_loss_is_compared_with_the_best_radius_of_the_sweep():
     assert cells[2][3:] == ["7", "0.3, 0.2"]
 
 
-def test_one_expert_alone_has_no_radius(tiny, tmp_path):
-    with pytest.raises(SystemExit, match="num_experts is 1; expected at least 2 for this command"):
-        calibration.main(["--out-dir", str(tmp_path / "out"), "--num-experts", "1"])
-    assert not list(tmp_path.iterdir())
-
-
 def test_radii_that_are_rounded_away_end_the_command_in_one_line(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(calibration, "FACTORS", ())
     words = ["--run-dir", str(tmp_path / "run"), "--out-dir", str(tmp_path / "out"), "--radius", "1e-20"]

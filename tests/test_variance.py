@@ -99,18 +99,6 @@ def test_half_a_block_has_the_same_error_whatever_the_draw():
     assert row["deviation"] is None
 
 
-def test_a_row_averages_as_the_estimator_does():
-    # One estimate of all directions is what `spsa_gradient` returns for them.
-    at, fun = jnp.zeros(4), Partial(_cubic, jnp.asarray(GRADIENT))
-    directions = glue_jax.directions.sample_directions(jax.random.key(0), at, 6, "sphere")
-    derivatives = statistics.probe(fun, at, directions, 0.1)
-    estimate = glue_jax.estimators.spsa_gradient(
-        jax.random.key(1), fun, at, radius=0.1, num_directions=3, directions=lambda *_: directions[:3]
-    )
-    contributions = 4 * derivatives[:, None] * np.asarray(directions)
-    np.testing.assert_allclose(statistics._averages(contributions, 3, 1)[0], np.asarray(estimate.gradient), rtol=1e-4)
-
-
 @pytest.mark.parametrize(("d", "m"), [(2, 1), (5, 2), (10, 1), (10, 4), (10, 9)])
 def test_the_cosine_of_orthogonal_directions_is_that_of_a_random_projection(d, m):
     normal = np.random.default_rng(0).normal(size=(4000, d, m))
@@ -372,12 +360,8 @@ def test_an_interrupted_run_goes_on(done, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--experiment", "mnist"], "experiment is 'mnist'; expected a module of experiments with PRESETS"),
-        (["--experiment", "stages"], "experiment is 'stages'; expected"),
-        (["--preset", "huge"], "preset is 'huge'; expected one of ('quick', 'tiny')"),
         (["--examples", "65"], "examples is 65, but there are 64 target images"),
         (["--averaged", "1", "30", "--probes", "64"], "probes is 64; expected at least 66 for m = 30 and K = 3"),
-        (["--num-experts", "1"], "num_experts is 1; expected at least 2"),
     ],
 )
 def test_a_bad_value_ends_with_one_clear_line_before_any_work(options, message, tmp_path):
