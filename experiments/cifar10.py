@@ -3,12 +3,12 @@
     python -m experiments.cifar10                     # the paper's scale, on a GPU or TPU
     python -m experiments.cifar10 --preset quick      # the same protocol, small, on a CPU
 
-The paper's scale took 6 hours of one CPU core; it has not been run on an accelerator. Test accuracy to expect of it
-(three seeds): experts 33 to 45 %, their uniform average 17 %, learned coefficients 38 %, after fine-tuning 65 to 67 %.
+The paper's scale took 6 hours of one CPU core. It has not been run on an accelerator. Test accuracy to expect (three
+seeds): experts 33 to 45 %, their uniform average 17 %, learned coefficients 38 %, after fine-tuning 65 to 67 %.
 The quick preset takes 10 minutes on 2 CPU cores: experts 25 to 34 %, blends 24 to 29 %, after fine-tuning 35 to 39 %.
 
-CIFAR-10 comes through tensorflow-datasets, from `--data-dir` or `TFDS_DATA_DIR`; where it is not prepared, it is
-downloaded and prepared, which needs `pip install -e '.[experiments,prepare]'` once.
+CIFAR-10 comes through tensorflow-datasets, from `--data-dir` or `TFDS_DATA_DIR`. If it is not prepared,
+it is downloaded and prepared. That needs `pip install -e '.[experiments,prepare]'` once.
 """
 
 from experiments.cli import main

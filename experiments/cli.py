@@ -19,30 +19,24 @@ from experiments.protocol.estimate import describe, estimate
 from experiments.protocol.expert_training import describe_missing
 from experiments.protocol.presets import folder_of
 from experiments.reporting import run_report
+from experiments.runtime.arguments import StageArguments
 from experiments.runtime.session import exit_on, session
-from experiments.runtime.stages import machine, naming
+from experiments.runtime.stages import machine, naming, write_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Arguments(StageArguments):
     """What a command line says.
 
     Attributes:
-        preset: a set of defaults for all that follows; its choices stand above.
-        out_dir: the run's folder: its report, and what it goes on from. The default is the experiment's name under
-            runs/, with its preset's where that is not the default one.
+        preset: a set of defaults for all that follows. The presets are named above.
         data_dir: the data directory of tensorflow-datasets; the default is its own (TFDS_DATA_DIR, or
             ~/tensorflow_datasets).
-        accept_stages: kinds of stages, as `experts` or `coefficients`. Kept ones of these kinds, with the same settings
-            and data, are taken though other source, as an older version, computed them; each is named. Right where the
-            source changed and the results would not.
         config: every number of the protocol.
     """
 
     preset: str
-    out_dir: Path
     data_dir: str | None = None
-    accept_stages: tuple[str, ...] = ()
     config: tyro.conf.OmitArgPrefixes[Config]
 
 
@@ -61,7 +55,7 @@ def main(
         The results.
     """
     parsed = _parse(name, description, presets, arguments)
-    # Paths are no markup.
+    # A path may contain brackets, which are no markup.
     config, console = parsed.config, Console(markup=False)
     with session(parsed.out_dir, console, f"python -m experiments.{name}") as progress:
         with exit_on(ValueError, OSError, data.DatasetNotFoundError):
@@ -76,8 +70,10 @@ def main(
         results = protocol.run(context)
         results["experiment"] = name
         results["title"] = _title(name, parsed.preset, presets[parsed.preset], config)
-        run_report.write(results, parsed.out_dir)
-    run_report.print_table(results, parsed.out_dir, console)
+        report = run_report.present(results)
+        write_json(parsed.out_dir / "config.json", results["config"])
+        report.write(parsed.out_dir, results)
+    report.show(parsed.out_dir, console)
     return results
 
 
@@ -108,7 +104,7 @@ def _plan(context: Context) -> str:
 
 
 def _title(name: str, preset: str, defaults: Config, config: Config) -> str:
-    """The experiment, its preset, and what differs from that."""
+    """The experiment, its preset, and the fields that differ from the preset."""
     changed = [
         f"{field.name} {getattr(config, field.name)}"
         for field in dataclasses.fields(config)
@@ -118,7 +114,7 @@ def _title(name: str, preset: str, defaults: Config, config: Config) -> str:
 
 
 def _parse(name: str, description: str, presets: Mapping[str, Config], arguments: Sequence[str] | None) -> Arguments:
-    """The command line over the defaults of its preset."""
+    """The command line, with the defaults of its preset."""
     arguments = sys.argv[1:] if arguments is None else arguments
     first_pass = argparse.ArgumentParser(prog=f"python -m experiments.{name}", add_help=False, allow_abbrev=False)
     first_pass.add_argument("--preset", choices=list(presets), default=next(iter(presets)))

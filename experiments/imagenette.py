@@ -9,9 +9,9 @@ of 24 to 28 %, blends of 22 to 30 %, and 31 to 35 % after fine-tuning (`experime
 has the options).
 
 Imagenette comes through tensorflow-datasets (`imagenette/160px-v2`, the validation split for the test), from
-`--data-dir` or `TFDS_DATA_DIR`; where it is not prepared, it is downloaded and prepared, which needs
-`pip install -e '.[experiments,prepare]'` once. It has 9469 training images in all: what the validation images leave
-of them is the target set.
+`--data-dir` or `TFDS_DATA_DIR`. If it is not prepared, it is downloaded and prepared. That needs
+`pip install -e '.[experiments,prepare]'` once. It has 9469 training images in all. The target set is all of them but
+the validation images.
 """
 
 from experiments.cli import main

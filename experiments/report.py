@@ -1,14 +1,14 @@
-"""The paper's tables and figures from runs, its own figures beside them, and a verdict on each of its claims.
+"""The paper's tables and figures from our runs, the paper's own numbers, and a verdict on each of its claims.
 
     python -m experiments.report                                    # of all runs under runs/
     python -m experiments.report runs/cifar10 runs/imagenette       # of these, in this order
 
-How a run came to its figures is in its own report.
+The report of a run says how it came to its figures.
 """
 
 import contextlib
 import dataclasses
-import functools
+import itertools
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,31 +24,20 @@ from experiments.protocol.config import CONFIGS, PAPER_CONFIGS
 from experiments.reporting import claims
 from experiments.reporting.analysis import configs_of
 from experiments.reporting.paper import EXPERIMENTS, EXPERT_ACCURACY, experiment_of, is_at_its_scale
-from experiments.reporting.presentation import STYLE, markdown_table, png, shortened, unbroken
-from experiments.reporting.run_report import OURS, PASSES, config_table, cost_table, draw_accuracy
-from experiments.reporting.shapes import check_shape
+from experiments.reporting.presentation import STYLE, Report, TableCells, markdown_table, shortened, unbroken
+from experiments.reporting.run_report import (
+    LEADS,
+    OURS,
+    PASSES,
+    TABLE_OF_CONFIGS,
+    config_table,
+    cost_table,
+    draw_accuracy,
+)
 from experiments.runtime.session import failure
-from experiments.runtime.stages import read_json, write_whole
+from experiments.runtime.stages import read_json, reading
 
-_NUMBER = int | float
 _AGAIN = "the experiment's own command, given again, writes it from the stages that are kept"
-_EITHER = (PAPER_CONFIGS, CONFIGS)
-# What the page needs of a run's results.
-_SHAPE = {
-    "title": str,
-    "machine": str,
-    "config": {
-        "dataset": str,
-        "network": str,
-        "initialization": str,
-        "seeds": [int],
-        **dict.fromkeys(("num_experts", "expert_examples", "expert_epochs", "target_examples"), int),
-        "test_examples": int | None,
-    },
-    "data": {"name": str, "target": int, "test": int},
-    "experts": [{"test_accuracy": _NUMBER, "target_accuracy": _NUMBER}],
-    "runs": [{"seed": int, "config": int, "test_accuracy": [_NUMBER], "test_loss": [_NUMBER]}],
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +45,7 @@ class Arguments:
     """What a command line says.
 
     Attributes:
-        runs: the folders of runs, each with its results.json; none given are all under runs/ that came to their report.
+        runs: the folders of runs, each with its results.json. None given: all finished runs under runs/.
         out_dir: where the page and its picture go.
     """
 
@@ -87,40 +76,28 @@ def read(folder: Path) -> dict[str, Any]:
     expected = "expected the folder of an experiment's run that came to its report"
     if not path.is_file():
         raise ValueError(f"{folder} holds no results.json: {expected}")
-    try:
+    with reading(path, _AGAIN):
         results = read_json(path)
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}; {_AGAIN}") from error
-    if not isinstance(results, dict) or not {"config", "experts", "runs"} <= results.keys():
-        holds = list(results) if isinstance(results, dict) else f"{results!r:.40}"
-        raise ValueError(f"{path} holds {holds}, not the results of an experiment's Configs: {expected}")
-    try:
-        check_shape(results, _SHAPE, "it")
+        if not isinstance(results, dict) or not {"config", "experts", "runs"} <= results.keys():
+            holds = list(results) if isinstance(results, dict) else f"{results!r:.40}"
+            raise ValueError(f"it holds {holds}, not the results of an experiment's Configs: {expected}")
         _check_runs(results)
-    except ValueError as error:
-        raise ValueError(f"{path} is not what a run writes: {error}; {_AGAIN}") from error
+        # What a page of it alone needs is there.
+        list(_page([results]))
+        figure1([results])
     return results
 
 
 def _check_runs(results: Mapping[str, Any]) -> None:
-    """Refuses runs that are not one for each seed and Config, of one length, with accuracies that are fractions."""
+    """Refuses runs that are not one for each seed and Config, and accuracies that are no fractions."""
     found = sorted((run["seed"], run["config"]) for run in results["runs"])
-    # Older runs have the paper's alone.
-    each = (sorted((seed, number) for seed in results["config"]["seeds"] for number in of) for of in _EITHER)
-    if found not in each:
-        raise ValueError(
-            f"it has runs of (seed, Config) {found}; expected each Config for each seed once, the paper's "
-            f"{list(PAPER_CONFIGS)} or all {list(CONFIGS)}"
-        )
-    lengths = {len(run[field]) for run in results["runs"] for field in ("test_accuracy", "test_loss")}
-    if len(lengths) > 1:
-        raise ValueError(
-            f"its runs have test_accuracy and test_loss of {sorted(lengths)} epochs; expected as many in all"
-        )
-    rows = [row[f"{split}_accuracy"] for row in results["experts"] for split in ("test", "target")]
-    accuracies = [*rows, *(value for run in results["runs"] for value in run["test_accuracy"])]
-    if not 0 <= min(accuracies) <= max(accuracies) <= 1:
-        raise ValueError(f"it has accuracies from {min(accuracies)} to {max(accuracies)}; expected fractions")
+    # Older runs have only the paper's Configs.
+    if found not in (sorted(itertools.product(results["config"]["seeds"], of)) for of in (PAPER_CONFIGS, CONFIGS)):
+        raise ValueError(f"it has runs of (seed, Config) {found}; expected each Config once for each seed")
+    of_experts = [row[f"{split}_accuracy"] for row in results["experts"] for split in ("test", "target")]
+    for accuracies in (of_experts, [value for run in results["runs"] for value in run["test_accuracy"]]):
+        if not 0 <= min(accuracies) <= max(accuracies) <= 1:
+            raise ValueError(f"it has accuracies from {min(accuracies)} to {max(accuracies)}; expected fractions")
 
 
 def write(runs: Sequence[Mapping[str, Any]], folder: Path) -> None:
@@ -136,9 +113,7 @@ def write(runs: Sequence[Mapping[str, Any]], folder: Path) -> None:
     if not runs:
         expected = ", ".join(f"python -m experiments.{name}" for name in EXPERIMENTS)
         raise ValueError(f"there is no run to report: give folders, or make some first ({expected})")
-    picture = png(figure1(runs))
-    write_whole(folder / "figure1.png", functools.partial(Path.write_bytes, data=picture))
-    write_whole(folder / "report.md", functools.partial(Path.write_text, data="\n\n".join(_page(runs)) + "\n"))
+    Report("\n\n".join(_page(runs)) + "\n", {"figure1.png": figure1(runs)}, {}).write(folder)
 
 
 def figure1(runs: Sequence[Mapping[str, Any]]) -> Figure:
@@ -147,58 +122,51 @@ def figure1(runs: Sequence[Mapping[str, Any]]) -> Figure:
         figure = Figure(figsize=(4.6 * len(runs) + 0.4, 4.4), layout="constrained")
         for axes, results in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs, strict=True):
             draw_accuracy(axes, results)
-            seeds = len(results["config"]["seeds"])
+            config, seeds = results["config"], len(results["config"]["seeds"])
             title = f"{shortened(results['title'], 80)}; {seeds} seed{'s' if seeds > 1 else ''}"
-            name = textwrap.fill(unbroken(title), 48)
-            axes.set_title(f"{_data_and_network(results)}\n{name}", fontsize=10)
+            head = f"{config['dataset'].split('/')[0]}, {config['network']}"
+            axes.set_title(f"{head}\n{textwrap.fill(unbroken(title), 48)}", fontsize=10)
         lines = {str(line.get_label()): line for axes in figure.axes for line in axes.lines}
         title, columns = "mean and standard deviation over seeds", len(lines) if len(runs) > 2 else len(runs) + 1
         figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=columns, title=title)
     return figure
 
 
-def table1(runs: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def table1(runs: Sequence[Mapping[str, Any]]) -> TableCells:
     """Returns Table 1, headers and rows: accuracy of each expert in percent, the paper's and ours."""
-    most = max(len(results["experts"]) for results in runs)
-    headers = ["run", "whose", *map(str, range(max(most, 10))), "mean", "least", "most"]
+    width = max(10, *(len(results["experts"]) for results in runs))
     rows = []
     for results in runs:
-        experiment = experiment_of(results["config"])
-        ours = {split: _accuracies(results, split) for split in ("test", "target")}
-        values = {f"ours, {split}": accuracy for split, accuracy in ours.items()}
-        if experiment:
-            values = {"the paper's": np.array(EXPERT_ACCURACY[experiment]), **values}
-        for whose, accuracy in values.items():
-            padding = [""] * (len(headers) - 5 - len(accuracy))
-            rows.append(
-                [results["title"], whose, *(f"{value:.1f}" for value in accuracy), *padding, *_summary(accuracy)]
-            )
+        title, experiment = results["title"], experiment_of(results["config"])
+        found = {"the paper's": np.array(EXPERT_ACCURACY[experiment])} if experiment else {}
+        for split in ("test", "target"):
+            found[f"ours, {split}"] = np.array([100 * row[f"{split}_accuracy"] for row in results["experts"]])
+        ends = {whose: np.array([each.mean(), each.min(), each.max()]) for whose, each in found.items()}
+        for whose, each in found.items():
+            cells = [f"{value:.1f}" for value in each] + [""] * (width - len(each))
+            rows.append([title, whose, *cells, *(f"{value:.1f}" for value in ends[whose])])
         if experiment and is_at_its_scale(results["config"]):
-            paper = EXPERT_ACCURACY[experiment]
-            difference = np.subtract(_extremes(ours["test"]), _extremes(np.array(paper)))
-            cells = [f"{value:+.1f}" for value in difference]
-            rows.append([results["title"], "ours, test, less the paper's", *[""] * (len(headers) - 5), *cells])
-    return headers, rows
+            difference = [f"{value:+.1f}" for value in ends["ours, test"] - ends["the paper's"]]
+            rows.append([title, "ours, test, less the paper's", *[""] * width, *difference])
+    return ["run", "whose", *map(str, range(width)), "mean", "least", "most"], rows
 
 
-def configs(runs: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def configs(runs: Sequence[Mapping[str, Any]]) -> TableCells:
     """Returns the Configs, headers and rows, run by run: the test split before fine-tuning and after."""
     return _by_run(runs, config_table)
 
 
-def costs(runs: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Returns what each Config's prior took, headers and rows, run by run."""
+def costs(runs: Sequence[Mapping[str, Any]]) -> TableCells:
+    """Returns what it took to find each Config's prior, headers and rows, run by run."""
     return _by_run(runs, cost_table)
 
 
-def leads(runs: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Returns section 5's leads of GLUE, headers and rows, run by run."""
+def leads(runs: Sequence[Mapping[str, Any]]) -> TableCells:
+    """Returns the leads of GLUE in section 5, headers and rows, run by run."""
     return _by_run(runs, claims.leads)
 
 
-def _by_run(
-    runs: Sequence[Mapping[str, Any]], table: Callable[[Mapping[str, Any]], tuple[list[str], list[list[str]]]]
-) -> tuple[list[str], list[list[str]]]:
+def _by_run(runs: Sequence[Mapping[str, Any]], table: Callable[[Mapping[str, Any]], TableCells]) -> TableCells:
     """A table of each run, one below the other."""
     tables = [(results["title"], *table(results)) for results in runs]
     return ["run", *tables[0][1]], [[title, *row] for title, _, rows in tables for row in rows]
@@ -207,45 +175,37 @@ def _by_run(
 def _page(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     """The page, block by block."""
     yield "# The paper's tables and figures, from runs of this code"
-    for results in runs:
-        config, data = results["config"], results["data"]
-        scale = ", ".join(
-            f"{value} {what}"
-            for value, what in (
-                (config["num_experts"], f"experts of {config['expert_examples']} images"),
-                (config["expert_epochs"], "epochs"),
-                (data["target"], "target images"),
-                (data["test"], "test images"),
-                (len(config["seeds"]), "seeds"),
-            )
-        )
-        yield (
-            f"- **{results['title']}**: {config['network']} on {data['name']}, {scale}, {config['initialization']} "
-            f"initialisation; {results['machine']}."
-        )
-    yield "## Figure 1"
-    yield "Mean and standard deviation of the test accuracy over seeds, by fine-tuning epoch; epoch 0 is the prior."
-    yield "![test accuracy by fine-tuning epoch, a panel a run](figure1.png)"
-    yield (
-        "Test accuracy and test loss (cross-entropy, nats) of the prior and after the last epoch, means over seeds ± "
-        "their standard deviation:"
+    fields = ("network", "initialization", "num_experts", "expert_examples", "expert_epochs")
+    yield markdown_table(
+        ["run", "data", *(field.replace("_", " ") for field in fields), "target images", "test images", "machine"],
+        [
+            [
+                results["title"],
+                results["data"]["name"],
+                *(str(results["config"][field]) for field in fields),
+                *(str(results["data"][split]) for split in ("target", "test")),
+                results["machine"],
+            ]
+            for results in runs
+        ],
     )
+    yield "## Figure 1"
+    yield "Test accuracy by fine-tuning epoch, mean and standard deviation over seeds. Epoch 0 is the prior."
+    yield "![test accuracy by fine-tuning epoch, a panel a run](figure1.png)"
+    yield TABLE_OF_CONFIGS
     yield markdown_table(*configs(runs))
     if any(5 in configs_of(results) for results in runs):
         yield OURS
-    yield f"What each prior took, means over seeds ± their standard deviation; '-' where a run did not count. {PASSES}"
+    yield PASSES
     yield markdown_table(*costs(runs))
-    yield (
-        "GLUE (Config 4) against the paper's other Configs, points of test accuracy, means over seeds ± their standard "
-        "deviation:"
-    )
+    yield LEADS
     yield markdown_table(*leads(runs))
     yield "## Table 1"
     yield (
         "Accuracy of each expert, percent. The paper's caption says 'evaluated on the target training dataset', its "
-        "text test accuracy: ours are both. Of the target images, some are the expert's own training images, as both "
-        "are drawn from the same (see each run's report). A draw's experts have no counterparts in another's, so the "
-        "differences are those of mean, least and most, for runs at the paper's scale."
+        "text says test accuracy: ours are both. Some target images are among an expert's own training images, since "
+        "both are drawn from the same images (see each run's report). The experts of two draws do not correspond. So "
+        "the differences are those of mean, least and most, for runs at the paper's scale."
     )
     yield markdown_table(*table1(runs))
     yield "## The claims of section 5"
@@ -258,34 +218,14 @@ def _page(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
 
 
 def _found(folder: Path) -> list[dict[str, Any]]:
-    """The runs below a folder that came to their report, the paper's experiments first."""
+    """The finished runs below a folder, the paper's experiments first."""
     runs = []
     for path in sorted(folder.glob("*/results.json")):
-        # The commands that measure something else keep their results beside the runs.
+        # The studies keep their results beside the runs.
         with contextlib.suppress(ValueError):
             runs.append(read(path.parent))
     order = [*EXPERIMENTS, None]
     return sorted(runs, key=lambda results: order.index(experiment_of(results["config"])))
-
-
-def _data_and_network(results: Mapping[str, Any]) -> str:
-    """What a run is of."""
-    return f"{results['config']['dataset'].split('/')[0]}, {results['config']['network']}"
-
-
-def _accuracies(results: Mapping[str, Any], split: str) -> np.ndarray:
-    """Each expert's accuracy in percent."""
-    return np.array([100 * row[f"{split}_accuracy"] for row in results["experts"]])
-
-
-def _extremes(accuracies: np.ndarray) -> tuple[float, float, float]:
-    """Mean, least and most."""
-    return float(accuracies.mean()), float(accuracies.min()), float(accuracies.max())
-
-
-def _summary(accuracies: np.ndarray) -> list[str]:
-    """Mean, least and most, as text."""
-    return [f"{value:.1f}" for value in _extremes(accuracies)]
 
 
 if __name__ == "__main__":

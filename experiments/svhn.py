@@ -10,8 +10,8 @@ to 19 %, and 29 to 30 % after fine-tuning (`experiments/results/mobilenetv2`, wh
 0.1, the first took under half an hour of one CPU core, and the second 33 minutes. A training step takes 0.6 of the time
 since then.
 
-SVHN comes through tensorflow-datasets (`svhn_cropped`), from `--data-dir` or `TFDS_DATA_DIR`; where it is not prepared,
-it is downloaded and prepared, which needs `pip install -e '.[experiments,prepare]'` once.
+SVHN comes through tensorflow-datasets (`svhn_cropped`), from `--data-dir` or `TFDS_DATA_DIR`. If it is not
+prepared, it is downloaded and prepared. That needs `pip install -e '.[experiments,prepare]'` once.
 """
 
 from experiments.cli import main

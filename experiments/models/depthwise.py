@@ -1,4 +1,4 @@
-"""A depthwise convolution that is fast on a CPU as well."""
+"""A depthwise convolution that is fast on a CPU too."""
 
 import functools
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-# How many elements the images of a chunk have at most (an image is never divided): few enough for a core's cache.
+# The most elements in the images of a chunk, so that they fit a core's cache. An image is never divided.
 _CHUNK = 2**16
 
 
@@ -27,9 +27,9 @@ class DepthwiseConv(nnx.Module):
 def depthwise_conv(x: jax.Array, kernel: jax.Array, strides: int) -> jax.Array:
     """Convolves each channel by itself, with a border of 1 zero.
 
-    On an accelerator this is one grouped convolution. XLA:CPU runs that 10 to 40 times slower than the same sum of
-    nine shifted images, so a program that is lowered for a CPU holds that sum. The derivative of the sum is written
-    such that the gradient is fast on a CPU as well.
+    On an accelerator this is one grouped convolution. XLA:CPU runs a grouped convolution 10 to 40 times slower than the
+    same sum of nine shifted images. So a program that is lowered for a CPU holds that sum. The derivative of the sum is
+    written so that the gradient is fast on a CPU too.
 
     Args:
         x: `[B, H, W, C]`.
@@ -44,7 +44,7 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, strides: int) -> jax.Array:
 
 
 def _grouped(x: jax.Array, kernel: jax.Array, *, strides: int) -> jax.Array:
-    """As a convolution with a group a channel."""
+    """The convolution with one group for each channel."""
     return jax.lax.conv_general_dilated(
         x,
         kernel,
@@ -57,7 +57,7 @@ def _grouped(x: jax.Array, kernel: jax.Array, *, strides: int) -> jax.Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _on_cpu(x: jax.Array, kernel: jax.Array, strides: int) -> jax.Array:
-    """As a sum of nine shifted images, with a gradient that is fast."""
+    """The sum of nine shifted images, with a fast gradient."""
     return _shifted(x, kernel, strides=strides)
 
 
@@ -65,14 +65,14 @@ def _on_cpu(x: jax.Array, kernel: jax.Array, strides: int) -> jax.Array:
 def _on_cpu_jvp(
     strides: int, primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    """The derivative, in a form whose transpose, the gradient, is fast."""
+    """The derivative, in a form whose transpose is fast: the transpose is the gradient."""
     x, kernel = primals
     of_x, of_kernel = _shifted(tangents[0], kernel, strides=strides), _in_chunks(x, tangents[1], strides=strides)
     return _on_cpu(x, kernel, strides), of_x + of_kernel
 
 
 def _shifted(x: jax.Array, kernel: jax.Array, *, strides: int) -> jax.Array:
-    """As a sum of nine shifted images, each times its weights."""
+    """The sum of nine shifted images, each times its weights."""
     height, width = x.shape[1:3]
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     terms = [
@@ -84,7 +84,7 @@ def _shifted(x: jax.Array, kernel: jax.Array, *, strides: int) -> jax.Array:
 
 
 def _in_chunks(x: jax.Array, kernel: jax.Array, *, strides: int) -> jax.Array:
-    """As `_shifted`, a few images at a time, so that the gradient for `kernel` reads them from the cache."""
+    """`_shifted` of a few images at a time, so that the gradient for `kernel` reads them from the cache."""
     batch = len(x)
     size = max(1, min(batch, _CHUNK // (x.size // batch)))
     size = next(divisor for divisor in range(size, 0, -1) if batch % divisor == 0)

@@ -19,8 +19,9 @@ def input_grams(
 ) -> dict[str, jax.Array]:
     """Returns the Gram matrix of the inputs of each linear layer and convolution of a network, in one forward pass.
 
-    Depthwise and other grouped convolutions have none. The network computes as ever: for this pass each layer's inputs
-    are read as the layer is called, and a layer's path is where its kernel lies in `variables`.
+    Grouped convolutions, for example depthwise ones, have no Gram matrix. The network computes as usual: during this
+    pass, the inputs of each layer are read when the layer is called. The path of a layer is the path of its kernel in
+    `variables`.
 
     Args:
         apply: `apply(variables, images)`, a forward pass of an NNX module made of `variables`.
@@ -46,7 +47,7 @@ def input_grams(
 
 
 def _gram(layer: Any, inputs: jax.Array) -> jax.Array | None:
-    """The Gram matrix of one layer's inputs; None where the layer is not one linear map."""
+    """The Gram matrix of one layer's inputs; None if the layer is not one linear map."""
     if isinstance(layer, nnx.LinearGeneral):
         # Our networks contract the last axes.
         return layer_gram(inputs.reshape(*inputs.shape[: -len(layer.axis)], -1))
@@ -59,7 +60,7 @@ def _gram(layer: Any, inputs: jax.Array) -> jax.Array | None:
 
 @contextlib.contextmanager
 def _calling_first(record: Callable[[Any, jax.Array], None]) -> Iterator[None]:
-    """Within it, each linear layer calls `record(layer, inputs)` before it computes."""
+    """Lets each linear layer call `record(layer, inputs)` before it computes."""
     calls = {kind: kind.__call__ for kind in _LAYERS}
 
     def recording(call: Callable[..., jax.Array]) -> Callable[..., jax.Array]:

@@ -11,7 +11,7 @@ from experiments.models.depthwise import DepthwiseConv
 
 Strides = Literal["paper", "small_images"]
 STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
-"""Expansion, channels, blocks and stride of the first block, stage by stage (its Table 2)."""
+"""For each stage: expansion, channels, number of blocks, and stride of the first block (Table 2 of its paper)."""
 
 _conv = functools.partial(
     nnx.Conv, use_bias=False, kernel_init=nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
@@ -19,7 +19,7 @@ _conv = functools.partial(
 
 
 def _pointwise_product(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **options: Any) -> jax.Array:
-    """A 1 x 1 convolution. On a CPU it is a matrix product, whose gradient needs no transposed copy of the images."""
+    """A 1 x 1 convolution. On a CPU it is a matrix product: its gradient needs no transposed copy of the images."""
 
     def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], -1)
@@ -32,7 +32,7 @@ _pointwise = functools.partial(_conv, kernel_size=(1, 1), conv_general_dilated=_
 
 
 class _BatchNorm(nnx.BatchNorm):
-    """BatchNorm as one product and one sum, so that XLA:CPU stores no centred copy of the input for the gradient."""
+    """BatchNorm as one product and one sum. So XLA:CPU stores no centred copy of the input for the gradient."""
 
     def __call__(self, x: jax.Array) -> jax.Array:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Returns the output. If it normalises by the minibatch, it updates the running statistics."""
@@ -95,7 +95,8 @@ class MobileNetV2(nnx.Module):
             image_shape: height, width and channels.
             num_classes: of the labels.
             rngs: of the initialisation.
-            strides: of its paper, or, for images of about 32 pixels, with 1 in the stem and the first strided stage.
+            strides: those of its paper; or, for images of about 32 pixels, 1 in the stem and in the first strided
+                stage.
 
         Raises:
             ValueError: other strides.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 Variables: TypeAlias = dict[str, Any]
-"""`{"params": ..., "batch_stats": ...}`, nested dicts of arrays: what an expert is, and what is blended."""
+"""`{"params": ..., "batch_stats": ...}`, nested dicts of arrays. An expert is such a dict, and so is a blend."""
 
 
 class Network(NamedTuple):
@@ -33,7 +33,8 @@ def as_functions(build: Callable[[nnx.Rngs], Any]) -> Network:
     """Returns the pure functions of the module that `build(rngs)` makes.
 
     Args:
-        build: makes a module of `nnx.Param` and `nnx.BatchStat` variables alone, called with images `[B, H, W, C]`.
+        build: makes a module that has only `nnx.Param` and `nnx.BatchStat` variables. It is called with images
+            `[B, H, W, C]`.
     """
     abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
 

@@ -1,4 +1,4 @@
-"""Which units of each network may change places: a `glue_jax.merging.PermutationSpec` of each one's variables."""
+"""Which units of each network may be permuted: a `glue_jax.merging.PermutationSpec` of its variables."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,8 +23,8 @@ def convnet() -> PermutationSpec:
 def resnet20() -> PermutationSpec:
     """Returns what may be permuted in `ResNet20`: the channels within each block, and those of each stage's stream.
 
-    The shortcut from stage to stage pads with zero channels, half on either side: so the middle of a stream is the
-    stream before it, and only the channels beside it are a stage's own.
+    The shortcut from one stage to the next adds zero channels, half on either side. So the middle of a stream is the
+    stream before it, and only the channels on either side belong to the stage.
     """
     streams: list[Axis] = ["stream1"]
     for stage, features in ((2, 32), (3, 64)):

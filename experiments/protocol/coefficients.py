@@ -8,55 +8,66 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 import glue_jax
 from experiments.models.network import Variables
-from experiments.protocol.config import CoefficientFields, part
+from experiments.protocol.config import CoefficientFields, Config, part
 from experiments.protocol.context import Context
 from experiments.protocol.data import Examples
-from experiments.protocol.training import output_loss
+from experiments.protocol.splits import Splits
+from experiments.protocol.training import Problem, output_loss
 from experiments.runtime.progress import Stage
+from glue_jax.types import StepFn
 
-# Of the coefficients by step, so many at most are kept, evenly spaced.
+# The coefficients of at most so many steps are kept, evenly spaced.
 _MOST_ALPHAS = 201
-# Of Config 5: a few of its steps go as far as many others. It is `glue_jax.learn`'s own default.
+# Steps between two validations of Config 5, as `glue_jax.learn` does by default: few of its steps go far.
 _GAUSS_NEWTON_VALIDATES_EVERY = 5
 _ONLY_OF_SPSA = ("radius", "num_directions", "directions")
-# The fields of `CoefficientFields` that a Config does not use: its coefficients do not depend on them.
+# The fields of `CoefficientFields` that a Config does not use. Its coefficients do not depend on them.
 _NOT_USED = {3: _ONLY_OF_SPSA, 5: (*_ONLY_OF_SPSA, "alpha_learning_rate", "alpha_b1", "alpha_b2", "validate_every")}
-# What a seed's key is folded with, so that no two uses share one: fine-tuning has another.
+# A seed's key is folded with this number, so that no two uses share a key. Fine-tuning has another number.
 _COEFFICIENTS = 2
 
 
-def validate_every(context: Context, number: int) -> int:
+def validate_every(config: Config, number: int) -> int:
     """Returns the steps between two validations of Config 3, 4 or 5."""
-    return _GAUSS_NEWTON_VALIDATES_EVERY if number == 5 else context.config.validate_every
+    return _GAUSS_NEWTON_VALIDATES_EVERY if number == 5 else config.validate_every
 
 
 def coefficients_key(seed: int) -> jax.Array:
-    """Returns what decides a seed's minibatches and directions while the coefficients are learned."""
+    """Returns the key of a seed's minibatches and directions while the coefficients are learned."""
     return jax.random.fold_in(jax.random.key(seed), _COEFFICIENTS)
 
 
 def learn_coefficients(
-    context: Context,
     number: int,
     key: jax.Array,
     experts: Variables,
     target: Examples,
+    validation: Examples | None,
     *,
-    max_steps: int,
+    problem: Problem,
+    step_fn: StepFn,
+    optimizer: optax.GradientTransformation,
+    config: Config,
+    max_steps: int | None = None,
     callback: Callable[[glue_jax.types.Progress], None] | None = None,
 ) -> glue_jax.LearnResult:
     """Learns the coefficients of Config 3, 4 or 5.
 
     Args:
-        context: of `experiments.protocol.context.prepare`; its validation images, if any, judge the plateau.
         number: 3, 4 or 5.
-        key: decides the minibatches, the same for these Configs, and the directions.
+        key: of the directions, and of the minibatches, which are the same for these Configs.
         experts: stacked, each leaf `[K, ...]`.
         target: the images to learn on.
-        max_steps: the most steps.
+        validation: the images that find the plateau; None: all steps are taken.
+        problem: the network.
+        step_fn: the step of this Config.
+        optimizer: of beta. Config 5 does not use it.
+        config: for the minibatch, the steps, the validations and the precision.
+        max_steps: the most steps; None is the config's.
         callback: of `glue_jax.learn`.
 
     Returns:
@@ -65,28 +76,33 @@ def learn_coefficients(
     Raises:
         glue_jax.NonFiniteLossError: a loss or a gradient that is infinite or not a number, with its step.
     """
-    config = context.config
     with jax.default_matmul_precision(config.matmul_precision):
         return glue_jax.learn(
             key,
             experts,
             target,
-            loss_fn=output_loss(context.problem),
-            optimizer=None if number == 5 else context.alpha_optimizer,
-            step_fn=context.step_fns[number],
-            validation_data=context.validation,
+            loss_fn=output_loss(problem),
+            optimizer=None if number == 5 else optimizer,
+            step_fn=step_fn,
+            validation_data=validation,
             batch_size=config.alpha_batch_size,
-            max_steps=max_steps,
-            validate_every=validate_every(context, number),
-            patience=None if context.validation is None else config.patience,
+            max_steps=config.alpha_steps if max_steps is None else max_steps,
+            validate_every=validate_every(config, number),
+            patience=None if validation is None else config.patience,
             callback=callback,
         )
 
 
-def heuristic_coefficients(context: Context, number: int, measured: dict[str, Any]) -> list[float]:
-    """The coefficients of Configs 1 and 2."""
+def heuristic_coefficients(splits: Splits, number: int, measured: dict[str, Any]) -> list[float]:
+    """Returns the coefficients of Config 1 or 2.
+
+    Args:
+        splits: Config 1 counts the images of each expert.
+        number: 1 or 2.
+        measured: of `experiments.protocol.expert_training.measure_experts`. Config 2 takes the accuracies.
+    """
     if number == 1:
-        weights = glue_jax.coefficients.data_size_weights([len(rows) for rows in context.splits.experts])
+        weights = glue_jax.coefficients.data_size_weights([len(rows) for rows in splits.experts])
     else:
         weights = glue_jax.coefficients.proxy_accuracy_weights(
             [row["validation_accuracy"] for row in measured["experts"]]
@@ -95,7 +111,7 @@ def heuristic_coefficients(context: Context, number: int, measured: dict[str, An
 
 
 def coefficients_stage(context: Context, number: int, seed: int) -> tuple[str, dict[str, Any]]:
-    """The name of a stage that learns coefficients, and all that it depends on."""
+    """Returns the name of a stage that learns coefficients, and all that it depends on."""
     fields = part(context.config, CoefficientFields)
     depends_on = {
         **context.expert_fields,
@@ -116,10 +132,10 @@ def coefficients_of(
     measured: dict[str, Any],
     stage: Stage,
 ) -> dict[str, Any]:
-    """The coefficients of one Config, and how they were learned."""
+    """Returns the coefficients of one Config, and how they were learned."""
     config = context.config
     if number not in context.step_fns:
-        return {"alpha": heuristic_coefficients(context, number, measured)}
+        return {"alpha": heuristic_coefficients(context.splits, number, measured)}
     steps_done = 0
 
     def callback(progress: glue_jax.types.Progress) -> None:
@@ -128,9 +144,17 @@ def coefficients_of(
         steps_done = progress.step
 
     def compute() -> dict[str, Any]:
-        key = coefficients_key(seed)
         result = learn_coefficients(
-            context, number, key, experts, target, max_steps=config.alpha_steps, callback=callback
+            number,
+            coefficients_key(seed),
+            experts,
+            target,
+            context.validation,
+            problem=context.problem,
+            step_fn=context.step_fns[number],
+            optimizer=context.alpha_optimizer,
+            config=config,
+            callback=callback,
         )
         history = result.history
         alphas = np.concatenate([history.metrics.alpha, np.asarray(result.last_alpha)[None]])

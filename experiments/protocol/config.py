@@ -1,6 +1,6 @@
-"""Every number of the protocol, as frozen dataclasses: the paper's values, and what it leaves open with the reason.
+"""Every number of the protocol, as frozen dataclasses: the paper's values, and reasons for what it leaves open.
 
-The parts follow the protocol's stages, so that the result of a stage depends on its own part and those before it.
+The parts follow the stages of the protocol. The result of a stage depends on its own part and on those before it.
 """
 
 import dataclasses
@@ -22,9 +22,9 @@ CONFIGS: Mapping[int, str] = {**PAPER_CONFIGS, 5: "Gauss-Newton (ours)"}
 """All ways to coefficients: the paper's, and one of ours, `glue_jax.gauss_newton_step`."""
 
 Initialization = Literal["common", "separate"]
-# JAX makes keys of 32 bits: larger seeds would share their keys with smaller ones.
+# JAX makes keys of 32 bits. Two seeds that differ by a multiple of this would share a key.
 _SEEDS = 2**32
-# Its integers have 32 bits, one of them the sign.
+# JAX's integers have 32 bits, and one of them is the sign.
 _COUNTS = 2**31
 
 
@@ -33,57 +33,57 @@ class ExpertFields:
     """Data, splits and experts: one draw, as in the paper's Table 1."""
 
     dataset: str = "cifar10"
-    """What experts are trained on, and the target is drawn from."""
+    """The data set of the experts and of the target images."""
     image_size: int | None = None
-    """Height and width that images are brought to, in pixels; None leaves them as they are. Section 5 names none. For
-    Imagenette it is 64: with patches of 8 these are 64 patches, as many as ViTs for small images have."""
+    """Height and width that images are resized to, in pixels; None keeps them as they are. The paper names no size. For
+    Imagenette it is 64: this is 64 patches of 8 x 8 pixels, as many as ViTs for small images have."""
     network: str = "resnet20"
     """The architecture of the experts (section 5)."""
     num_experts: int = 10
-    """K (section 5)."""
+    """K, the number of experts (section 5)."""
     expert_examples: int = 2000
-    """Images of each expert (section 5)."""
+    """Training images of each expert (section 5)."""
     concentration: float = 0.5
-    """Of the Dirichlet distribution of an expert's class proportions (section 5)."""
+    """Concentration of the Dirichlet distribution of an expert's class proportions (section 5)."""
     expert_epochs: int = 40
-    """Section 5."""
+    """Training epochs of an expert (section 5)."""
     expert_batch_size: int = 64
-    """Section 5."""
+    """Minibatch of an expert's training (section 5)."""
     expert_learning_rate: float = 1e-3
-    """Of Adam (section 5)."""
+    """Adam's learning rate for the experts (section 5)."""
     expert_b1: float = 0.9
-    """Of Adam (section 5)."""
+    """Adam's decay of the first moment for the experts (section 5)."""
     expert_b2: float = 0.999
-    """Of Adam (section 5)."""
+    """Adam's decay of the second moment for the experts (section 5)."""
     augmentation: Augmentation = "crop_flip"
-    """Open in the paper; the usual one for small images. With it our CIFAR-10 experts reach 39.3 % on average, the
-    paper's 42.7 (Table 1; `experiments/results/cifar10`). Fine-tuning uses it too.
-    Digits of house numbers are not to be mirrored: there it is `crop`."""
+    """Open in the paper; `crop_flip` is usual for small images. With it our CIFAR-10 experts reach 39.3 % on average;
+    the paper's reach 42.7 % (Table 1; `experiments/results/cifar10`). Fine-tuning uses it too. SVHN uses `crop`, since
+    a mirrored digit is another one."""
     initialization: Initialization = "common"
-    """Open in the paper; a common one is what averaging weights presumes (model soups, federated averaging)."""
+    """Open in the paper; averages of weights presume a common initialisation (model soups, federated averaging)."""
     validation_examples: int = 1000
-    """Open in the paper ('small'): target images that judge proxy accuracy and the plateau, and nothing else."""
+    """Open in the paper ('small'): target images that judge only proxy accuracy and the plateau."""
     expert_seed: int = 0
-    """Of validation images, experts' images, initialisation and training."""
+    """Seed of the validation images, and of the experts' images, initialisation and training."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NetworkFields:
-    """What the paper leaves open about its networks; each field begins with the name of the network that it is for."""
+    """What the paper leaves open about its networks. Each field begins with the name of its network."""
 
     mobilenetv2_strides: Strides = "small_images"
-    """Of its paper (224 pixels, 32 times smaller at the end), or with stride 1 in the stem and in the first strided
-    stage, as is usual for 32 x 32 pixels: the last stages would see a single pixel otherwise."""
+    """`paper`: the strides of its paper, which make an image 32 times smaller. `small_images`: stride 1 in the stem and
+    in the first strided stage, as usual for 32 x 32 pixels. Otherwise the last stages would see a single pixel."""
     vit_patch_size: int = 8
-    """Section 5."""
+    """Height and width of a patch, in pixels (section 5)."""
     vit_depth: int = 8
-    """Section 5."""
+    """Layers (section 5)."""
     vit_width: int = 192
-    """Open in the paper; of ViT-Tiny, the smallest in common use: 3.6 million parameters at this depth."""
+    """Open in the paper; that of ViT-Tiny, the smallest in common use. At this depth it has 3.6 million parameters."""
     vit_heads: int = 3
-    """Open in the paper; of ViT-Tiny, 64 features each."""
+    """Open in the paper; that of ViT-Tiny, 64 features for each head."""
     vit_mlp_width: int = 768
-    """Open in the paper; four times the width, as in every ViT of its paper."""
+    """Open in the paper; four times the width, as in every ViT of the ViT's own paper."""
     vit_pooling: Pooling = "mean"
     """Open in the paper; a mean over patches trains better than a class token (Beyer et al., 2022, on ImageNet-1k)."""
     vit_positions: Positions = "learned"
@@ -95,31 +95,31 @@ class CoefficientFields:
     """Target images, and how the coefficients are learned on them."""
 
     target_examples: int = 10_000
-    """Images that learn the coefficients and fine-tune; at most what is left (section 5)."""
+    """Images that learn the coefficients and fine-tune the blend; at most those that are left (section 5)."""
     alpha_learning_rate: float = 1e-2
-    """Of Adam on beta (section 5)."""
+    """Adam's learning rate for beta (section 5)."""
     alpha_b1: float = 0.9
-    """Of Adam on beta (section 5)."""
+    """Adam's decay of the first moment for beta (section 5)."""
     alpha_b2: float = 0.99
-    """Of Adam on beta (section 5)."""
+    """Adam's decay of the second moment for beta (section 5)."""
     alpha_batch_size: int = 64
-    """Open in the paper; the experts'."""
+    """Minibatch that the coefficients are learned from. Open in the paper; it is the experts'."""
     num_directions: int = 1
-    """m, directions of a step (section 5)."""
+    """m, the directions of a step (section 5)."""
     directions: DirectionName = "sphere"
-    """The paper normalises Gaussian or random-sign entries, 'e.g.' (section 3.2)."""
+    """Distribution of the directions. The paper normalises Gaussian or random-sign entries, 'e.g.' (section 3.2)."""
     radius: float = 1e-2
-    """Open in the paper (mu): the length of a probe's step in beta, between what float32 rounds away and what the loss
-    curves over (measured by `experiments.studies.variance`)."""
+    """Open in the paper (mu): the length of a probe's step in beta. A shorter step is lost in the rounding of float32;
+    over a longer step the loss curves (measured by `experiments.studies.variance`)."""
     alpha_steps: int = 2000
-    """Open in the paper: the most steps. On CIFAR-10 all runs but one end at it."""
+    """Open in the paper: the most steps. On CIFAR-10 all runs but one take them all."""
     validate_every: int = 50
-    """Open in the paper: steps between two validations, of Configs 3 and 4; Config 5, ours, validates every 5."""
+    """Open in the paper: steps between two validations of Configs 3 and 4. Our Config 5 validates every 5 steps."""
     patience: int = 10
-    """Open in the paper: validations without a new best that count as the plateau."""
+    """Open in the paper: so many validations without a new best are the plateau."""
     matmul_precision: Literal["highest", "high", "default"] = "highest"
-    """Of the networks' own products while the coefficients are learned: an accelerator's default rounds the two
-    probes' weights to bfloat16 or TF32, and their small difference with them."""
+    """Precision of the networks' products while the coefficients are learned. An accelerator's default rounds the
+    weights of both probes to bfloat16 or TF32. Their small difference is lost in it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,13 +127,13 @@ class FineTuningFields:
     """Fine-tuning of the blend on the target images."""
 
     fine_tuning_epochs: int = 10
-    """Open in the paper ('lightweight')."""
+    """Epochs of fine-tuning. Open in the paper ('lightweight')."""
     fine_tuning_learning_rate: float = 1e-3
-    """Open in the paper; the experts'. Of Adam, with the experts' moments."""
+    """Adam's learning rate, with the experts' decays. Open in the paper; it is the experts'."""
     fine_tuning_batch_size: int = 64
-    """Open in the paper; the experts'."""
+    """Minibatch of fine-tuning. Open in the paper; it is the experts'."""
     test_examples: int | None = None
-    """Images of the test split that models are reported on; None is all of it (section 5)."""
+    """Number of test images that models are reported on; None is all of them (section 5)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,14 +141,10 @@ class Config(FineTuningFields, CoefficientFields, NetworkFields, ExpertFields):
     """One experiment of the paper's section 5."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of target images, minibatches, directions and fine-tuning; results are means over them (section 5)."""
+    """Seeds of target images, minibatches, directions and fine-tuning. Results are means over them (section 5)."""
 
     def __post_init__(self) -> None:
-        """Refuses values out of their range.
-
-        Raises:
-            ValueError: with the field, its value, and what was expected.
-        """
+        """Refuses values out of their range, by a ValueError with the field, its value, and what was expected."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if get_origin(field.type) is Literal and value not in get_args(field.type):
@@ -176,7 +172,7 @@ class Config(FineTuningFields, CoefficientFields, NetworkFields, ExpertFields):
 
     @property
     def network_options(self) -> dict[str, Any]:
-        """The fields of this config's network, without its name before them."""
+        """The fields of this config's network, without the network's name."""
         prefix = f"{self.network}_"
         fields = part(self, NetworkFields)
         return {name.removeprefix(prefix): value for name, value in fields.items() if name.startswith(prefix)}
@@ -203,4 +199,4 @@ QUICK: Mapping[str, Any] = {
     "test_examples": 1000,
     "seeds": (0, 1),
 }
-"""The protocol for a network that takes long on a CPU, in minutes: whether all runs, not what the method gives."""
+"""The protocol in minutes, for a network that is slow on a CPU. It shows that all runs, not what the method gives."""

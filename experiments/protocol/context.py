@@ -21,9 +21,9 @@ from experiments.runtime.sources import digest, name_of
 from experiments.runtime.stages import Stages
 from glue_jax.batches import on_cpu
 
-# In the fingerprint of every stage of version 0.1, whose stages `--accept-stages` takes up: it stays as it is.
+# It is part of the fingerprint of every stage since version 0.1. It stays as it is, so that old stages are found.
 _FINGERPRINT_VERSION = "0.1.0"
-# What a context is made by, and what it is made of beside: the steps, the measures and the targets.
+# The function that makes a context; and the parts of a context that no expert depends on.
 _PREPARE = "experiments.protocol.context:prepare"
 _STEPS = ("experiments.protocol.context:make_steps", "experiments.protocol.context:glue_step")
 _NOT_OF_EXPERTS = (*_STEPS, "experiments.protocol.training:make_evaluate", "experiments.protocol.splits:draw_target")
@@ -34,16 +34,16 @@ class Context(NamedTuple):
 
     Attributes:
         config: every number of the protocol.
-        dataset: as it was loaded, in the host's memory.
-        splits: rows of the training split: validation images, each expert's, and the rest.
+        dataset: as it was loaded, in the memory of the host.
+        splits: rows of the training split: the validation images, the images of each expert, and the rest.
         targets: rows of the target images of each seed.
         train: the training split, on the device.
         test: the images that models are reported on, on the device.
         validation: the validation images, on the device.
         problem: the network with the preparation of its images.
-        training: of the experts.
-        tuning: of the blends.
-        alpha_optimizer: of the coefficients.
+        training: the trainer of the experts.
+        tuning: the trainer that fine-tunes the blends.
+        alpha_optimizer: the optimizer of the coefficients.
         step_fns: the steps of Configs 3, 4 and 5.
         evaluate: `evaluate(variables, examples) -> {"loss", "accuracy"}`.
         stages: the results that are kept on disk.
@@ -68,12 +68,12 @@ class Context(NamedTuple):
 
     @property
     def trained_together(self) -> int:
-        """How many experts are trained at once: all fill an accelerator, one fills a CPU."""
+        """How many experts are trained at once: all on an accelerator, one on a CPU."""
         return 1 if on_cpu(self.train) else self.config.num_experts
 
     @property
     def expert_fields(self) -> dict[str, Any]:
-        """What an expert depends on, beside its number."""
+        """What an expert depends on, apart from its number."""
         fields = {**part(self.config, ExpertFields), "network_options": self.config.network_options}
         # When experts are trained together, an expert's last bits depend on how many are trained at once.
         fields["num_experts"] = self.trained_together
@@ -84,13 +84,13 @@ class Context(NamedTuple):
         """Returns the digest of the source of this context, of its experts, and of what is computed with them.
 
         Args:
-            *functions: what computes it.
-            has_steps: whether the steps that learn coefficients have a part in it.
+            *functions: the functions that compute with them.
+            has_steps: whether the steps that learn coefficients are part of it.
         """
         return self._code(*map(name_of, functions), leaving_out=() if has_steps else _STEPS)
 
     def _code(self, *names: str, leaving_out: tuple[str, ...]) -> str:
-        """A digest of the source, with the one network of the config, and what the data's checksum does not see."""
+        """A digest of the source and of the one network, with the number of classes and the shape of the images."""
         network = name_of(models.MODULES[self.config.network])
         begin = _PREPARE, "experiments.protocol.expert_training:_train_experts", network
         found = digest(*begin, *names, leaving_out=(*leaving_out, "experiments.models:MODULES"))
@@ -108,7 +108,7 @@ def prepare(
         dataset: the config's, in memory.
         folder: where the stages are kept.
         progress: what is shown meanwhile.
-        accept_stages: kinds of stages that are taken though other source computed them, see `Stages`.
+        accept_stages: kinds of stages that are taken even if other source computed them, see `Stages`.
 
     Raises:
         ValueError: more images or larger minibatches asked for than there are.
@@ -158,7 +158,7 @@ def prepare(
         validation=take(train_split, splits.validation),
         problem=problem,
         training=training,
-        # With the same numbers it is the same program, compiled once where the shapes agree, as they do on a CPU.
+        # With the same numbers it is the same program. It is compiled once if the shapes agree, as they do on a CPU.
         tuning=training if tuned_as == trained_as else trainer(*tuned_as),
         alpha_optimizer=optax.adam(config.alpha_learning_rate, b1=config.alpha_b1, b2=config.alpha_b2),
         step_fns=make_steps(config),
@@ -186,7 +186,7 @@ def glue_step(config: Config) -> Any:
 
 
 def counts(context: Context) -> dict[str, Any]:
-    """What was drawn: images of each class."""
+    """Returns what was drawn: the data set, and the number of images of each class."""
     labels, num_classes = context.dataset.train.labels, context.dataset.num_classes
     drawn = {
         "validation": context.splits.validation,

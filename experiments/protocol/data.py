@@ -39,9 +39,9 @@ class Dataset(NamedTuple):
 
     Attributes:
         name: with its version.
-        description: where it comes from, as its keeper words it.
+        description: where it comes from, in its keeper's words.
         train: the split that experts, target and validation images are drawn from.
-        test: the split that is for reporting alone.
+        test: the split that is only reported on.
         num_classes: labels lie in `range(num_classes)`.
         checksum: of all images and labels.
     """
@@ -63,17 +63,17 @@ class DamagedDatasetError(ValueError):
 
 
 def load(name: str, data_dir: str | None = None, image_size: int | None = None) -> Dataset:
-    """Loads a data set; prepares it first as tensorflow-datasets does, where it is not and the network allows.
+    """Loads a data set. If it is not prepared, tensorflow-datasets downloads and prepares it first.
 
     Args:
         name: one of `DATASETS`.
         data_dir: tensorflow-datasets' data directory. None is its own default: `TFDS_DATA_DIR`, or
             `~/tensorflow_datasets`.
-        image_size: height and width to bring all images to: the largest square in the middle, resized. None leaves
-            them as they are.
+        image_size: height and width of the images: the largest square in the middle is resized. None keeps the images
+            as they are.
 
     Raises:
-        ValueError: an unknown name, no size where each image has its own, or a size whose images no memory holds.
+        ValueError: an unknown name, no size for images of different sizes, or a size whose images exceed the memory.
         DatasetNotFoundError: a set that is not there and cannot be prepared.
         DamagedDatasetError: files that cannot be read, a split without images, or a label of no class.
     """
@@ -133,20 +133,20 @@ def _tfds(name: str, data_dir: str | None, image_size: int | None) -> tuple[str,
                 "to read; python -m experiments.digits needs no download."
             ) from error
         except Exception as error:
-            # Protocol buffers' own, where dataset_info.json or features.json is damaged.
+            # An error of protocol buffers: dataset_info.json or features.json is damaged.
             raise _damaged(f"{name} in {data_dir or 'the default data directory'}", error) from error
         if image_size is None and None in builder.info.features["image"].shape:
             raise ValueError(f"image_size is None, but the images of {name} have sizes of their own; give --image-size")
         if not builder.is_prepared():
             _prepare(builder)
         train, test = (_decode(builder, split, image_size) for split in _TFDS_SPLITS[name])
-    # The prepared copy's own words: `builder.info` has those of the code.
+    # The words of the prepared copy. Those of `builder.info` are the code's.
     description = json.loads((builder.data_path / "dataset_info.json").read_text())["description"]
     return builder.info.full_name, description, train, test, builder.info.features["label"].num_classes
 
 
 def _prepare(builder: Any) -> None:
-    """Downloads and prepares, or says what to do instead."""
+    """Downloads and prepares a data set, or says what to do instead."""
     directory = builder.data_path.parents[builder.info.full_name.count("/")]
     where = "" if directory.exists() else f" (there is no directory {directory})"
     try:
@@ -187,7 +187,7 @@ def _decode(builder: Any, split: str, image_size: int | None) -> Examples:
 
 
 def _damaged(where: str, error: Exception) -> DamagedDatasetError:
-    """What to say of files that a reader or a decoder failed on, with an error of whatever kind."""
+    """The error for files that a reader or a decoder failed on."""
     first_line = next(iter(str(error).splitlines()), "")
     return DamagedDatasetError(
         f"{where} cannot be read ({type(error).__name__}: {first_line}); delete that folder, and prepare it again"
@@ -195,7 +195,7 @@ def _damaged(where: str, error: Exception) -> DamagedDatasetError:
 
 
 def _check_labels(name: str, split: str, labels: np.ndarray, num_classes: int) -> None:
-    """Refuses labels that are of no class, as -1, which stands for none."""
+    """Refuses labels of no class, for example -1, which stands for none."""
     wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if wrong.size:
         raise DamagedDatasetError(
@@ -205,7 +205,7 @@ def _check_labels(name: str, split: str, labels: np.ndarray, num_classes: int) -
 
 
 def _check_memory(name: str, num_images: int, size: int, num_channels: int) -> None:
-    """Refuses images that this machine's memory does not hold."""
+    """Refuses images that exceed the memory of this machine."""
     needed = num_images * size**2 * num_channels
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:

@@ -1,4 +1,4 @@
-"""How long what is left of a run will take on this backend, measured on a few steps."""
+"""How long the rest of a run will take on this backend, measured on a few steps."""
 
 import math
 import time
@@ -17,22 +17,23 @@ from experiments.protocol.training import Trainer
 from experiments.runtime.devices import put
 from glue_jax.batches import on_cpu
 
-# On a CPU, where a step is a call; an accelerator's call is an epoch, or the steps between two validations.
+# Steps that are measured on a CPU, where a step is a call. A call of an accelerator is an epoch, or the steps between
+# two validations.
 _STEPS = 3
 
 
 def estimate(context: Context) -> dict[str, float]:
     """Measures a few steps of each kind that is left to do.
 
-    On a CPU, its steps are the programs of the run, which does not compile them again; an accelerator compiles an
+    On a CPU, the steps are programs of the run, so the run does not compile them again. An accelerator compiles an
     epoch for each number of images.
 
     Args:
         context: of `experiments.protocol.context.prepare`.
 
     Returns:
-        The seconds of each stage that is not done: an upper bound for the coefficients, which may reach their plateau
-        before the most steps. Compilation is not in it.
+        The seconds of each stage that is not done, without compilation. Those of the coefficients are an upper bound,
+        since learning may reach its plateau before the most steps.
     """
     config, seconds = context.config, {}
     variables = put(jax.jit(context.problem.network.init)(jax.random.key(0)), context.problem.mesh)
@@ -72,7 +73,7 @@ def describe(seconds: dict[str, float]) -> str:
     if not seconds:
         return "nothing is left to do: all stages are kept from an earlier run"
     stages = ", ".join(f"{name} {duration(value)}" for name, value in seconds.items())
-    return f"time, from a few steps measured here: {duration(sum(seconds.values()))} ({stages}), beside compilation"
+    return f"time, from a few steps measured here: {duration(sum(seconds.values()))} ({stages}), without compilation"
 
 
 def duration(seconds: float) -> str:
@@ -85,7 +86,7 @@ def duration(seconds: float) -> str:
 
 
 def _second_call(call: Callable[[], Any]) -> float:
-    """Seconds that a call takes once it is compiled."""
+    """The seconds of a call that is compiled."""
     jax.block_until_ready(call())
     start = time.perf_counter()
     jax.block_until_ready(call())
@@ -95,7 +96,7 @@ def _second_call(call: Callable[[], Any]) -> float:
 def _training_step(
     context: Context, trainer: Trainer, num_models: int, count: int, batch_size: int, variables: Any
 ) -> float:
-    """Seconds of a step of training so many models at once, each on `count` images."""
+    """The seconds of a training step of several models at once, each on `count` images."""
     if on_cpu(context.train):
         count = min(count, _STEPS * batch_size)
     rows = jnp.tile(jnp.arange(count)[None], (num_models, 1))
@@ -103,7 +104,7 @@ def _training_step(
     keys = jax.random.split(jax.random.key(0), num_models)
 
     def epoch() -> Any:
-        # The state is donated: the next call goes on from this one's.
+        # The state is donated, so the next call goes on from the state of this call.
         nonlocal state
         state, loss = trainer.epoch(keys, 0, state, context.train, rows)
         return loss
@@ -112,21 +113,31 @@ def _training_step(
 
 
 def _most_validations(context: Context, number: int) -> int:
-    """How often one Config's coefficients are validated at most: at the start, and after each chunk of steps."""
-    return 1 + math.ceil(context.config.alpha_steps / validate_every(context, number))
+    """The most validations of one Config: at the start, and after each chunk of steps."""
+    return 1 + math.ceil(context.config.alpha_steps / validate_every(context.config, number))
 
 
 def _alpha_step(context: Context, number: int, experts: Any, target: Any) -> float:
-    """Seconds of a step of one Config's coefficients, without validation."""
-    steps = _STEPS if on_cpu(context.train) else validate_every(context, number)
+    """The seconds of a step that learns one Config's coefficients, without validation."""
+    steps = _STEPS if on_cpu(context.train) else validate_every(context.config, number)
     steps = min(steps, context.config.alpha_steps)
 
     def learn() -> Any:
-        unjudged = context._replace(validation=None)
         with warnings.catch_warnings():
-            # The experts are one network K times, whose gradient is 0.
+            # All experts are the same network, so the gradient is 0.
             warnings.filterwarnings("ignore", "the gradient was exactly 0")
-            found = learn_coefficients(unjudged, number, jax.random.key(0), experts, target, max_steps=steps)
+            found = learn_coefficients(
+                number,
+                jax.random.key(0),
+                experts,
+                target,
+                None,
+                problem=context.problem,
+                step_fn=context.step_fns[number],
+                optimizer=context.alpha_optimizer,
+                config=context.config,
+                max_steps=steps,
+            )
         return found.alpha
 
     return _second_call(learn) / steps

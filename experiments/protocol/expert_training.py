@@ -1,4 +1,4 @@
-"""The experts of a run: trained, kept on disk, and measured."""
+"""The experts of a run. They are trained, kept on disk, and measured."""
 
 import contextlib
 import functools
@@ -17,18 +17,18 @@ from experiments.runtime.devices import everywhere, put
 from experiments.runtime.progress import Stage
 from experiments.runtime.stages import naming
 
-# What the key of the experts' seed is folded with, so that no two uses share one.
+# The key of the experts' seed is folded with these numbers, so that no two uses share a key.
 _INITIALIZATION, _EXPERT_TRAINING = range(2)
 
 
 def train_experts(context: Context) -> tuple[list[Variables], list[dict[str, Any]]]:
-    """Trains the experts that are not at hand, and reads the others.
+    """Trains the experts that are missing, and reads the others.
 
     Args:
         context: of `experiments.protocol.context.prepare`.
 
     Returns:
-        Each expert's variables, and a record of each: `training_loss` by epoch, `checksum`, `seconds`, `machine`.
+        The variables of each expert, and a record of each: `training_loss` by epoch, `checksum`, `seconds`, `machine`.
 
     Raises:
         FloatingPointError: a loss that is infinite or not a number, with the expert, the epoch and the step.
@@ -39,7 +39,7 @@ def train_experts(context: Context) -> tuple[list[Variables], list[dict[str, Any
     keys = [_stage_of(context, index) for index in range(config.num_experts)]
     missing = missing_experts(context)
     stage = context.progress.stage("Experts", config.num_experts * config.expert_epochs)
-    # A group is trained anew if any of it is missing, so that the missing ones come out as they would have.
+    # A group is trained anew if one of its experts is missing. So the missing expert is the same as it would have been.
     together = context.trained_together
     groups = [list(range(first, first + together)) for first in range(0, config.num_experts, together)]
     groups = [group for group in groups if set(group) & set(missing)]
@@ -63,15 +63,15 @@ def train_experts(context: Context) -> tuple[list[Variables], list[dict[str, Any
 
 
 def missing_experts(context: Context) -> list[int]:
-    """Returns the numbers of the experts that are not at hand."""
+    """Returns the numbers of the experts that are missing."""
     keys = [_stage_of(context, index) for index in range(context.config.num_experts)]
     stages = context.stages
-    # Read first: that takes up what other source has trained, where it is accepted.
+    # Reading comes first: it accepts what other source has trained, if the user wants that.
     return [index for index, key in enumerate(keys) if stages.read(*key) is None or not stages.path(*key).is_dir()]
 
 
 def describe_missing(context: Context) -> str:
-    """Returns how many experts are to be trained, and what to do where other source has trained some of them."""
+    """Returns how many experts are to be trained, and what to do if other source has trained some of them."""
     missing = missing_experts(context)
     text = f"experts to train first: {len(missing)} of {context.config.num_experts}"
     other = [index for index in missing if context.stages.is_of_other_source(*_stage_of(context, index))]
@@ -84,7 +84,7 @@ def describe_missing(context: Context) -> str:
 
 
 def measure_experts(context: Context, experts: list[Variables]) -> dict[str, Any]:
-    """Each expert's loss and accuracy on validation, test and (the first seed's) target images: Table 1."""
+    """Returns each expert's loss and accuracy on validation, test and the first seed's target images: Table 1."""
     config = context.config
     first_seed = config.seeds[0]
 
@@ -118,7 +118,7 @@ def measurement(context: Context) -> tuple[str, dict[str, Any]]:
 
 
 def initial_variables(context: Context) -> Variables:
-    """Returns what all experts of a common initialisation began with."""
+    """Returns the variables that all experts of a common initialisation began with."""
     if context.config.initialization != "common":
         raise ValueError(f"initialization is {context.config.initialization!r}; expected 'common', with one origin")
     numbers = jnp.zeros((1,), jnp.uint32)
@@ -131,7 +131,7 @@ def _stage_of(context: Context, index: int) -> tuple[str, dict[str, Any]]:
 
 
 def _train_and_keep(context: Context, group: list[int], missing: list[int], stage: Stage) -> None:
-    """Trains a group of experts at once, and keeps those of them that are missing."""
+    """Trains a group of experts at once, and keeps those that are missing."""
     start = time.perf_counter()
     with naming(f"experts {group}"):
         trained = _train_experts(context, group, stage)
@@ -153,7 +153,7 @@ def _train_and_keep(context: Context, group: list[int], missing: list[int], stag
 
 
 def _train_experts(context: Context, group: list[int], stage: Stage) -> list[tuple[Variables, list[float]]]:
-    """Trains some experts at once; each one's variables and its mean loss in each epoch."""
+    """Trains some experts at once. Returns the variables of each, and its mean loss in each epoch."""
     config = context.config
     key = jax.random.key(config.expert_seed)
     numbers = jnp.asarray(group, jnp.uint32)

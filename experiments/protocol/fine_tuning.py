@@ -13,7 +13,7 @@ from experiments.protocol.context import Context
 from experiments.protocol.training import train
 from experiments.runtime.progress import Stage
 
-# What a seed's key is folded with, so that no two uses share one: learning coefficients has another.
+# A seed's key is folded with this number, so that no two uses share a key. Learning has another number.
 _FINE_TUNING = 3
 
 
@@ -58,7 +58,7 @@ def fine_tune(context: Context, prior: Variables, seed: int, *, num_epochs: int,
 
 
 def fine_tuning_stage(context: Context, number: int, seed: int, alpha: list[float]) -> tuple[str, dict[str, Any]]:
-    """The name of a stage that fine-tunes, and all that it depends on: the coefficients, not the way to them."""
+    """Returns the name of a stage that fine-tunes, and all that it depends on: it has the coefficients themselves."""
     config = context.config
     depends_on = {
         **context.expert_fields,
@@ -75,7 +75,7 @@ def fine_tuning_stage(context: Context, number: int, seed: int, alpha: list[floa
 def fine_tuned(
     context: Context, number: int, seed: int, experts: Variables, alpha: list[float], stage: Stage
 ) -> dict[str, Any]:
-    """Test loss and accuracy of the prior (epoch 0), and after each epoch of fine-tuning all of its parameters."""
+    """Returns what `fine_tune` does for the prior of one Config and seed."""
     config = context.config
 
     def compute() -> dict[str, Any]:

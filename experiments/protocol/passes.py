@@ -1,34 +1,31 @@
-"""What the way to a prior takes, in passes of one model on one image and in seconds."""
+"""What it takes to find a prior, in passes of one model on one image and in seconds."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from experiments.protocol.config import Config
-from experiments.protocol.context import Context
 
 
 def prior_cost(
-    context: Context, number: int, weights: Mapping[str, Any], measured: Mapping[str, Any]
+    config: Config, images: Mapping[str, Any], number: int, weights: Mapping[str, Any], measured: Mapping[str, Any]
 ) -> dict[str, int | float]:
     """Returns what the coefficients of a Config and a seed took.
 
     Args:
-        context: of `experiments.protocol.context.prepare`.
+        config: of the run.
+        images: the numbers of `validation`, `target` and `test` images.
         number: of the Config.
         weights: the coefficients, as `experiments.protocol.run.kept` returns them.
-        measured: what `experiments.protocol.expert_training.measure_experts` returned: Config 2 needs a part of it.
+        measured: of `experiments.protocol.expert_training.measure_experts`. Config 2 needs a part of it.
 
     Returns:
-        `forward_passes`, of steps and of validations, `backward_passes`, and `prior_seconds`, with the compilation that
-        fell into them.
+        `forward_passes`, of steps and of validations; `backward_passes`; and `prior_seconds`, compilation included.
     """
-    num_validation = len(context.validation.labels)
-    seconds = weights.get("seconds", 0.0)
+    num_validation, seconds = images["validation"], weights.get("seconds", 0.0)
     if number == 2:
-        # Of what was measured of the experts, the share of the validation images.
-        others = len(context.test.labels) + len(context.targets[context.config.seeds[0]])
-        seconds = measured["seconds"] * num_validation / (num_validation + others)
-    forward, backward = _passes(context.config, num_validation, number, weights)
+        # The experts were measured on three sets of images. Config 2 needs only the validation images.
+        seconds = measured["seconds"] * num_validation / (num_validation + images["target"] + images["test"])
+    forward, backward = _passes(config, num_validation, number, weights)
     return {"forward_passes": forward, "backward_passes": backward, "prior_seconds": seconds}
 
 
@@ -37,7 +34,7 @@ def _passes(config: Config, num_validation: int, number: int, weights: Mapping[s
     if "validation_steps" not in weights:
         # Config 2 judges each expert.
         return config.num_experts * num_validation if number == 2 else 0, 0
-    # Config 5 wants the outputs at beta, at its proposal, and along K - 1 directions.
+    # Config 5 computes the outputs at beta, at its proposal, and along K - 1 directions.
     models = {3: 1, 4: 2 * config.num_directions, 5: config.num_experts + 1}[number]
     validated_at = weights["validation_steps"]
     images = validated_at[-1] * config.alpha_batch_size

@@ -1,4 +1,4 @@
-"""Which experiment a command line is about, for the commands that take up another's experts."""
+"""Which experiment a command line is about, for the commands that use an experiment's experts."""
 
 import argparse
 import dataclasses
@@ -6,46 +6,36 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TypeVar
 
 import tyro
 
 from experiments.protocol.config import Config
-from experiments.runtime.progress import ProgressBars
+from experiments.runtime.arguments import StageArguments
 from experiments.runtime.session import DEFAULT_EXPERIMENT
-from experiments.runtime.stages import Stages
 
 Parsed = TypeVar("Parsed", bound="ExpertArguments")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExpertArguments:
-    """What the command line of a command on another experiment's experts says.
+class ExpertArguments(StageArguments):
+    """What the command line of a command that uses an experiment's experts says.
 
     Attributes:
-        experiment: whose experts; a module of `experiments` that has presets, as digits or cifar10.
-        preset: of that experiment: the defaults of its fields. The default is its first.
+        experiment: the experiment whose experts are used: a module of `experiments` with presets, for example
+            cifar10.
+        preset: a preset of that experiment: the defaults of its fields. The default is its first preset.
         run_dir: the experiment's folder, which keeps the experts; the default is its own.
-        out_dir: for the report and the finished parts; the default is the command's name and the experiment's folder's.
         data_dir: the data directory of tensorflow-datasets; the default is its own (TFDS_DATA_DIR, or
             ~/tensorflow_datasets).
-        accept_stages: kinds of stages, as `experts` or `coefficients`. Kept ones of these kinds, with the same settings
-            and data, are taken though other source, as an older version, computed them; each is named. Right where the
-            source changed and the results would not.
         config: every number of the experiment.
     """
 
     experiment: str
     preset: str
     run_dir: Path
-    out_dir: Path
     data_dir: str | None = None
-    accept_stages: tuple[str, ...] = ()
     config: tyro.conf.OmitArgPrefixes[Config]
-
-    def stages(self, progress: ProgressBars) -> Stages:
-        """Returns where the command keeps its own stages."""
-        return Stages(self.out_dir / "stages", self.accept_stages, progress.say)
 
     def check(self, *, least_experts: int = 1) -> None:
         """Refuses what no command can do, before any work.
@@ -67,32 +57,19 @@ class ExpertArguments:
             )
 
 
-class Chosen(NamedTuple):
-    """An experiment with its preset.
-
-    Attributes:
-        experiment: a module of `experiments` that has presets.
-        preset: one of them.
-        config: that preset's.
-        folder: the name of its runs' folder under `runs/`.
-    """
-
-    experiment: str
-    preset: str
-    config: Config
-    folder: str
-
-
-def choose(prog: str, words: Sequence[str]) -> Chosen:
-    """Returns what a command line chooses by `--experiment` and `--preset`: by default digits, and its first preset.
+def parse(arguments: Callable[..., Parsed], command: str, description: str, words: Sequence[str]) -> Parsed:
+    """Returns a command line, with the defaults of its experiment's preset: by default digits, and its first preset.
 
     Args:
-        prog: the command's name.
-        words: its command line.
+        arguments: `ExpertArguments`, or a class that adds fields to it.
+        command: the module, without `experiments.`. The default of `out_dir` begins with the last part of its name.
+        description: what `--help` says.
+        words: the command line.
 
     Raises:
-        ValueError: a module without presets, or a preset that it does not have.
+        ValueError: an experiment without presets, or a preset that it does not have.
     """
+    prog = f"python -m experiments.{command}"
     parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
     parser.add_argument("--experiment", default=DEFAULT_EXPERIMENT)
     parser.add_argument("--preset")
@@ -101,39 +78,19 @@ def choose(prog: str, words: Sequence[str]) -> Chosen:
     preset = given.preset or next(iter(presets))
     if preset not in presets:
         raise ValueError(f"preset is {preset!r}; expected one of {tuple(presets)}, those of {given.experiment}")
-    return Chosen(given.experiment, preset, presets[preset], folder_of(given.experiment, preset, presets))
-
-
-def parse(
-    arguments: Callable[..., Parsed], command: str, description: str, words: Sequence[str], **more: Any
-) -> Parsed:
-    """Returns a command line over the defaults of its experiment's preset.
-
-    Args:
-        arguments: `ExpertArguments`, or what adds fields to them.
-        command: the module, without `experiments.`. The default of `out_dir` begins with the last part of its name.
-        description: what `--help` says.
-        words: the command line.
-        **more: defaults of fields that have none.
-
-    Raises:
-        ValueError: as `choose`.
-    """
-    prog = f"python -m experiments.{command}"
-    chosen = choose(prog, words)
+    folder = folder_of(given.experiment, preset, presets)
     default = arguments(
-        experiment=chosen.experiment,
-        preset=chosen.preset,
-        run_dir=Path("runs") / chosen.folder,
-        out_dir=Path("runs") / f"{command.rpartition('.')[2]}-{chosen.folder}",
-        config=chosen.config,
-        **more,
+        experiment=given.experiment,
+        preset=preset,
+        run_dir=Path("runs") / folder,
+        out_dir=Path("runs") / f"{command.rpartition('.')[2]}-{folder}",
+        config=presets[preset],
     )
     return tyro.cli(type(default), prog=prog, description=description.strip(), args=list(words), default=default)
 
 
 def folder_of(experiment: str, preset: str, presets: Mapping[str, Config]) -> str:
-    """Returns the name of a run's folder: the experiment's, with its preset's where that is not the first."""
+    """Returns the name of a run's folder: the experiment's name, and the preset's unless that is the first."""
     return experiment if preset == next(iter(presets)) else f"{experiment}-{preset}"
 
 

@@ -21,10 +21,10 @@ def run(context: Context) -> dict[str, Any]:
         context: of `experiments.protocol.context.prepare`.
 
     Returns:
-        A dict that JSON holds: `config`, `data` (names and the counts drawn), `experts` (a row each, with how many of
-        the first seed's target images it was trained on), `runs` (a row for each seed and Config, with what
-        `experiments.protocol.passes.prior_cost` returns), `seconds` (of each stage), `machine` (all that the stages
-        were made on).
+        A dict that JSON holds: `config`, `data` (names and the counts drawn), `experts` (a row each, with the
+        number of the first seed's target images that it was trained on), `runs` (a row for each seed and Config, with
+        what `experiments.protocol.passes.prior_cost` returns), `seconds` (of each stage), `machine` (all that the
+        stages were made on).
 
     Raises:
         FloatingPointError: a loss that is infinite or not a number, with its stage and step.
@@ -46,7 +46,7 @@ def run(context: Context) -> dict[str, Any]:
     runs = []
     for (seed, number), weights in learned.items():
         tuned = fine_tuned(context, number, seed, stacked, weights["alpha"], tuning)
-        took = prior_cost(context, number, weights, measured)
+        took = prior_cost(config, drawn, number, weights, measured)
         for what, record in (("Coefficients", weights), ("Fine-tuning", tuned)):
             name = f"{what}, Config {number}"
             seconds[name] = seconds.get(name, 0.0) + record.pop("seconds", 0.0)
@@ -70,7 +70,7 @@ def run(context: Context) -> dict[str, Any]:
 
 
 def remaining(context: Context) -> dict[str, list[int]]:
-    """Returns the Configs, one for each seed, whose `coefficients` are to be learned, and whose `fine-tuning` is."""
+    """Returns what is left to do: the Configs, one for each seed, of `coefficients` and of `fine-tuning`."""
     left: dict[str, list[int]] = {"coefficients": [], "fine-tuning": []}
     for seed in context.config.seeds:
         for number in CONFIGS:
@@ -83,12 +83,12 @@ def remaining(context: Context) -> dict[str, list[int]]:
 
 
 def kept(context: Context, number: int, seed: int) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """Returns what an earlier run has kept of a Config and a seed: its coefficients, its fine-tuning, None for none."""
+    """Returns the coefficients and the fine-tuning that an earlier run has kept of a Config and a seed, or None."""
     if number in context.step_fns:
         weights = context.stages.read(*coefficients_stage(context, number, seed))
     else:
         measured = context.stages.read(*measurement(context))
-        weights = measured and {"alpha": heuristic_coefficients(context, number, measured)}
+        weights = measured and {"alpha": heuristic_coefficients(context.splits, number, measured)}
     tuned = weights and context.stages.read(*fine_tuning_stage(context, number, seed, weights["alpha"]))
     return weights, tuned
 

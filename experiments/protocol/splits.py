@@ -1,4 +1,4 @@
-"""Who sees which training images: validation, experts, target (section 5 of the paper)."""
+"""Which training images are for validation, for each expert, and for the target (section 5 of the paper)."""
 
 from typing import NamedTuple
 
@@ -12,9 +12,9 @@ class Splits(NamedTuple):
     """Indices into the training split.
 
     Attributes:
-        validation: target images apart from all others, `[V]`.
+        validation: target images that nothing else uses, `[V]`.
         experts: each expert's images, K arrays `[n]`. They may overlap with one another and with the target images.
-        rest: all but the validation images: what experts and targets are drawn from.
+        rest: all but the validation images. Experts' and target images are drawn from them.
     """
 
     validation: Indices
@@ -31,7 +31,7 @@ def draw_splits(
     num_examples: int,
     concentration: float,
 ) -> Splits:
-    """Draws the validation images, and then each expert's from the others, independently.
+    """Draws the validation images, and then the images of each expert from the others, independently.
 
     Args:
         labels: of the training split, `[N]`.
@@ -74,7 +74,7 @@ def class_counts(labels: NDArray[np.int32], num_classes: int) -> list[int]:
 def allocate(proportions: NDArray[np.float64], available: NDArray[np.int64], total: int) -> NDArray[np.int64]:
     """Returns counts of each class near `total * proportions`, none above what is available, with sum `total`.
 
-    Rounds by largest remainders; what a class cannot give goes to the others in proportion.
+    Rounds by largest remainders. What a class cannot give is taken from the others in proportion.
 
     Args:
         proportions: `[C]`, not negative.

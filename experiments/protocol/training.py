@@ -1,4 +1,4 @@
-"""Supervised training of a network and its evaluation, an epoch at a time under one jit."""
+"""Supervised training of a network, an epoch at a time under one jit, and its evaluation."""
 
 import dataclasses
 import functools
@@ -19,12 +19,12 @@ from glue_jax.batches import on_cpu
 
 Augmentation = Literal["crop_flip", "crop", "none"]
 _EVALUATION_BATCH = 256
-# What a model's key is folded with, so that minibatches and augmentation share none.
+# A model's key is folded with these numbers, so that minibatches and augmentation share no key.
 _MINIBATCHES, _AUGMENTATION = range(2)
 
 
 class TrainingState(NamedTuple):
-    """What training carries on; every leaf has a leading axis of the M models that are trained at once.
+    """The state of training. Every leaf has a leading axis of the M models that are trained at once.
 
     Attributes:
         variables: the networks', each leaf `[M, ...]`.
@@ -82,18 +82,18 @@ class Problem:
     def normalize(self, images: jax.Array) -> jax.Array:
         """Returns uint8 images as float32 with mean 0 and standard deviation 1 over the training split.
 
-        Every forward pass begins here: so the minibatch is sharded here, and all that follows from it with it.
+        Every forward pass begins here, so the minibatch is sharded here.
         """
         images = shard_batch(images, self.mesh)
         mean, std = (jnp.expand_dims(values, (0, 1, 2)) for values in (self.mean, self.std))
         return (images.astype(jnp.float32) / 255 - mean) / std
 
     def minibatch_logits(self, variables: Variables, images: jax.Array) -> jax.Array:
-        """Logits `[B, classes]` with BatchNorm by the minibatch; the variables' statistics are not looked at."""
+        """Logits `[B, classes]` with BatchNorm by the minibatch. The variables' own statistics are not used."""
         return self.network.apply_minibatch(variables["params"], self.normalize(images))[0]
 
     def minibatch_statistics(self, variables: Variables, images: jax.Array) -> Any:
-        """BatchNorm's statistics of a minibatch alone, for `glue_jax.merging.refresh_statistics`."""
+        """BatchNorm's statistics of one minibatch, for `glue_jax.merging.refresh_statistics`."""
         return self.network.apply_minibatch(variables["params"], self.normalize(images))[1]
 
     def logits(self, variables: Variables, images: jax.Array) -> jax.Array:
@@ -101,7 +101,7 @@ class Problem:
         return self.network.apply(variables, self.normalize(images))
 
     def loss(self, variables: Variables, batch: Examples) -> jax.Array:
-        """The mean cross-entropy in evaluation mode: what the coefficients are learned by (Eq. 2)."""
+        """The mean cross-entropy in evaluation mode, which the coefficients minimise (Eq. 2)."""
         return cross_entropy(self.logits(variables, batch.images), batch.labels)
 
     def measures(self, variables: Variables, batch: Examples) -> dict[str, jax.Array]:
@@ -120,7 +120,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def output_loss(problem: Problem) -> glue_jax.OutputLoss:
     """Returns `problem.loss` in two parts, the logits and their mean cross-entropy.
 
-    A problem has one of them, so nothing that takes it as a static argument compiles twice.
+    A problem has one such loss, so a function that takes it as a static argument compiles once.
     """
 
     def outputs_fn(variables: Variables, batch: Examples) -> jax.Array:
@@ -135,7 +135,7 @@ def output_loss(problem: Problem) -> glue_jax.OutputLoss:
 def make_trainer(
     problem: Problem, optimizer: optax.GradientTransformation, *, batch_size: int, augmentation: Augmentation
 ) -> Trainer:
-    """Returns a trainer, which compiles itself once for each number of models and of examples.
+    """Returns a trainer. It is compiled once for each number of models and of examples.
 
     An epoch is one `lax.scan` under one jit. On a CPU it is a jitted call a step: within a loop, XLA:CPU runs the
     backward pass of a convolution many times slower.
@@ -143,7 +143,7 @@ def make_trainer(
     Args:
         problem: what to train.
         optimizer: of the parameters.
-        batch_size: examples in a minibatch; an epoch leaves out those that fill no whole one.
+        batch_size: examples in a minibatch. An epoch leaves out the examples that do not fill a whole one.
         augmentation: of each minibatch.
     """
 
@@ -200,7 +200,8 @@ def make_trainer(
         return state, np.concatenate(jax.device_get(losses), axis=1)
 
     def init(variables: Variables) -> TrainingState:
-        # A copy, since an epoch donates its state; where an epoch leaves it, or the second would be compiled anew.
+        # A copy, since an epoch donates its state. It is put where an epoch leaves it, or the second epoch would be
+        # compiled anew.
         variables = jax.tree.map(jnp.copy, variables)
         state = TrainingState(variables=variables, opt_state=jax.vmap(optimizer.init)(variables["params"]))
         return put(state, problem.mesh)
@@ -227,7 +228,7 @@ def train(
         examples: on the device.
         rows: the examples that each model is trained on, int `[M, n]`.
         num_epochs: of all of them.
-        after_epoch: called with the variables, which the next epoch donates, and the epoch's mean losses `[M]`.
+        after_epoch: called with the variables and the epoch's mean losses `[M]`. The next epoch donates the variables.
 
     Returns:
         The trained variables, each leaf `[M, ...]`.
@@ -253,7 +254,7 @@ def train(
 def make_evaluate(problem: Problem) -> Callable[[Variables, Examples], dict[str, float]]:
     """Returns `evaluate(variables, examples) -> {"loss", "accuracy"}`, the means over all examples.
 
-    It raises a FloatingPointError where one of them is infinite or not a number.
+    It raises a FloatingPointError if one of them is infinite or not a number.
     """
 
     @jax.jit
@@ -272,12 +273,13 @@ def make_evaluate(problem: Problem) -> Callable[[Variables, Examples], dict[str,
 def crop_and_flip(key: jax.Array, images: jax.Array, *, flip: bool = True) -> jax.Array:
     """Returns images `[B, H, W, C]` shifted at random by up to an eighth of their size, mirrored with probability 1/2.
 
-    What a shift uncovers is black. The augmentation is that of He et al., 2016, section 4.2, for 32 x 32 pixels.
+    The pixels that a shift uncovers are black. He et al., 2016, section 4.2, augment images of 32 x 32 pixels like
+    this.
 
     Args:
         key: a `jax.random.key`.
         images: of any dtype.
-        flip: whether to mirror, too.
+        flip: whether to mirror as well.
     """
     crop_key, flip_key = jax.random.split(key)
     batch, *shape = images.shape

@@ -1,4 +1,4 @@
-"""What a run's results say: by how much a Config leads, and whether its coefficients mix or select."""
+"""What the results of a run say: by how much a Config leads, and whether its coefficients mix or select."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -17,25 +17,25 @@ class Lead(NamedTuple):
     """By how much one Config leads another.
 
     Attributes:
-        points: of test accuracy, seed by seed (their seeds are the same), at each fine-tuning epoch, the prior first,
-            `[seeds, epochs + 1]`.
+        points: of test accuracy, for each seed and each fine-tuning epoch, the prior first, `[seeds, epochs + 1]`. Both
+            Configs have the same seeds.
     """
 
     points: np.ndarray
 
     @property
     def mean(self) -> np.ndarray:
-        """Over seeds, `[epochs + 1]`."""
+        """The mean over seeds, `[epochs + 1]`."""
         return self.points.mean(axis=0)
 
     @property
     def largest_epoch(self) -> int:
-        """The epoch of the largest mean."""
+        """The epoch with the largest mean."""
         return int(np.argmax(self.mean))
 
     @property
     def signs(self) -> np.ndarray:
-        """At each epoch, whether it is clearly ahead (1), clearly behind (-1) or neither (0), `[epochs + 1]`."""
+        """Whether it is clearly ahead (1), clearly behind (-1) or neither (0) at each epoch, `[epochs + 1]`."""
         return np.array([clear_sign(points) for points in self.points.T])
 
     def at(self, epoch: int) -> str:
@@ -44,7 +44,7 @@ class Lead(NamedTuple):
 
 
 def configs_of(results: Mapping[str, Any]) -> list[int]:
-    """Returns the numbers of the Configs that a run has: an older one has the paper's four alone."""
+    """Returns the numbers of the Configs that a run has. An older run has only the paper's four."""
     found = {run["config"] for run in results["runs"]}
     return [number for number in CONFIGS if number in found]
 
@@ -55,7 +55,7 @@ def learned_configs_of(results: Mapping[str, Any]) -> list[int]:
 
 
 def name_of(number: int) -> str:
-    """Returns how tables and figures call a Config, as `3 Full gradient`."""
+    """Returns the name of a Config in tables and figures, for example `3 Full gradient`."""
     return f"{number} {CONFIGS[number]}"
 
 
@@ -71,17 +71,17 @@ def lead(results: Mapping[str, Any], number: int, *, of: int = 4) -> Lead:
     Args:
         results: of a run.
         number: of the other Config.
-        of: the Config that leads, or does not; the default is GLUE.
+        of: the Config that leads or not. The default is GLUE.
     """
     accuracy = by_config(results, "test_accuracy")
     return Lead(100 * (accuracy[of] - accuracy[number]))
 
 
 def clear_sign(values: np.ndarray) -> int:
-    """Returns 1 or -1 where the mean over seeds is above or below 0 by Student's t test, one-sided, 5 %; else 0.
+    """Returns 1 or -1 if the mean over seeds is above or below 0 by Student's t test (one-sided, 5 %), else 0.
 
     Args:
-        values: of each seed, `[seeds]`; of one alone nothing is clear.
+        values: of each seed, `[seeds]`. For one seed the result is 0.
     """
     count = len(values)
     if count == 1:

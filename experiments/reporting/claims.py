@@ -1,6 +1,6 @@
-"""Section 5's claims about the paper's four Configs: GLUE's leads on a run, and a verdict on each claim.
+"""The claims of section 5 about the paper's four Configs: the leads of GLUE in a run, and a verdict on each claim.
 
-Config 5 is ours: no claim is about it, and its leads stand apart.
+Config 5 is ours. No claim is about it, and its leads have a table of their own.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,19 +11,21 @@ import numpy as np
 from experiments.protocol.config import PAPER_CONFIGS
 from experiments.reporting.analysis import clear_sign, lead, name_of, signed
 from experiments.reporting.paper import LARGEST_LEAD, LARGEST_VARIATION, MATCHED, experiment_of, is_at_its_scale
+from experiments.reporting.presentation import TableCells
 
 EXPLANATION = (
-    "A lead is clear where Student's t test over seeds (one-sided, 5 %) says so; one seed has no verdict. 'Yes' is a "
-    "clear lead, at every epoch and over both Configs where the claim is about all; 'in part' where it is at some and "
-    "GLUE is clearly behind at none; 'no' where GLUE is clearly behind at some; 'undecided' else. 'At most' and "
-    "'within' compare means with their bound, without a test. The seeds share one draw of experts: they tell what the "
-    "target images, minibatches and directions do, not what another draw of experts would."
+    "A lead is clear if Student's t test over seeds says so (one-sided, 5 %). One seed has no verdict. 'Yes': the "
+    "lead is clear, at every epoch and over both Configs where the claim is about all of them. 'In part': it is clear "
+    "at some, and GLUE is clearly behind at none. 'No': GLUE is clearly behind at some. 'Undecided': nothing is "
+    "clear. 'At most' and 'within' compare means with their bound, without a test. The seeds share one draw of "
+    "experts. So they tell what the target images, minibatches and directions do, not what another draw of experts "
+    "would do."
 )
 """How `verdicts` judges."""
 
 
-def leads(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Returns GLUE's leads over the paper's other Configs, headers and rows: 'up to' over the epochs of fine-tuning.
+def leads(results: Mapping[str, Any]) -> TableCells:
+    """Returns the leads of GLUE over the paper's other Configs, headers and rows. 'Up to' is over fine-tuning epochs.
 
     Args:
         results: of a run.
@@ -42,8 +44,8 @@ def leads(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return headers, rows
 
 
-def leads_of_ours(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Returns Config 5's leads over the paper's Configs, headers and rows, as `leads` of GLUE.
+def leads_of_ours(results: Mapping[str, Any]) -> TableCells:
+    """Returns the leads of Config 5 over the paper's Configs, headers and rows, like `leads`.
 
     Args:
         results: of a run that has Config 5.
@@ -56,8 +58,8 @@ def leads_of_ours(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]
     return ["Gauss-Newton (ours) against", "up to", "at epoch", "at the prior", "at the end"], rows
 
 
-def verdicts(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Returns section 5's claims on one run, headers and rows: the paper's figure, ours in points, the verdict.
+def verdicts(results: Mapping[str, Any]) -> TableCells:
+    """Returns the claims of section 5 for one run, headers and rows: the paper's figure, ours in points, the verdict.
 
     Args:
         results: of a run.
@@ -115,7 +117,7 @@ def verdicts(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def _verdict(signs: Sequence[int] | np.ndarray) -> str:
-    """What clear leads, or their lack, say about a claim."""
+    """What clear leads say about a claim."""
     signs = np.asarray(signs)
     if signs.size and (signs > 0).all():
         return "yes"

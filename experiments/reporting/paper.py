@@ -1,4 +1,4 @@
-"""Figures that the paper prints, to stand beside measured ones."""
+"""Figures of the paper, to compare with measured ones."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,17 +17,17 @@ EXPERT_ACCURACY: Mapping[str, tuple[float, ...]] = {
     "svhn": (60.10, 71.79, 77.05, 69.35, 70.97, 55.82, 54.38, 60.54, 54.96, 76.49),
     "imagenette": (33.04, 34.06, 40.51, 29.73, 39.49, 33.89, 32.08, 32.94, 32.99, 38.14),
 }
-"""Table 1, in percent. Its caption says 'evaluated on the target training dataset', section 5 test accuracy."""
+"""Table 1, in percent. Its caption says 'evaluated on the target training dataset'; section 5 says test accuracy."""
 
 LARGEST_LEAD: Mapping[str, Mapping[int, float]] = {
     "cifar10": {1: 6.7, 2: 7.0, 3: 4.5},
     "svhn": {1: 3.8, 2: 3.9},
     "imagenette": {1: 8.5, 2: 9.1},
 }
-"""Section 5: by how many points of test accuracy GLUE outperforms Configs 1, 2 and 3 'by up to'."""
+"""Section 5: the points of test accuracy by which GLUE outperforms Configs 1, 2 and 3 'by up to'."""
 
 LARGEST_VARIATION: Mapping[str, float] = {"svhn": 1.4, "imagenette": 0.5}
-"""Section 5: points of 'at most' variation between GLUE and Config 3."""
+"""Section 5: the variation between GLUE and Config 3, 'at most', in points."""
 
 MATCHED = 1.4
 """The abstract: 'GLUE either outperforms backpropagation-based full-gradient mixing or matches its performance within

@@ -1,17 +1,20 @@
-"""How figures, tables and numbers look, in every report, and how a report is written."""
+"""How figures, tables and numbers look in every report, and how a report is written."""
 
 import functools
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from matplotlib.figure import Figure
+from rich.console import Console
 from rich.table import Table
 
 from experiments.runtime.stages import write_json, write_whole
 
+TableCells: TypeAlias = tuple[list[str], list[list[str]]]
+"""The header of a table, and its rows."""
 STYLE: dict[Any, Any] = {
     "font.size": 11,
     "axes.spines.top": False,
@@ -19,57 +22,81 @@ STYLE: dict[Any, Any] = {
     "axes.grid": True,
     "grid.alpha": 0.3,
 }
-"""Matplotlib's settings, for `matplotlib.rc_context`."""
+"""The settings of Matplotlib, for `matplotlib.rc_context`."""
 
 
-def write_report(folder: Path, results: Mapping[str, Any], markdown: str, pictures: Mapping[str, Figure]) -> None:
-    """Writes `results.json`, the pictures and `report.md`, each whole or not at all.
+class Report(NamedTuple):
+    """What a command shows of its results.
+
+    Attributes:
+        markdown: the report.
+        figures: by the names of their files, which the report points to.
+        tables: by title, the header and the rows. They are printed.
+    """
+
+    markdown: str
+    figures: Mapping[str, Figure]
+    tables: Mapping[str, TableCells]
+
+    def write(self, folder: Path, results: Mapping[str, Any] | None = None) -> None:
+        """Writes `results.json`, where results are given, the pictures and `report.md`, each whole or not at all."""
+        # Everything is made before anything is written. The report points to the rest, so it is written last.
+        contents = {name: png(figure) for name, figure in self.figures.items()}
+        if results is not None:
+            write_json(folder / "results.json", results)
+        for name, content in {**contents, "report.md": self.markdown.encode()}.items():
+            write_whole(folder / name, functools.partial(Path.write_bytes, data=content))
+
+    def show(self, folder: Path, console: Console) -> None:
+        """Prints the tables, and where the report is."""
+        for title, table in self.tables.items():
+            console.print(rich_table(title, *table))
+        console.print(f"report: {folder / 'report.md'}", highlight=False, soft_wrap=True)
+
+
+def page(results: Mapping[str, Any], *blocks: str) -> str:
+    """Returns a report: the title, the command and the machine, and then some blocks of Markdown.
 
     Args:
-        folder: where to.
-        results: what JSON holds.
-        markdown: the report.
-        pictures: by the names of their files, which the report points to.
+        results: with `title`, `command` and `machine`.
+        *blocks: Markdown.
     """
-    # All is made before any of it is written, and the report, which points to the rest, last.
-    contents = {name: png(figure) for name, figure in pictures.items()}
-    write_json(folder / "results.json", results)
-    for name, content in {**contents, "report.md": markdown.encode()}.items():
-        write_whole(folder / name, functools.partial(Path.write_bytes, data=content))
+    head = f"# {results['title']}", f"    {results['command']}", f"Run on {results['machine']}."
+    return "\n\n".join([*head, *blocks]) + "\n"
 
 
 def png(figure: Figure) -> bytes:
-    """Returns a picture as it is written."""
+    """Returns the bytes of a picture's file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=150, format="png")
     return buffer.getvalue()
 
 
 def unbroken(title: str) -> str:
-    """Returns a title that `textwrap` breaks at its commas alone, no field from its value."""
+    """Returns a title that `textwrap` breaks only after commas, not between a field and its value."""
     return title.replace(" ", "\N{NO-BREAK SPACE}").replace(",\N{NO-BREAK SPACE}", ", ")
 
 
 def shortened(title: str, width: int) -> str:
-    """Returns a title with as many of its parts, between commas, as `width` characters hold, and '...' for the rest."""
+    """Returns a title with as many of its parts, between commas, as fit `width` characters, and '...' for the rest."""
     parts = title.split(", ")
     kept = [part for index, part in enumerate(parts) if len(", ".join(parts[: index + 1])) <= width]
     return title if len(kept) == len(parts) else f"{', '.join(kept)} ..."
 
 
 def number(value: float) -> str:
-    """Returns a number with three digits, or with all that are before its point."""
+    """Returns a number with three digits, or with all digits before the point."""
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
 def ends(values: Iterable[float]) -> str:
-    """Returns the least and the most of some numbers, or the one that they all are."""
+    """Returns the least and the most of some numbers, once if they are equal."""
     ordered = sorted(values)
     return " to ".join(dict.fromkeys((number(ordered[0]), number(ordered[-1]))))
 
 
 def spread(values: np.ndarray, digits: int) -> str:
-    """Returns mean and standard deviation; no deviation where all are equal, as where nothing depends on the seed."""
+    """Returns mean and standard deviation. Equal values have no deviation, as where nothing depends on the seed."""
     deviation = f" ± {values.std(ddof=1):,.{digits}f}" if np.ptp(values) > 0 else ""
     return f"{values.mean():,.{digits}f}{deviation}"
 
@@ -80,24 +107,55 @@ def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def claim_table(claims: Sequence[Mapping[str, str]]) -> tuple[list[str], list[list[str]]]:
-    """Returns headers and cells: each `claim` with its `section`, what was `measured` and the `verdict`."""
-    keys = ("claim", "section", "measured", "verdict")
-    return ["the paper", "section", "measured", "holds"], [[claim[key] for key in keys] for claim in claims]
+def table_of(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -> TableCells:
+    """Returns headers and cells.
+
+    Args:
+        rows: the fields of each row.
+        columns: by header, a format string that takes fields, for example `{loss:.3f}` or `{times[full_step]:.0f}`.
+    """
+    return list(columns), [[cell.format_map(row) for cell in columns.values()] for row in rows]
 
 
-def rich_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None) -> Table:
+class Claim(NamedTuple):
+    """A claim of the paper, beside what was measured.
+
+    Attributes:
+        claim: in the paper's words.
+        section: of the paper.
+        quantity: what was measured.
+        values: of the quantity, one for each case.
+        holds: whether the claim holds in each case.
+    """
+
+    claim: str
+    section: str
+    quantity: str
+    values: Sequence[float]
+    holds: Sequence[bool]
+
+    @property
+    def verdict(self) -> str:
+        """'yes' if it holds in all cases, 'no' if in none, else in how many; '-' without a case."""
+        held = sum(self.holds)
+        if 0 < held < len(self.holds):
+            return f"in {held} of {len(self.holds)}"
+        return "-" if not self.holds else "yes" if held else "no"
+
+
+def claim_table(claims: Iterable[Claim]) -> TableCells:
+    """Returns the header and a row for each claim: the least and the most that was measured, and the verdict."""
+    return ["the paper", "section", "measured", "least to most", "holds"], [
+        [found.claim, found.section, found.quantity, ends(found.values) if found.values else "-", found.verdict]
+        for found in claims
+    ]
+
+
+def rich_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """Returns a table for the terminal, numbers to the right."""
-    table = Table(title=title, caption=caption)
+    table = Table(title=title)
     for header in headers:
         table.add_column(header, justify="left" if header == headers[0] else "right")
     for row in rows:
         table.add_row(*row)
     return table
-
-
-def verdict(holds: Sequence[bool]) -> str:
-    """Returns what cases say about a claim: yes if it holds in all, no if in none, else in how many; - without any."""
-    if not holds:
-        return "-"
-    return "yes" if all(holds) else f"in {sum(holds)} of {len(holds)}" if any(holds) else "no"

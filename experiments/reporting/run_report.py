@@ -1,9 +1,8 @@
-"""The report of a run: tables, pictures, and the same table for the terminal."""
+"""The report of a run: tables and pictures, and tables for the terminal."""
 
 import json
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -11,36 +10,46 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from rich.console import Console
 
 from experiments.protocol.config import CONFIGS
 from experiments.reporting.analysis import by_config, configs_of, learned_configs_of, name_of, num_mixed
 from experiments.reporting.claims import leads, leads_of_ours
-from experiments.reporting.paper import EXPERT_ACCURACY, experiment_of, is_at_its_scale
-from experiments.reporting.presentation import STYLE, markdown_table, rich_table, spread, unbroken, write_report
-from experiments.runtime.stages import write_json
+from experiments.reporting.paper import EXPERT_ACCURACY, experiment_of
+from experiments.reporting.presentation import STYLE, Report, TableCells, markdown_table, spread, unbroken
 
 _COLORS = {1: "#999999", 2: "#e69f00", 3: "#0072b2", 4: "#d55e00", 5: "#009e73"}
-PASSES = (
-    "A pass is of one model on one image, validations included. The seconds are until the coefficients are known, with "
-    "the compilation that fell into them."
-)
-"""What `cost_table` counts."""
+_SETTING = ("network", "num_experts", "expert_examples", "initialization")
+EQUAL_SIZES = "All experts have the same number of images. So Config 1 is the uniform average, where learning starts."
 OURS = "Configs 1 to 4 are the paper's. Config 5, Gauss-Newton, is ours: the paper does not have it."
 """Whose the Configs are, where Config 5 is there."""
+TABLE_OF_CONFIGS = (
+    "Test accuracy and test loss (cross-entropy, nats) of the prior (the blend), and after fine-tuning it: means over "
+    "seeds ± the standard deviation. A seed decides target images, minibatches and directions."
+)
+"""What `config_table` has."""
+PASSES = (
+    "What each prior took, means over seeds ± the standard deviation. A pass is of one model on one image, "
+    "validations included. The seconds end when the coefficients are known; compilation is part of them. '-': the run "
+    "did not count."
+)
+"""What `cost_table` has."""
+LEADS = (
+    "GLUE (Config 4) against the paper's other Configs, points of test accuracy, means over seeds ± the standard "
+    "deviation. Epoch 0 is the prior:"
+)
+"""What `experiments.reporting.claims.leads` has."""
 
 
-def write(results: Mapping[str, Any], folder: Path) -> None:
-    """Writes `config.json`, `results.json`, `report.md`, `figure1.png` and `alpha.png`, each whole or not at all.
+def present(results: Mapping[str, Any]) -> Report:
+    """Returns all that is shown of a run.
 
     Args:
         results: of a run, with its `title` and `machine`.
-        folder: where to.
     """
     pictures = {"figure1.png": _accuracy_figure(results), "alpha.png": _alpha_figure(results)}
-    markdown = _markdown(results)
-    write_json(folder / "config.json", results["config"])
-    write_report(folder, results, markdown, pictures)
+    name = f"{results['title']}: the prior and the fine-tuned model on the test images"
+    tables = {name: config_table(results), "What the prior took": cost_table(results)}
+    return Report("\n\n".join(_blocks(results)) + "\n", pictures, tables)
 
 
 def draw_accuracy(axes: Axes, results: Mapping[str, Any]) -> None:
@@ -56,7 +65,7 @@ def draw_accuracy(axes: Axes, results: Mapping[str, Any]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def config_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def config_table(results: Mapping[str, Any]) -> TableCells:
     """Returns headers and rows of the Configs: accuracy and loss on the test split, before fine-tuning and after.
 
     Args:
@@ -73,8 +82,8 @@ def config_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
     return headers, rows
 
 
-def cost_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Returns headers and rows of what each Config's prior took: a run of an older version does not say.
+def cost_table(results: Mapping[str, Any]) -> TableCells:
+    """Returns headers and rows of what each Config's prior took. A run of an older version did not count.
 
     Args:
         results: of a run.
@@ -91,80 +100,64 @@ def cost_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return ["Config", "forward passes", "backward passes", "seconds"], rows
 
 
-def print_table(results: Mapping[str, Any], folder: Path, console: Console) -> None:
-    """Prints the tables of the Configs, and where the report lies."""
-    caption = f"{_caption(results)}. {OURS}" if 5 in configs_of(results) else _caption(results)
-    console.print(rich_table(results["title"], *config_table(results), caption=caption))
-    console.print(rich_table("what the prior took", *cost_table(results), caption=PASSES))
-    console.print(f"report: {folder / 'report.md'}", highlight=False, soft_wrap=True)
-
-
-def _caption(results: Mapping[str, Any]) -> str:
-    """What the table's figures are."""
-    seeds = results["config"]["seeds"]
-    over = f"mean ± standard deviation over {len(seeds)} seeds (of target images, minibatches, directions)"
-    over = over if len(seeds) > 1 else "one seed"
-    epochs = results["config"]["fine_tuning_epochs"]
-    what = f"of the blend, and after {epochs} epochs of fine-tuning it"
-    return f"test accuracy and test loss (cross-entropy, nats) {what}; {over}"
-
-
-def _markdown(results: Mapping[str, Any]) -> str:
-    """The report."""
-    config, data, machine = results["config"], results["data"], results["machine"]
-    test = np.array([row["test_accuracy"] for row in results["experts"]])
-    has_ours = 5 in configs_of(results)
-    *first, last = map(str, learned_configs_of(results))
-    learned = f"Configs {', '.join(first)} and {last}"
-    sections = [
-        f"# {results['title']}",
-        f"{data['name']}, {config['network']}, {config['num_experts']} experts of {config['expert_examples']} images "
-        f"each ({config['initialization']} initialisation, Dirichlet({config['concentration']:g}) classes), "
-        f"{data['target']} target images, {data['validation']} validation images, {data['test']} test images.",
-        f"> {' '.join(data['description'].split())}",
-        f"Run on {machine}.",
-        "## The Configs",
-        *([OURS] if has_ours else []),
-        f"{_caption(results)[0].upper()}{_caption(results)[1:]}.",
-        markdown_table(*config_table(results)),
-        f"The experts' own test accuracy: {100 * test.mean():.1f} % on average, {100 * test.max():.1f} % the best. All "
-        f"experts have as many images, so Config 1 is the uniform average, where {learned} start.",
-        f"What each prior took, means over seeds ± their standard deviation. {PASSES}",
-        markdown_table(*cost_table(results)),
-        "![test accuracy by fine-tuning epoch](figure1.png)",
-        "GLUE (Config 4) against the paper's other Configs, points of test accuracy, means over seeds ± their standard "
-        "deviation; epoch 0 is the prior:",
-        markdown_table(*leads(results)),
-        *_ours(results),
-        "## The experts (Table 1)",
-        f"Accuracy in percent and loss in nats. {_target_note(results)} {_paper_note(config)}",
-        markdown_table(*_expert_table(results)),
-        "## The coefficients",
-        f"Means over seeds. {learned} keep their best by validation loss: at which of how many steps, for each seed. "
-        "'Limit' is a run that reached the most steps before its plateau.",
-        markdown_table(*_alpha_table(results)),
-        *_mixing(results),
-        "![coefficients by step](alpha.png)",
-        "## Time",
-        markdown_table(["stage", "seconds"], [[name, f"{value:.1f}"] for name, value in results["seconds"].items()]),
-        "## Config",
-        markdown_table(["field", "value"], [[name, json.dumps(value)] for name, value in config.items()]),
-    ]
-    return "\n\n".join(sections) + "\n"
-
-
-def _ours(results: Mapping[str, Any]) -> Iterable[str]:
-    """How Config 5 does against the paper's, where it is there."""
+def _blocks(results: Mapping[str, Any]) -> Iterable[str]:
+    """The report, block by block."""
+    config, data = results["config"], results["data"]
+    yield f"# {results['title']}"
+    images = [str(data[name]) for name in ("target", "validation", "test")]
+    yield markdown_table(
+        ["data", "network", "experts", "images of each", "initialisation", "target", "validation", "test images"],
+        [[data["name"], *(str(config[name]) for name in _SETTING), *images]],
+    )
+    yield f"> {' '.join(data['description'].split())}"
+    yield f"Run on {results['machine']}."
+    yield "## The Configs"
+    yield EQUAL_SIZES
+    if 5 in configs_of(results):
+        yield OURS
+    yield TABLE_OF_CONFIGS
+    yield markdown_table(*config_table(results))
+    yield PASSES
+    yield markdown_table(*cost_table(results))
+    yield "![test accuracy by fine-tuning epoch](figure1.png)"
+    yield LEADS
+    yield markdown_table(*leads(results))
     if 5 in configs_of(results):
         yield "Gauss-Newton (Config 5, ours) against each of the paper's Configs, in the same units:"
         yield markdown_table(*leads_of_ours(results))
+    yield "## The experts (Table 1)"
+    yield (
+        "Accuracy in percent and loss in nats. The target images are those of the first seed. Seen: the part of them "
+        "that is among the expert's own training images. The paper's row is the mean of its Table 1, for a run with "
+        "its data and network. The table's caption says 'evaluated on the target training dataset', the paper's text "
+        "says test accuracy. A run of another scale than the paper's is not comparable: see its config."
+    )
+    yield markdown_table(*_expert_table(results))
+    yield "## The coefficients"
+    yield (
+        "The table has means over seeds. Each learned Config keeps the coefficients of the lowest validation loss. The "
+        "last column has their step, for each seed. 'Limit' is a run that reached the most steps before its plateau."
+    )
+    yield markdown_table(*_alpha_table(results))
+    yield (
+        "Do the learned coefficients mix or select? Mixes: how many experts they mix, exp(entropy): all experts if the "
+        "coefficients are uniform, 1 if they select one. Of expert: the expert with the largest α, seed by seed. Loss "
+        "and accuracy: of the prior, less those of Config 1's prior, in nats and points. The last column is the "
+        "accuracy less the best expert's, in points."
+    )
+    yield markdown_table(*_mixing_table(results))
+    yield "![coefficients by step](alpha.png)"
+    yield "## Time"
+    yield markdown_table(["stage", "seconds"], [[name, f"{value:.1f}"] for name, value in results["seconds"].items()])
+    yield "## Config"
+    yield markdown_table(["field", "value"], [[name, json.dumps(value)] for name, value in config.items()])
 
 
-def _mixing(results: Mapping[str, Any]) -> Iterable[str]:
+def _mixing_table(results: Mapping[str, Any]) -> TableCells:
     """Whether the learned coefficients mix or select, and what their loss gains in accuracy."""
     accuracy, loss, alpha = (by_config(results, field) for field in ("test_accuracy", "test_loss", "alpha"))
-    tested = np.array([row["test_accuracy"] for row in results["experts"]])
-    rows = [
+    best = max(row["test_accuracy"] for row in results["experts"])
+    return ["Config", "mixes", "largest α", "of expert", "loss", "accuracy", "over the best expert"], [
         [
             name_of(number),
             spread(num_mixed(alpha[number]), 1),
@@ -172,63 +165,36 @@ def _mixing(results: Mapping[str, Any]) -> Iterable[str]:
             ", ".join(map(str, alpha[number].argmax(axis=-1))),
             f"{(loss[number] - loss[1])[:, 0].mean():+.3f}",
             f"{100 * (accuracy[number] - accuracy[1])[:, 0].mean():+.1f}",
-            f"{100 * (accuracy[number][:, 0].mean() - tested.max()):+.1f}",
+            f"{100 * (accuracy[number][:, 0].mean() - best):+.1f}",
         ]
         for number in learned_configs_of(results)
     ]
-    yield (
-        "Whether the learned coefficients mix or select: how many experts they mix, exp(entropy) (all if uniform, 1 if "
-        "one is selected), their largest, and the expert that has it, seed by seed. Beside it what the prior gains "
-        "over Config 1's, in test loss (below 0 is better) and in points of accuracy, and in points over the best "
-        "expert's:"
-    )
-    yield markdown_table(
-        ["Config", "mixes", "largest α", "of expert", "loss", "accuracy", "over the best expert"], rows
-    )
 
 
-def _expert_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def _expert_table(results: Mapping[str, Any]) -> TableCells:
     """Table 1."""
     splits = ("test", "target", "validation")
-    values = [
-        [scale * row[f"{split}_{what}"] for split in splits for what, scale in (("accuracy", 100), ("loss", 1))]
-        for row in results["experts"]
-    ]
-    rows = [[str(index), *_numbers(row)] for index, row in enumerate(values)]
-    rows.append(["mean", *_numbers(np.mean(values, axis=0))])
-    return ["expert", *(f"{split}, {unit}" for split in splits for unit in ("%", "loss"))], rows
+    values = np.array(
+        [
+            [scale * row[f"{split}_{what}"] for split in splits for what, scale in (("accuracy", 100), ("loss", 1))]
+            for row in results["experts"]
+        ]
+    )
+    seen = np.array([row["target_images_seen"] for row in results["experts"]]) / results["data"]["target"]
+    named = {str(index): (row, share) for index, (row, share) in enumerate(zip(values, seen, strict=True))}
+    named["mean"] = values.mean(axis=0), seen.mean()
+    rows = [[name, *_numbers(row), f"{100 * share:.1f}"] for name, (row, share) in named.items()]
+    if experiment := experiment_of(results["config"]):
+        rows.append(["the paper's mean", f"{np.mean(EXPERT_ACCURACY[experiment]):.1f}", *["-"] * 6])
+    return ["expert", *(f"{split}, {unit}" for split in splits for unit in ("%", "loss")), "seen, %"], rows
 
 
 def _numbers(row: Sequence[float] | np.ndarray) -> list[str]:
-    """Accuracies and losses in turn."""
+    """Accuracies and losses, alternating, as text."""
     return [f"{value:.1f}" if column % 2 == 0 else f"{value:.3f}" for column, value in enumerate(row)]
 
 
-def _target_note(results: Mapping[str, Any]) -> str:
-    """Which target images the experts are measured on, and how many of them they know."""
-    share = np.mean([row["target_images_seen"] for row in results["experts"]]) / results["data"]["target"]
-    return (
-        f"The target images are the first seed's; {100 * share:.1f} % of them, on average, are among the expert's own "
-        "training images."
-    )
-
-
-def _paper_note(config: Mapping[str, Any]) -> str:
-    """The paper's experts, and whether this run's are trained as they are."""
-    experiment = experiment_of(config)
-    if experiment is None:
-        return f"The paper has no {config['network']} on {config['dataset']}."
-    paper = EXPERT_ACCURACY[experiment]
-    note = (
-        f"The paper's ten experts reach {min(paper):.1f} to {max(paper):.1f} %, {np.mean(paper):.1f} on average "
-        "('evaluated on the target training dataset' by its Table 1's caption, test accuracy by its text)."
-    )
-    if not is_at_its_scale(config):
-        note += " This run is of another scale: see its config."
-    return note
-
-
-def _alpha_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def _alpha_table(results: Mapping[str, Any]) -> TableCells:
     """Each Config's coefficients."""
     headers = ["Config", *(str(index) for index in range(results["config"]["num_experts"])), "best step"]
     rows = []
@@ -240,7 +206,7 @@ def _alpha_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
 
 
 def _end(run: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    """After how many steps a run was at its best, and what stopped it."""
+    """The step at which a run was best, and its last step."""
     steps = run["validation_steps"]
     best = steps[int(np.argmin(run["validation_loss"]))]
     return f"{best} of {steps[-1]}" + ("" if steps[-1] < config["alpha_steps"] else " (limit)")

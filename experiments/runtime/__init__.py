@@ -1,1 +1,1 @@
-"""What runs a command: its folder, its stages, its progress, its devices."""
+"""What every command needs: its folder, its stages, its progress, its devices."""

@@ -1,4 +1,4 @@
-"""Pytrees of arrays on disk, by orbax; all that knows orbax's interface."""
+"""Pytrees of arrays on disk. This module is the only one that uses orbax."""
 
 import contextlib
 import errno
@@ -39,10 +39,10 @@ def save(path: Path, tree: Any) -> str:
         with _quiet(), _plain(path) as plain:
             ocp.save(str(plain), tree, overwrite=True)
     except (ValueError, OSError) as error:
-        # Of tensorstore, or of what orbax writes itself.
+        # It comes from tensorstore, or from orbax itself.
         if os.strerror(errno.ENOSPC) not in str(error):
             raise
-        # Its room is needed for the next trial.
+        # The next attempt needs this room.
         for left in path.parent.glob(f"{glob.escape(path.name)}.orbax-checkpoint-tmp*"):
             shutil.rmtree(left, ignore_errors=True)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
@@ -56,7 +56,7 @@ def load(path: Path, like: Any, sharding: jax.sharding.Sharding | None = None, *
         path: what was given to `save`.
         like: a pytree of the same structure, of arrays or `jax.ShapeDtypeStruct`.
         sharding: where its arrays go; None is the first device.
-        expected: what `save` returned; None does not check.
+        expected: what `save` returned. None does not check.
 
     Returns:
         The pytree, of arrays.
@@ -70,10 +70,10 @@ def load(path: Path, like: Any, sharding: jax.sharding.Sharding | None = None, *
         with _quiet(), _plain(path) as plain:
             tree = ocp.load(str(plain), abstract)
     except jax.errors.JaxRuntimeError:
-        # The device's, as too little memory.
+        # An error of the device, for example too little memory.
         raise
     except Exception as error:
-        # Whatever orbax and tensorstore meet in a folder that lost files, or holds other ones.
+        # Any error of orbax and tensorstore in a folder with missing or wrong files.
         first_line = next(iter(str(error).splitlines()), "")
         raise DamagedStageError(path, f"{type(error).__name__}: {first_line[:200]}") from error
     if expected is not None and checksum(tree) != expected:
@@ -93,7 +93,7 @@ def checksum(tree: Any) -> str:
 
 @contextlib.contextmanager
 def _plain(path: Path) -> Iterator[Path]:
-    """The same place by a path without `[`, `]` and backslashes: orbax takes a path for a pattern of files."""
+    """The same place by a path without `[`, `]` and backslashes, since orbax reads a path as a pattern of files."""
     path = path.absolute()
     if not set(str(path)) & set("[]\\"):
         yield path
@@ -106,9 +106,9 @@ def _plain(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps what orbax's and tensorstore's threads say of a failure, a traceback for each array, out of the output.
+    """Silences the threads of orbax and tensorstore, which print a traceback for each array after a failure.
 
-    They say some of it later, when a task is collected or a write ends, so after a failure they stay quiet.
+    Some of it is printed later, when a task is collected or a write ends. So after a failure they stay silent.
     """
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels, hook = [logger.level for logger in loggers], sys.unraisablehook

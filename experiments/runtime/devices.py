@@ -1,4 +1,4 @@
-"""Several devices: every minibatch is sharded over them, all else is on each."""
+"""Several devices: each minibatch is sharded over them, and each device holds all else."""
 
 from typing import Any
 
@@ -7,28 +7,28 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding,
 
 
 def make_mesh() -> Mesh | None:
-    """Returns the mesh of all devices, its one axis `batch`; None where there is just one."""
+    """Returns the mesh of all devices, with the one axis `batch`; None for a single device."""
     if jax.device_count() == 1:
         return None
     return jax.make_mesh((jax.device_count(),), ("batch",), axis_types=(AxisType.Auto,))
 
 
 def everywhere(mesh: Mesh | None) -> Sharding:
-    """Returns the sharding of what each device holds whole."""
+    """Returns the sharding of arrays that each device holds whole."""
     return NamedSharding(mesh, PartitionSpec()) if mesh else SingleDeviceSharding(jax.devices()[0])
 
 
 def put(tree: Any, mesh: Mesh | None) -> Any:
-    """Returns a pytree of arrays, of any shapes, on the device, or whole on each.
+    """Returns a pytree of arrays of any shapes on the device, or whole on each device.
 
-    They are committed there, as arrays read from a checkpoint are: a program that is compiled for arrays that are not
-    is compiled anew for those that are.
+    The arrays are committed there, like arrays that are read from a checkpoint. Otherwise a program that was compiled
+    for uncommitted arrays would be compiled anew for committed ones.
     """
     return jax.device_put(tree, everywhere(mesh))
 
 
 def shard_batch(array: jax.Array, mesh: Mesh | None) -> jax.Array:
-    """Returns an array, under jit, whose leading axis is sharded over the devices, where they divide it."""
+    """Returns an array, under jit. Its leading axis is sharded over the devices if their number divides it."""
     if mesh is None or len(array) % mesh.size:
         return array
     return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec("batch")))

@@ -1,4 +1,4 @@
-"""A folder that one process at a time works in."""
+"""Lets only one process at a time work in a folder."""
 
 import contextlib
 import os
@@ -11,15 +11,15 @@ _FILE = ".lock"
 
 
 class LockedError(RuntimeError):
-    """A folder that another process works in."""
+    """Another process works in the folder."""
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps a folder for this process; a process that is killed gives it back.
+    """Keeps a folder for this process. A process that is killed gives it back.
 
     Args:
-        folder: made if it is not there, and removed if it is empty in the end. A hidden file lies in it meanwhile.
+        folder: made if it does not exist, and removed if it is empty in the end. It has a hidden file meanwhile.
 
     Raises:
         LockedError: another process, named by its id, works in the folder.
@@ -32,7 +32,7 @@ def locked(folder: Path) -> Iterator[None]:
         lock.acquire()
     except filelock.Timeout as error:
         holder = ""
-        # The file may be new, or gone by now.
+        # The file may be empty yet, or gone by now.
         with contextlib.suppress(OSError):
             holder = path.read_text().strip()
         who = f"process {holder}" if holder else "another process"
@@ -41,9 +41,8 @@ def locked(folder: Path) -> Iterator[None]:
         path.write_text(f"{os.getpid()}\n")
         yield
     finally:
-        # Before it is released: a process that opens it now finds that it has no name, and does not take it for a lock.
+        # This comes before the release: a process that opens the file now finds it without a name, so it is no lock.
         path.unlink(missing_ok=True)
         lock.release()
-        # An empty one is of no use.
         with contextlib.suppress(OSError):
             folder.rmdir()

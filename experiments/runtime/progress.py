@@ -1,4 +1,4 @@
-"""Progress: a bar a stage with the time left, or lines where there is no terminal, and a line for each result."""
+"""Progress: a bar for each stage, with the time that is left. Without a terminal, lines stand for the bars."""
 
 import time
 from datetime import timedelta
@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-# Where there is no terminal, a line now and then stands for the bars.
+# Without a terminal, a line is printed so often.
 _SECONDS_BETWEEN_LINES = 60.0
 
 
@@ -33,16 +33,16 @@ class Stage:
             )
 
     def skip(self, units: int) -> None:
-        """Takes units off the work to do: they were done by an earlier run, or are not needed."""
+        """Takes units off the work: an earlier run did them, or they are not needed."""
         self._total -= units
         self._bars.update(self._task, total=self._total, visible=self._total > 0)
 
 
 class ProgressBars:
-    """The bars of a run, a context manager."""
+    """The bars of a run. It is a context manager."""
 
     def __init__(self, console: Console):
-        """Shows bars on `console`, where that is a terminal."""
+        """Shows bars on `console` if it is a terminal."""
         self._bars = RichProgress(
             TextColumn("{task.description}"),
             BarColumn(),

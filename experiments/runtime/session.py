@@ -1,4 +1,4 @@
-"""What surrounds the work of every command: its folder, its progress, and one clear line where it ends early."""
+"""What surrounds the work of every command: its folder, its progress, and one clear line if it ends early."""
 
 import argparse
 import contextlib
@@ -18,14 +18,14 @@ from experiments.runtime.progress import ProgressBars
 from experiments.runtime.stages import DamagedStageError, read_json, sweep
 
 DEFAULT_EXPERIMENT = "digits"
-"""Whose experts a command takes up that is not told of another's."""
+"""The experiment whose experts a command uses by default."""
 INTERRUPTED = 130
 """The exit status of a command that SIGINT ended."""
 
 
 @contextlib.contextmanager
 def session(out_dir: Path, console: Console, command: str) -> Iterator[ProgressBars]:
-    """Makes a command's folder, keeps it for this process, and shows progress until the work is done or stopped.
+    """Makes a command's folder, keeps it for this process, and shows progress until the work ends.
 
     Args:
         out_dir: the folder, which keeps the finished stages and the report.
@@ -33,10 +33,10 @@ def session(out_dir: Path, console: Console, command: str) -> Iterator[ProgressB
         command: the command line, as `python -m experiments.digits`.
 
     Raises:
-        SystemExit: with one line, for a folder that cannot be made or written, that another process works in, or that
-            holds another command's results; for a loss that is not finite, a damaged stage, a full disk or any other
-            file that cannot be read or written; for no device, or too little memory of it; with `INTERRUPTED`, for an
-            interruption, after saying that finished stages are kept.
+        SystemExit: with one line, for a folder that cannot be made or written, in which another process works, or which
+            holds the results of another command; for a loss that is not finite; for a damaged stage; for a full disk
+            or another file that cannot be read or written; for no device, or too little memory of it. With
+            `INTERRUPTED`, for an interruption, after saying that finished stages are kept.
     """
     _check_device()
     with ProgressBars(console) as progress, exit_on(FloatingPointError, DamagedStageError, LockedError):
@@ -65,9 +65,9 @@ def session(out_dir: Path, console: Console, command: str) -> Iterator[ProgressB
 
 @contextlib.contextmanager
 def process() -> Iterator[None]:
-    """Surrounds a command that is a process of its own: an interruption ends it at once.
+    """Surrounds a command that is a process of its own. An interruption ends the process at once.
 
-    XLA's threads may be in the middle of a program then, and an interpreter that is torn down under them crashes.
+    The threads of XLA may be in the middle of a program. An interpreter that is torn down under them crashes.
     """
     try:
         yield
@@ -81,10 +81,10 @@ def process() -> Iterator[None]:
 
 @contextlib.contextmanager
 def exit_on(*errors: type[Exception]) -> Iterator[None]:
-    """Ends the command with one line for these errors, without a traceback: for what its user can mend.
+    """Ends the command with one line for these errors, without a traceback. They are errors that the user can correct.
 
     Raises:
-        SystemExit: in their place.
+        SystemExit: in the place of such an error.
     """
     try:
         yield
@@ -93,10 +93,10 @@ def exit_on(*errors: type[Exception]) -> Iterator[None]:
 
 
 def failure(error: OSError, out_dir: Path) -> str:
-    """Returns what to say of a file that cannot be read or written.
+    """Returns the message for a file that cannot be read or written.
 
     Args:
-        error: what came.
+        error: the error.
         out_dir: the command's folder.
     """
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -106,17 +106,17 @@ def failure(error: OSError, out_dir: Path) -> str:
 
 
 def _kept(out_dir: Path) -> str:
-    """What a command that ended early leaves."""
+    """What a command leaves if it ends early."""
     kept = f"finished stages are kept in {out_dir}, the same command goes on from them"
     return kept if out_dir.is_dir() and any(out_dir.iterdir()) else "no stage was finished yet"
 
 
 def _check_device() -> None:
-    """Ends the command where JAX does not start, as for a platform that is not there."""
+    """Ends the command if JAX does not start, for example for a platform that is missing."""
     try:
         jax.devices()
     except Exception as error:
-        # A RuntimeError, or an AssertionError without a word.
+        # A RuntimeError, or an AssertionError without a message.
         first_line = next(iter(str(error).splitlines()), "")
         sys.exit(
             f"JAX finds no device ({type(error).__name__}: {first_line}); JAX_PLATFORMS is "
@@ -125,7 +125,7 @@ def _check_device() -> None:
 
 
 def _check_place(out_dir: Path) -> None:
-    """Ends the command for a folder that was hardly meant."""
+    """Ends the command for a folder that is hardly meant."""
     if out_dir == Path() or out_dir.parts[0].endswith(":"):
         sys.exit(f"--out-dir is {str(out_dir)!r}: expected the name of a folder on this machine")
     for name, is_right in (("stages", Path.is_dir), ("results.json", Path.is_file)):
@@ -134,13 +134,13 @@ def _check_place(out_dir: Path) -> None:
 
 
 def _check_owner(out_dir: Path, command: str) -> None:
-    """Ends the command where the folder's results are another command's, which they would be written over."""
+    """Ends the command if the folder has the results of another command, which it would overwrite."""
     try:
         results = read_json(out_dir / "results.json")
     except FileNotFoundError:
         return
     except ValueError:
-        # A damaged file is nobody's.
+        # A damaged file belongs to no command.
         return
     theirs, ours = _owner_of(results), _owner(command)
     if theirs != ours:
@@ -160,7 +160,7 @@ def _owner_of(results: Any) -> str:
 
 
 def _owner(command: str) -> str:
-    """A command's module, with the experiment whose experts it takes up, where it says which."""
+    """A command's module, with the experiment whose experts it uses, if it names one."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--experiment", default=DEFAULT_EXPERIMENT)
     try:

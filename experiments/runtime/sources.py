@@ -1,10 +1,10 @@
-"""A digest of the source that computes a result, so that a changed program never serves its old results as new.
+"""A digest of the source that computes a result. A changed program then never uses its old results.
 
-A digest covers the definitions that a function reaches: its own, those of the functions, classes and constants that it
-names, and so on, within this repository. Docstrings, comments, annotations, layout and the words of errors do not
-count, and neither do definitions that nothing reaches: a change of a picture or of a report leaves every digest as it
-was. What the text does not name is not seen: a function that arrives in a field is covered where it is made, so a
-digest begins there, too.
+A digest covers all definitions that a function reaches within this repository: its own definition, those of the
+functions, classes and constants that it names, and so on. Docstrings, comments, annotations, layout and the words of
+errors do not count. Neither do definitions that nothing reaches: a change of a picture or of a report does not change a
+digest. A digest does not see what the text does not name. For example, a function that arrives in a field is named
+where it is made, so a digest also begins there.
 """
 
 import ast
@@ -28,9 +28,10 @@ _DECIDE_NOTHING = frozenset(
         "experiments.runtime.stages",
     }
 )
-"""Modules that no digest enters: a config's values are in every stage's fingerprint, the others decide no result."""
+"""Modules that no digest enters. The values of a config are in every stage's fingerprint; the others decide no
+result."""
 _AT_IMPORT = "at import"
-"""No name that a module can bind."""
+"""This is no name that a module can bind."""
 
 
 class _Module(NamedTuple):
@@ -50,9 +51,9 @@ class _Definition(NamedTuple):
 
     Attributes:
         text: its statements, without what decides no result.
-        names: what the text names, in its order.
-        beside: what stands beside the text: in annotations and in the words of errors, and what its module's import
-            does.
+        names: the names in the text, in their order.
+        beside: the names beside the text: in annotations, in the words of errors, and in what the import of its module
+            runs.
     """
 
     text: str
@@ -61,7 +62,7 @@ class _Definition(NamedTuple):
 
 
 def name_of(thing: Callable[..., Any]) -> str:
-    """Returns how `digest` calls a function or a class, as `module:name`: of a nested one, what encloses it."""
+    """Returns the name of a function or a class for `digest`, as `module:name`. A nested one has the name around it."""
     return f"{_module_of(thing)}:{thing.__qualname__.split('.')[0]}"
 
 
@@ -69,11 +70,11 @@ def functions_in(value: Any) -> list[Callable[..., Any]]:
     """Returns the functions and classes of this repository that a value is made of, for `name_of`.
 
     Args:
-        value: a function or a class, a `functools.partial` or an instance of a dataclass with such in it, or anything
-            else, which has none.
+        value: a function or a class, or a `functools.partial` or an instance of a dataclass that holds some. Anything
+            else has none.
 
     Raises:
-        ValueError: a function made within another, with values that no digest sees.
+        ValueError: a function that was made within another one, with values that no digest sees.
     """
     if isinstance(value, functools.partial):
         parts = [value.func, *value.args, *value.keywords.values()]
@@ -95,12 +96,12 @@ def functions_in(value: Any) -> list[Callable[..., Any]]:
 def digest(*names: str, leaving_out: Collection[str] = ()) -> str:
     """Returns a digest of all source that some definitions reach.
 
-    It holds the text of each, and which one each name in it stands for. Where a definition stands does not matter, so
-    it may move to another module.
+    It holds the text of each definition, and the definition that each name stands for. The module of a definition does
+    not matter, so a definition may move to another module.
 
     Args:
-        *names: where to begin, each as `module:name`.
-        leaving_out: definitions, as `module:name`, where it does not go on: what they decide does not matter.
+        *names: the definitions to begin with, each as `module:name`.
+        leaving_out: definitions that decide nothing here, each as `module:name`. The digest does not enter them.
 
     Returns:
         16 hexadecimal digits.
@@ -129,12 +130,12 @@ def _reached(names: Collection[str], leaving_out: Collection[str]) -> tuple[list
         return numbers[name]
 
     begin, texts, beside = [number(name) for name in names], {}, []
-    # It grows meanwhile.
+    # The list grows meanwhile.
     for name in order:
         found = _Definition("") if name in leaving_out else _definition(name)
         texts[name] = [found.text, *map(number, found.names)]
         beside += found.beside
-        # Last, and without its number: what an annotation says decides nothing but which methods there are.
+        # These come last, and without their numbers: an annotation decides only which methods there are.
         while beside and len(texts) == len(order):
             number(beside.pop(0))
     return begin, texts
@@ -144,14 +145,14 @@ def _module_of(thing: Any) -> str:
     """The module that defines a function or a class."""
     module = getattr(thing, "__module__", None) or ""
     if module == "__main__":
-        # What `python -m` runs is imported under this name.
+        # The module that `python -m` runs is imported under this name.
         spec = sys.modules["__main__"].__spec__
         module = spec.name if spec else module
     return module
 
 
 def _origin(name: str) -> str:
-    """Where a name is defined, as `module:name`; of a module itself `module:`."""
+    """The definition that a name stands for, as `module:name`; for a module itself, `module:`."""
     module, _, defined = name.partition(":")
     if not _is_ours(module) or not defined or defined in _parse(module).definitions:
         return name
@@ -176,7 +177,7 @@ def _definition(name: str) -> _Definition:
     names = dict.fromkeys(found for statement in bare for found in _references(module, parsed, statement))
     beside = [found for statement in statements for found in _references(module, parsed, statement)]
     if defined in parsed.imports:
-        # It is imported first, and bound anew.
+        # The name is imported first, and then bound anew.
         origin, inner = parsed.imports[defined]
         beside.append(f"{origin}:{inner or ''}")
     parts = module.split(".")
@@ -325,4 +326,4 @@ def _root(package: str) -> Path:
 
 
 _TEXTS = {path: path.read_text() for package in _PACKAGES for path in _root(package).rglob("*.py")}
-"""As this process imports them: a file that is edited while a run goes on is not what the run computes by."""
+"""The texts as this process imports them: a file may be edited while a run goes on."""

@@ -1,4 +1,4 @@
-"""The stages of a run, kept on disk, so that none is done twice."""
+"""The stages of a run. Their results are kept on disk, so no stage is done twice."""
 
 import contextlib
 import glob
@@ -18,20 +18,20 @@ from experiments.runtime.locks import locked
 
 
 class DamagedStageError(RuntimeError):
-    """A stage's file or folder that does not hold what was written."""
+    """A stage's file or folder does not hold what was written."""
 
     def __init__(self, path: Path, why: object):
-        """Names what is damaged, why it is taken for that, and the way out."""
+        """Says what is damaged, why, and what to do."""
         super().__init__(f"{path} is damaged ({why}); delete it, and its stage is done again")
 
 
 class Stages:
     """Results of stages under one folder.
 
-    A result is filed under its stage's name and a fingerprint of all that it depends on: settings, data, and the source
-    that computes it (`experiments.runtime.sources`). A run that was interrupted goes on. A run that is repeated has
-    nothing to do. A run with another setting, or by changed source, does anew what the change touches, beside the old
-    results.
+    A result is filed under the name of its stage and a fingerprint of all that it depends on: the settings, the data,
+    and the source that computes it (`experiments.runtime.sources`). So a run that was interrupted goes on, and a run
+    that is repeated has nothing to do. If a setting or the source changes, the stages that depend on it are done anew,
+    and the old results stay.
     """
 
     def __init__(self, folder: Path, accept: Collection[str] = (), say: Callable[[str], object] = print):
@@ -39,9 +39,9 @@ class Stages:
 
         Args:
             folder: where to.
-            accept: kinds of stages, the first part of their names, as `experts`. What other source computed of them,
-                with the same settings and data, is taken for this source's own, and filed as such.
-            say: called with a line on each stage that is taken so.
+            accept: kinds of stages, the first part of their names, for example `experts`. A result of such a stage
+                with the same settings and data is taken even if other source computed it, and filed as this source's.
+            say: called with a line about each such stage.
         """
         self._folder, self._accept, self._say = folder, accept, say
 
@@ -49,8 +49,8 @@ class Stages:
         """Returns the place of a stage's result, without a suffix.
 
         Args:
-            name: of the stage; may contain slashes, and no dots, where a suffix would begin.
-            depends_on: anything that JSON holds; its `code` is the digest of the source that computes the stage.
+            name: of the stage. It may contain slashes, and no dots, since a suffix begins with a dot.
+            depends_on: anything that JSON holds. Its `code` is the digest of the source that computes the stage.
 
         Raises:
             ValueError: a name with a dot, or no `code`.
@@ -64,7 +64,7 @@ class Stages:
         return self._folder / f"{name}-{_fingerprint(depends_on)}"
 
     def read(self, name: str, depends_on: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Returns a stage's result, or None where it is not done.
+        """Returns the result of a stage, or None if it is not done.
 
         Raises:
             DamagedStageError: a file that does not hold what `write` wrote there.
@@ -78,13 +78,13 @@ class Stages:
         return result
 
     def write(self, name: str, depends_on: Mapping[str, Any], result: dict[str, Any]) -> dict[str, Any]:
-        """Keeps a stage's result, a dict that JSON holds, with finite numbers alone; returns it with its `machine`."""
+        """Keeps the result of a stage, a dict that JSON holds, of finite numbers. Returns it with its `machine`."""
         result = {"machine": machine(), **result}
         write_json(self.path(name, depends_on).with_suffix(".json"), _sealed(_stage(name, depends_on), result))
         return result
 
     def run(self, name: str, depends_on: Mapping[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Returns a stage's result, with its `seconds` and its `machine`, from disk where it is done."""
+        """Returns the result of a stage with its `seconds` and its `machine`. It is read from disk if it is done."""
         if (done := self.read(name, depends_on)) is not None:
             return done
         start = time.perf_counter()
@@ -93,12 +93,12 @@ class Stages:
         return self.write(name, depends_on, {**result, "seconds": time.perf_counter() - start})
 
     def is_of_other_source(self, name: str, depends_on: Mapping[str, Any]) -> bool:
-        """Returns whether a stage is not done, but other source has done it with the same settings and data."""
+        """Returns whether this source has not done a stage, but other source has, with the same settings and data."""
         path = self.path(name, depends_on).with_suffix(".json")
         return not path.exists() and self._of_other_source(name, depends_on) is not None
 
     def lock(self) -> contextlib.AbstractContextManager[None]:
-        """Keeps the folder for this process: for work whose result several commands may want."""
+        """Keeps the folder for this process while it does work that several commands may need."""
         return locked(self._folder)
 
     def _carry_over(self, name: str, depends_on: Mapping[str, Any]) -> bool:
@@ -108,7 +108,7 @@ class Stages:
         old, result = found
         new = self.path(name, depends_on)
         if old.with_suffix("").is_dir():
-            # What a run that was killed left there has no result.
+            # A folder without a result is left by a run that was killed.
             shutil.rmtree(new, ignore_errors=True)
             os.replace(old.with_suffix(""), new)
         write_json(new.with_suffix(".json"), _sealed(_stage(name, depends_on), result))
@@ -117,7 +117,7 @@ class Stages:
         return True
 
     def _of_other_source(self, name: str, depends_on: Mapping[str, Any]) -> tuple[Path, dict[str, Any]] | None:
-        """The newest file that holds this stage by other source, and its result."""
+        """The newest file of this stage that other source wrote, and its result."""
         stage, path = _stage(name, depends_on), self.path(name, depends_on)
         # Version 0.1 kept the bare result, under a fingerprint that had no digest of the source.
         bare = path.with_name(f"{name.rpartition('/')[2]}-{_fingerprint(_without_code(depends_on))}.json")
@@ -135,10 +135,10 @@ class Stages:
 
 
 def machine() -> str:
-    """Returns what this process computes on."""
+    """Returns the device that this process computes on, and the versions of JAX and Python."""
     devices = jax.devices()
     if devices[0].platform == "cpu":
-        # What this process may use, where the system says.
+        # The cores that this process may use, if the system says so.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         kind = f"{cores} CPU core{'s' if cores != 1 else ''}"
     else:
@@ -148,18 +148,38 @@ def machine() -> str:
 
 @contextlib.contextmanager
 def naming(stage: str) -> Iterator[None]:
-    """Says which stage a loss that is not finite stopped."""
+    """Adds the name of the stage to an error about a loss that is not finite."""
     try:
         yield
     except FloatingPointError as error:
         raise FloatingPointError(f"{stage}: {error}; the stages that were finished before are kept") from error
 
 
-def read_json(path: Path) -> Any:
-    """Returns what a JSON file holds.
+@contextlib.contextmanager
+def reading(path: Path, way_out: str) -> Iterator[None]:
+    """Names a file that does not hold what this project writes there, where its content cannot be used.
+
+    Args:
+        path: the file.
+        way_out: what to do.
 
     Raises:
-        ValueError: a file that is no JSON, or has a number that is not finite.
+        ValueError: in the place of what the content raised.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        why = f"it has no {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"{path} is damaged, or another program wrote it ({' '.join(why.split())}); {way_out}"
+        ) from error
+
+
+def read_json(path: Path) -> Any:
+    """Returns the content of a JSON file.
+
+    Raises:
+        ValueError: a file that is not JSON, or has a number that is not finite.
     """
 
     def refuse(word: str) -> None:
@@ -169,7 +189,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file, whole or not at all; refuses numbers that are not finite."""
+    """Writes a JSON file, whole or not at all. Refuses numbers that are not finite."""
     write_whole(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n"))
 
 
@@ -178,17 +198,17 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
     Args:
         path: the file; its parents are made.
-        write: writes the path that it is given, which has the same suffix, and which no other process writes.
+        write: called with another path with the same suffix, which it writes. No other process writes there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.new{path.suffix}")
-    # A link that somebody put there is not followed.
+    # A link there is not followed.
     temporary.unlink(missing_ok=True)
     try:
         write(temporary)
         os.replace(temporary, path)
     except OSError as error:
-        # Python names no file where the disk is full.
+        # Python names no file if the disk is full.
         error.filename = error.filename or str(path)
         raise
     finally:
@@ -196,7 +216,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Removes what `write_whole` left below a folder in processes that were killed meanwhile."""
+    """Removes the temporary files below a folder that killed processes left in `write_whole`."""
     for left in folder.rglob(".*.new.*"):
         pid = left.name.split(".")[-3]
         if pid.isdigit() and not _is_alive(int(pid)):
@@ -256,5 +276,5 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _digest(stage: Any, result: Any) -> str:
-    """Of all that a stage's file holds."""
+    """The digest of all that a stage's file holds."""
     return hashlib.sha256(json.dumps([stage, result], sort_keys=True).encode()).hexdigest()

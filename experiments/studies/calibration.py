@@ -1,18 +1,17 @@
-"""What a radius that nobody tuned costs, and what calibration gives: learning with many radii, and calibrated ones.
+"""What a radius costs that nobody tuned, and what calibration gives.
 
     python -m experiments.studies.calibration
     python -m experiments.studies.calibration --experiment cifar10 --seeds 0
 
-Experts are read from `--run-dir`, where the experiment's own command keeps them (give it the same options); those that
-are missing are trained. GLUE learns the coefficients, as Config 4 does, with each radius of a sweep around the
-experiment's own; and with what `glue_jax.calibrate` proposes to somebody whose guess is 100 or 10,000 times too small
-or too large: a search of three decades to either side of the guess.
+GLUE learns the coefficients, as Config 4 does, with each radius of a sweep around the experiment's own. It also learns
+them with the radius that `glue_jax.calibrate` proposes to a user whose guess is 100 or 10,000 times too small or too
+large. That search reaches three decades to either side of the guess.
+
+The experts are read from `--run-dir`, where the experiment's own command keeps them (give it the same options). Missing
+experts are trained.
 """
 
-import dataclasses
 import functools
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,81 +19,54 @@ import jax
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
-from rich.console import Console
 
 import glue_jax
 from experiments.models.network import Variables
-from experiments.protocol import data
 from experiments.protocol.coefficients import coefficients_key, learn_coefficients
 from experiments.protocol.config import CoefficientFields, part
-from experiments.protocol.context import Context, prepare, take
-from experiments.protocol.expert_training import describe_missing, train_experts
-from experiments.protocol.presets import ExpertArguments, parse
-from experiments.reporting.presentation import STYLE, markdown_table, number, rich_table, spread, write_report
-from experiments.runtime.session import exit_on, process, session
-from experiments.runtime.stages import Stages, machine
+from experiments.protocol.context import Context, take
+from experiments.protocol.expert_training import train_experts
+from experiments.protocol.presets import ExpertArguments
+from experiments.reporting.presentation import STYLE, Report, TableCells, markdown_table, number, page, spread
+from experiments.runtime.session import process
+from experiments.runtime.stages import Stages
+from experiments.studies import frame
 from glue_jax.batches import on_cpu
 
 FACTORS = (1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0, 1000.0)
-"""Of the experiment's own radius: the sweep."""
+"""The radii of the sweep, as multiples of the experiment's own radius."""
 GUESSES = (1e-4, 1e-2, 100.0, 1e4)
-"""Of the experiment's own radius: where calibration starts from."""
-TOLERANCE = 0.02
-"""What calibrated learning's loss may be above the best of the sweep, relatively."""
+"""The guesses that calibration starts from, as multiples of the experiment's own radius."""
 _SEARCH = np.logspace(-3, 3, 13)
 _IMAGES = 512
-# What a seed's key is folded with, beside the protocol's.
+# A seed's key is folded with this number. The protocol has other numbers.
 _CALIBRATION = 4
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures, from a command line to the report.
-
-    Args:
-        arguments: the command line; None is the process's.
+    """Measures, from a command line (None is the process's) to the report.
 
     Returns:
-        The results: `title`, `command`, `machine`, `config`, `rows` (of each radius and seed: `way`, `seed`, `radius`,
-        `loss`, the best validation loss, in nats, `steps`) and `verdicts` (of each guess: `way`, `ratio`, calibrated
-        learning's loss over the best radius's, means over seeds, and whether it `holds`).
+        The results: `title`, `command`, `machine`, `config`, and `rows`. A row is of one radius and seed. It has `way`,
+        `seed`, `radius`, `loss`, the best validation loss in nats, and `steps`.
     """
-    words = sys.argv[1:] if arguments is None else list(arguments)
-    console = Console(markup=False)
-    with exit_on(ValueError):
-        parsed = parse(ExpertArguments, "studies.calibration", __doc__ or "", words)
-        parsed.check(least_experts=2)
-    command = shlex.join(["python", "-m", "experiments.studies.calibration", *words])
-    with session(parsed.out_dir, console, command) as progress:
-        with exit_on(ValueError, OSError, data.DatasetNotFoundError):
-            dataset = data.load(parsed.config.dataset, parsed.data_dir, parsed.config.image_size)
-            kept, accept = parsed.run_dir / "stages", parsed.accept_stages
-            context = prepare(parsed.config, dataset, kept, progress, accept_stages=accept)
-        progress.say(
-            f"{dataset.name}; {machine()}\n"
-            f"{describe_missing(context)}\nthen "
-            f"{(len(FACTORS) + len(GUESSES)) * len(parsed.config.seeds)} times at most {parsed.config.alpha_steps} "
-            "steps of two probes"
-        )
-        rows = measure(context, parsed.stages(progress))
-        results = {
-            "title": f"The radius of SPSA's probes, tuned and calibrated: {parsed.experiment}, preset {parsed.preset}",
-            "command": command,
-            "machine": "; ".join(sorted({row["machine"] for row in rows})),
-            "config": dataclasses.asdict(parsed.config),
-            "rows": rows,
-            "verdicts": verdicts(rows),
-        }
-        write_report(parsed.out_dir, results, _markdown(results), {"calibration.png": _figure(results)})
-    console.print(rich_table(results["title"], *_table(results), caption=_conclusion(results)))
-    console.print(f"report: {parsed.out_dir / 'report.md'}", highlight=False, soft_wrap=True)
-    return results
+    return frame.run(
+        ExpertArguments,
+        "studies.calibration",
+        __doc__ or "",
+        arguments,
+        title="The radius of SPSA's probes, tuned and calibrated",
+        rows="rows",
+        measure=lambda context, parsed, stages: {"rows": measure(context, stages)},
+        present=present,
+    )
 
 
 def measure(context: Context, stages: Stages) -> list[dict[str, Any]]:
     """Learns from each radius what is not learned yet.
 
     Args:
-        context: of the run whose experts these are; they are trained where they are missing.
+        context: of the run whose experts these are. Missing experts are trained.
         stages: where the results are kept.
 
     Returns:
@@ -133,10 +105,10 @@ def calibrated_radius(context: Context, experts: Variables, seed: int, guess: fl
         context: of `experiments.protocol.context.prepare`.
         experts: stacked, each leaf `[K, ...]`.
         seed: of target images and directions.
-        guess: in the middle, on a logarithmic axis, of the radii that are tried.
+        guess: the middle, on a logarithmic axis, of the radii that are tried.
 
     Raises:
-        FloatingPointError: none of them changes the loss, as where they are so small that it is rounded away.
+        FloatingPointError: no radius changes the loss, for example since the change is rounded away.
     """
     batch = take(context.train, context.targets[seed][:_IMAGES])
 
@@ -152,7 +124,7 @@ def calibrated_radius(context: Context, experts: Variables, seed: int, guess: fl
                 loss,
                 glue_jax.coefficients.weights_to_logits(glue_jax.coefficients.uniform(config.num_experts)),
                 radii=[float(radius) for radius in guess * _SEARCH],
-                # A probe is of many images: so many at once fit wherever a step does.
+                # A probe has many images. So many probes at once fit the memory wherever a step does.
                 probe_batch_size=None if on_cpu(batch) else 2,
             )
     except ValueError as error:
@@ -162,39 +134,30 @@ def calibrated_radius(context: Context, experts: Variables, seed: int, guess: fl
     return found.radius
 
 
-def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Returns whether calibration reaches what the best radius of the sweep does.
-
-    Args:
-        rows: of `measure`.
-    """
-    best = min(np.mean(losses) for losses in _losses(rows, sweep=True).values())
-    ratios = {way: float(np.mean(losses) / best) for way, losses in _losses(rows, sweep=False).items()}
-    return [{"way": way, "ratio": ratio, "holds": ratio <= 1 + TOLERANCE} for way, ratio in ratios.items()]
-
-
 def _learn(context: Context, experts: Variables, seed: int, radius: float) -> dict[str, Any]:
     """The best validation loss with a radius."""
-    step = functools.partial(context.step_fns[4], radius=radius)
     result = learn_coefficients(
-        context._replace(step_fns={4: step}),
         4,
         coefficients_key(seed),
         experts,
         take(context.train, context.targets[seed]),
-        max_steps=context.config.alpha_steps,
+        context.validation,
+        problem=context.problem,
+        step_fn=functools.partial(context.step_fns[4], radius=radius),
+        optimizer=context.alpha_optimizer,
+        config=context.config,
     )
     history = result.history
     return {"radius": radius, "loss": float(history.validation_values.min()), "steps": len(history.metrics.loss)}
 
 
 def _learn_calibrated(context: Context, experts: Variables, seed: int, guess: float) -> dict[str, Any]:
-    """The same with the radius that calibration proposes."""
+    """The best validation loss with the radius that calibration proposes."""
     return _learn(context, experts, seed, calibrated_radius(context, experts, seed, guess))
 
 
 def _losses(rows: Sequence[Mapping[str, Any]], *, sweep: bool) -> dict[Any, list[float]]:
-    """The losses of all seeds, by radius of the sweep, or by way of calibration."""
+    """The losses of all seeds, by radius of the sweep or by guess."""
     found: dict[Any, list[float]] = {}
     for row in rows:
         if (row["way"] == "sweep") == sweep:
@@ -202,50 +165,39 @@ def _losses(rows: Sequence[Mapping[str, Any]], *, sweep: bool) -> dict[Any, list
     return found
 
 
-def _conclusion(results: Mapping[str, Any]) -> str:
-    """What it comes to."""
-    return "; ".join(
-        f"{verdict['way']}: {100 * (verdict['ratio'] - 1):+.1f} % of the best radius's loss, "
-        f"{'within' if verdict['holds'] else 'not within'} {100 * TOLERANCE:.0f} %"
-        for verdict in results["verdicts"]
-    )
+def table(rows: Sequence[Mapping[str, Any]]) -> TableCells:
+    """Returns a row for each radius of the sweep, and for each guess.
 
-
-def _table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """A row for each radius of the sweep, and for each guess."""
+    Args:
+        rows: of `measure`.
+    """
+    best = min(np.mean(losses) for losses in _losses(rows, sweep=True).values())
     groups: dict[str, list[Mapping[str, Any]]] = {}
-    for row in results["rows"]:
+    for row in rows:
         groups.setdefault(number(row["radius"]) if row["way"] == "sweep" else row["way"], []).append(row)
-    return ["radius", "validation loss", "steps", "radii"], [
-        [
-            name,
-            spread(np.array([row["loss"] for row in rows]), 3),
-            f"{np.mean([row['steps'] for row in rows]):.0f}",
-            ", ".join(dict.fromkeys(number(row["radius"]) for row in rows)),
-        ]
-        for name, rows in groups.items()
-    ]
-
-
-def _markdown(results: Mapping[str, Any]) -> str:
-    """The report."""
-    seeds = len(results["config"]["seeds"])
-    return (
-        "\n\n".join(
-            [
-                f"# {results['title']}",
-                f"    {results['command']}",
-                f"Run on {results['machine']}.",
-                f"The best validation loss (cross-entropy, nats) that GLUE reaches with a radius, mean over {seeds} "
-                "seeds ± standard deviation, and after how many steps learning ended. Seeds decide target images, "
-                "minibatches and directions, the same for every radius.",
-                "![validation loss by radius](calibration.png)",
-                markdown_table(*_table(results)),
-                f"{_conclusion(results)}.",
-            ]
+    cells = []
+    for name, own in groups.items():
+        losses = np.array([row["loss"] for row in own])
+        steps, radii = np.mean([row["steps"] for row in own]), dict.fromkeys(number(row["radius"]) for row in own)
+        cells.append(
+            [name, spread(losses, 3), f"{100 * (losses.mean() / best - 1):+.1f} %", f"{steps:.0f}", ", ".join(radii)]
         )
-        + "\n"
+    return ["radius", "validation loss", "over the best radius", "steps", "radii"], cells
+
+
+def present(results: Mapping[str, Any]) -> Report:
+    """Returns all that is shown of the results of `main`."""
+    cells = table(results["rows"])
+    markdown = page(
+        results,
+        "GLUE learns the coefficients with a radius. The table has the best validation loss (cross-entropy, nats), the "
+        "mean over seeds ± the standard deviation, and the number of steps after which learning ended. The third "
+        "column compares the mean with that of the best radius of the sweep. A seed decides target images, minibatches "
+        "and directions. They are the same for every radius.",
+        "![validation loss by radius](calibration.png)",
+        markdown_table(*cells),
     )
+    return Report(markdown, {"calibration.png": _figure(results)}, {results["title"]: cells})
 
 
 def _figure(results: Mapping[str, Any]) -> Figure:

@@ -4,32 +4,20 @@ import dataclasses
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from matplotlib.figure import Figure
 from rich.console import Console
 
 from experiments.protocol import data
+from experiments.protocol.config import Config
 from experiments.protocol.context import Context, prepare
+from experiments.protocol.data import Dataset
 from experiments.protocol.expert_training import describe_missing
-from experiments.protocol.presets import Parsed, parse
-from experiments.reporting.presentation import rich_table, write_report
+from experiments.protocol.presets import ExpertArguments, Parsed, parse
+from experiments.reporting.presentation import Report
+from experiments.runtime.progress import ProgressBars
 from experiments.runtime.session import exit_on, session
 from experiments.runtime.stages import Stages, machine
-
-
-class Report(NamedTuple):
-    """What a study shows.
-
-    Attributes:
-        markdown: the report.
-        figures: by the names of their files.
-        tables: by title, the header and the rows.
-    """
-
-    markdown: str
-    figures: Mapping[str, Figure]
-    tables: Mapping[str, tuple[list[str], list[list[str]]]]
 
 
 def run(
@@ -39,9 +27,10 @@ def run(
     words: Sequence[str] | None,
     *,
     title: str,
-    rows: str,
     measure: Callable[[Context, Parsed, Stages], Mapping[str, Any]],
     present: Callable[[Mapping[str, Any]], Report],
+    rows: str | None = None,
+    plan: Callable[[Context, Parsed], str] | None = None,
 ) -> dict[str, Any]:
     """Runs a study from a command line to its report.
 
@@ -51,9 +40,11 @@ def run(
         description: what `--help` says.
         words: the command line; None is the process's.
         title: what the study is about.
-        rows: the name under which `measure` returns what it measured, a list of dicts that each have a `machine`.
         measure: measures what is not measured yet. It keeps it in the stages.
         present: from the results to the report.
+        rows: the name under which `measure` returns a list of dicts that each have a `machine`. None: the machine is
+            the one of this process, unless `measure` returns a `machine`.
+        plan: returns what is said before the work begins. None: how many experts are to be trained.
 
     Returns:
         The results, which JSON holds: `title`, `command`, `machine`, `config`, and what `measure` returns.
@@ -66,27 +57,40 @@ def run(
     with exit_on(ValueError):
         parsed = parse(arguments, module, description, words)
         parsed.check(least_experts=2)
-    command = shlex.join(["python", "-m", f"experiments.{module}", *words])
+    command = command_line(module, words)
     with session(parsed.out_dir, console, command) as progress:
         with exit_on(ValueError, OSError, data.DatasetNotFoundError):
             dataset = data.load(parsed.config.dataset, parsed.data_dir, parsed.config.image_size)
-            kept, accept = parsed.run_dir / "stages", parsed.accept_stages
-            context = prepare(parsed.config, dataset, kept, progress, accept_stages=accept)
-        progress.say(f"{dataset.name}; {machine()}\n{describe_missing(context)}")
+            context = open_context(parsed, parsed.config, dataset, progress)
+        work = plan(context, parsed) if plan else describe_missing(context)
+        progress.say(f"{dataset.name}; {machine()}\n{work}")
         measured = measure(context, parsed, parsed.stages(progress))
+        machines = {row["machine"] for row in measured[rows]} if rows else {machine()}
         results = {
             "title": f"{title}: {parsed.experiment}, preset {parsed.preset}",
             "command": command,
-            "machine": "; ".join(sorted({row["machine"] for row in measured[rows]})),
+            "machine": "; ".join(sorted(machines)),
             "config": dataclasses.asdict(parsed.config),
             **measured,
         }
         report = present(results)
-        write_report(parsed.out_dir, results, report.markdown, report.figures)
-    for name, table in report.tables.items():
-        console.print(rich_table(name, *table))
-    console.print(f"report: {parsed.out_dir / 'report.md'}", highlight=False, soft_wrap=True)
+        report.write(parsed.out_dir, results)
+    report.show(parsed.out_dir, console)
     return results
+
+
+def open_context(parsed: ExpertArguments, config: Config, dataset: Dataset, progress: ProgressBars) -> Context:
+    """Returns the context of the experiment whose experts a command line takes.
+
+    Raises:
+        ValueError: a config that does not fit the data.
+    """
+    return prepare(config, dataset, parsed.run_dir / "stages", progress, accept_stages=parsed.accept_stages)
+
+
+def command_line(module: str, words: Sequence[str]) -> str:
+    """Returns the command line of a module of `experiments`, as a shell takes it."""
+    return shlex.join(["python", "-m", f"experiments.{module}", *words])
 
 
 def slug(name: str) -> str:

@@ -1,21 +1,20 @@
-"""How right the estimates are, by the number formats of the experts and of the network: which radius, which precision.
+"""How accurate the estimates are, by the number formats of the experts and of the network.
 
     python -m experiments.studies.numerics
     python -m experiments.studies.numerics --experiment imagenette --data-dir DIR
 
-Experts are read from `--run-dir`, where the experiment's own command keeps them (give it the same options); those that
-are missing are trained. They are measured as they were trained, and drawn together to 1 % of their mean's length; in
-float32, bfloat16 and float16; in a network of float32 products, of products that are rounded to TF32 and to bfloat16
-(emulated, unless they ask for the highest precision), and of bfloat16 layers; under a softmax, and as free
-coefficients, alpha itself. The estimates are of all directions that the link sees, so that an exact one is the
-gradient.
+The experts are measured as they were trained, and drawn together to 1 % of their mean's length. They are in float32,
+bfloat16 or float16. The network has float32 products, or products that are rounded to TF32 or to bfloat16, or bfloat16
+layers. The rounding is emulated; a product that asks for the highest precision is not rounded. The coefficients are
+learned under a softmax, or are free (alpha itself). An estimate probes all directions that the link sees, so an
+estimate without rounding is the gradient.
+
+The experts are read from `--run-dir`, where the experiment's own command keeps them (give it the same options). Missing
+experts are trained.
 """
 
-import dataclasses
 import functools
 import itertools
-import shlex
-import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -24,85 +23,66 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from rich.console import Console
 
 import glue_jax
 from experiments.models.network import Variables
-from experiments.protocol import data
 from experiments.protocol.config import CoefficientFields, part
-from experiments.protocol.context import Context, prepare, take
+from experiments.protocol.context import Context, take
 from experiments.protocol.data import Examples
-from experiments.protocol.expert_training import describe_missing, train_experts
-from experiments.protocol.presets import ExpertArguments, parse
+from experiments.protocol.expert_training import train_experts
+from experiments.protocol.presets import ExpertArguments
 from experiments.protocol.training import cross_entropy
-from experiments.reporting.presentation import markdown_table, number, rich_table, write_report
-from experiments.runtime.session import exit_on, process, session
-from experiments.runtime.stages import Stages, machine
+from experiments.reporting.presentation import Report, TableCells, markdown_table, number, page
+from experiments.runtime.session import process
+from experiments.runtime.stages import Stages
+from experiments.studies import frame
 from experiments.studies.rounding import with_rounded_products
 from glue_jax.links import directions_of
 from glue_jax.precision import DEFAULT_RADIUS, SHORT_FACTOR, SOFTMAX_RADIUS
 
 NEAR = 0.01
-"""The distance of experts that are near to one another: from their mean, over its length (root mean square)."""
+"""How far experts that were drawn together are from their mean, over its length (root mean square)."""
 RADII = (1e-3, 1e-2, 0.1, 1.0)
-"""Of SPSA's probes, at the precision of the network as it is."""
+"""The radii of SPSA's probes."""
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
-"""Of the experts."""
+"""The number formats of the experts."""
 ARITHMETIC = ("float32", "TF32 products", "bfloat16 products", "bfloat16 layers")
-"""Of the network."""
+"""The arithmetic of the network."""
 LINKS = {"softmax": jax.nn.softmax, "free": glue_jax.unconstrained}
-"""From beta to alpha."""
+"""The links from beta to alpha."""
 BATCHES = 3
-"""Minibatches at each of two points: the uniform average, and the softmax of normally distributed logits."""
+"""The minibatches at each of two points: the uniform average, and a softmax of normally distributed logits."""
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures, from a command line to the report.
-
-    Args:
-        arguments: the command line; None is the process's.
+    """Measures, from a command line (None is the process's) to the report.
 
     Returns:
-        The results: `title`, `command`, `machine`, `distance` (of the experts as they were trained, as `NEAR`), `rows`
-        (each with `link`, `experts`, `dtype`, `arithmetic`, `spsa`, the relative error by radius, `tangents`,
-        `default_spsa` and `default_tangents`, of the steps' own defaults).
+        The results: `title`, `command`, `machine`, `config`, and what `measure` returns.
     """
-    words = sys.argv[1:] if arguments is None else list(arguments)
-    console = Console(markup=False)
-    with exit_on(ValueError):
-        parsed = parse(ExpertArguments, "studies.numerics", __doc__ or "", words)
-        parsed.check(least_experts=2)
-    command = shlex.join(["python", "-m", "experiments.studies.numerics", *words])
-    with session(parsed.out_dir, console, command) as progress:
-        with exit_on(ValueError, OSError, data.DatasetNotFoundError):
-            dataset = data.load(parsed.config.dataset, parsed.data_dir, parsed.config.image_size)
-            kept, accept = parsed.run_dir / "stages", parsed.accept_stages
-            context = prepare(parsed.config, dataset, kept, progress, accept_stages=accept)
-        progress.say(f"{dataset.name}; {machine()}\n{describe_missing(context)}")
-        rows, distance = measure(context, parsed.stages(progress))
-        results = {
-            "title": f"The error of the slopes by number format: {parsed.experiment}, preset {parsed.preset}",
-            "command": command,
-            "machine": "; ".join(sorted({row.pop("machine") for row in rows})),
-            "config": dataclasses.asdict(parsed.config),
-            "distance": distance,
-            "rows": rows,
-        }
-        write_report(parsed.out_dir, results, _markdown(results), {})
-    console.print(rich_table(results["title"], *_table(results)))
-    console.print(f"report: {parsed.out_dir / 'report.md'}", highlight=False, soft_wrap=True)
-    return results
+    return frame.run(
+        ExpertArguments,
+        "studies.numerics",
+        __doc__ or "",
+        arguments,
+        title="The error of the slopes by number format",
+        rows="rows",
+        measure=lambda context, parsed, stages: measure(context, stages),
+        present=present,
+    )
 
 
-def measure(context: Context, stages: Stages) -> tuple[list[dict[str, Any]], float]:
+def measure(context: Context, stages: Stages) -> dict[str, Any]:
     """Measures what is not measured yet.
 
     Args:
-        context: of the run whose experts these are; they are trained where they are missing.
+        context: of the run whose experts these are; missing experts are trained.
         stages: where the results are kept.
 
     Returns:
-        The `rows` and the `distance` that `main` returns.
+        `distance`, of the experts as they were trained, as `NEAR`; and `rows`, each with `link`, `experts`, `dtype`,
+        `arithmetic`, `spsa` (the relative error by radius), `tangents`, and `default_spsa` and `default_tangents` (of
+        the steps' own defaults).
     """
     trained = glue_jax.stack_experts(train_experts(context)[0])
     near, distance = drawn_together(trained, NEAR)
@@ -115,7 +95,7 @@ def measure(context: Context, stages: Stages) -> tuple[list[dict[str, Any]], flo
         "code": context.code(_errors, drawn_together),
     }
     cases = [("softmax", *case) for case in itertools.product(banks, DTYPES, ARITHMETIC)]
-    # What the number format does, it does under any link.
+    # A number format has the same effect under any link, so fewer cases do for this one.
     cases += [
         ("free", experts, next(iter(DTYPES)), arithmetic)
         for experts, arithmetic in itertools.product(banks, ARITHMETIC)
@@ -129,15 +109,15 @@ def measure(context: Context, stages: Stages) -> tuple[list[dict[str, Any]], flo
         row = stages.run(name, {**fields, **case}, compute)
         rows.append({**case, **row})
         bar.advance()
-    return rows, distance
+    return {"distance": distance, "rows": rows}
 
 
 def drawn_together(experts: Variables, distance: float) -> tuple[Variables, float]:
-    """Returns experts at a distance from their mean, and at which they were.
+    """Returns experts that are drawn to a distance from their mean, and the distance that they had.
 
     Args:
         experts: stacked, each leaf `[K, ...]`.
-        distance: root mean square over experts of a parameter vector's distance from the mean, over the mean's length.
+        distance: of an expert's parameters from the mean, over the mean's length; a root mean square over experts.
     """
     mean = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0, keepdims=True), experts)
     away = jax.tree.map(jnp.subtract, experts, mean)
@@ -147,7 +127,7 @@ def drawn_together(experts: Variables, distance: float) -> tuple[Variables, floa
 
 
 def _errors(context: Context, experts: Variables, dtype: str, arithmetic: str, link: str) -> dict[str, Any]:
-    """The relative errors of the estimates for one case, root mean squares over points and minibatches."""
+    """The relative errors of the estimates in one case, root mean squares over points and minibatches."""
     config = context.config
     bank = jax.tree.map(lambda leaf: leaf.astype(DTYPES[dtype]), experts)
     exact_bank = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), bank)
@@ -198,7 +178,7 @@ def _errors(context: Context, experts: Variables, dtype: str, arithmetic: str, l
         return float(np.sqrt(np.mean(squares)))
 
     with warnings.catch_warnings():
-        # That the network multiplies bfloat16 is what is measured.
+        # The warning is about products in bfloat16, which are measured here.
         warnings.filterwarnings("ignore", message="loss_fn multiplies bfloat16")
         return {
             "spsa": [{"radius": radius, "error": error(functools.partial(spsa, radius))} for radius in RADII],
@@ -209,7 +189,7 @@ def _errors(context: Context, experts: Variables, dtype: str, arithmetic: str, l
 
 
 def _loss(context: Context, arithmetic: str) -> Callable[[Variables, Examples], jax.Array]:
-    """The loss as a network of this arithmetic computes it."""
+    """The loss, computed by a network with this arithmetic."""
     problem = context.problem
     if arithmetic == "float32":
         return problem.loss
@@ -224,21 +204,13 @@ def _loss(context: Context, arithmetic: str) -> Callable[[Variables, Examples], 
     return loss
 
 
-def _table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def _table(results: Mapping[str, Any]) -> TableCells:
     """A row for each case."""
-    headers = [
-        "coefficients",
-        "experts",
-        "their dtype",
-        "the network's arithmetic",
-        *(f"radius {number(radius)}" for radius in RADII),
-    ]
+    radii = [f"radius {number(entry['radius'])}" for entry in results["rows"][0]["spsa"]]
+    headers = ["coefficients", "experts", "their dtype", "the network's arithmetic", *radii]
     return [*headers, "tangents", "`spsa_step`", "`forward_gradient_step`"], [
         [
-            row["link"],
-            row["experts"],
-            row["dtype"],
-            row["arithmetic"],
+            *(row[name] for name in ("link", "experts", "dtype", "arithmetic")),
             *(f"{entry['error']:.4f}" for entry in row["spsa"]),
             *(f"{row[name]:.4f}" for name in ("tangents", "default_spsa", "default_tangents")),
         ]
@@ -246,28 +218,34 @@ def _table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     ]
 
 
-def _markdown(results: Mapping[str, Any]) -> str:
-    """The report."""
-    return (
-        "\n\n".join(
+def present(results: Mapping[str, Any]) -> Report:
+    """Returns all that is shown of the results of `main`."""
+    markdown = page(
+        results,
+        "Rounded products and bfloat16 layers are emulated.",
+        "The table has the error of an estimate of the coefficients' gradient, divided by the length of the exact "
+        "gradient in float32. It is a root mean square over several minibatches at each of two points. An estimate "
+        "probes all directions that the coefficients have: K - 1 directions of sum zero under a softmax, and K "
+        "directions of free coefficients (alpha itself).",
+        "The experts are measured as they were trained, and drawn together. Distance: from the experts' mean, divided "
+        "by the length of the mean, a root mean square over the experts.",
+        markdown_table(["experts", "distance"], [["as trained", f"{results['distance']:.2f}"]]),
+        "The columns of radii and of tangents take the network's products as they come. The last two columns are the "
+        "steps' defaults: `spsa_step` asks for products of the highest precision. Its default radius depends on the "
+        "link and on the number format of the network's layers:",
+        markdown_table(
+            ["default radius", "float32 layers", "bfloat16 layers"],
             [
-                f"# {results['title']}",
-                f"    {results['command']}",
-                f"Run on {results['machine']}. Rounded products and bfloat16 layers are emulated there.",
-                "The error of an estimate of the gradient for the coefficients, over the length of the exact gradient "
-                f"in float32: root mean squares over {BATCHES} minibatches at each of two points. An estimate probes "
-                "all directions that the coefficients have: K - 1 zero-sum ones under a softmax, K of free "
-                f"coefficients (alpha itself). The experts as trained are {results['distance']:.2f} from their mean, "
-                "over the mean's length.",
-                "The columns of radii and of tangents take the network's products as they come. The last two columns "
-                "are the steps' defaults: `spsa_step` asks for the highest precision of products, and takes the radius "
-                f"{number(SOFTMAX_RADIUS)} under a softmax, {number(SHORT_FACTOR)} times as much where the network has "
-                f"bfloat16 layers, and {number(DEFAULT_RADIUS)} for free coefficients.",
-                markdown_table(*_table(results)),
-            ]
-        )
-        + "\n"
+                [link, number(radius), number(factor * radius)]
+                for link, radius, factor in (
+                    ("softmax", SOFTMAX_RADIUS, SHORT_FACTOR),
+                    ("free", DEFAULT_RADIUS, 1),
+                )
+            ],
+        ),
+        markdown_table(*_table(results)),
     )
+    return Report(markdown, {}, {results["title"]: _table(results)})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A function as an accelerator with rounded products computes it, on any machine."""
+"""Computes a function on any machine as an accelerator with rounded products does."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,12 +15,12 @@ _CALLS = ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", "r
 def with_rounded_products(fun: Callable[..., Any], mantissa_bits: int) -> Callable[..., Any]:
     """Returns a function whose products round their float32 operands, as a GPU's and a TPU's default products do.
 
-    A product that asks for the highest precision is left as it is, whether by itself or by
+    A product that asks for the highest precision stays as it is. It asks by itself, or by
     `jax.default_matmul_precision("highest")` where the function is traced. The sums of products are float32.
 
     Args:
-        fun: any function that JAX traces, without a product inside a loop or a branch (as MobileNetV2 has them, whose
-            products are chosen by platform).
+        fun: any function that JAX traces, without a product inside a loop or a branch. MobileNetV2 has such products,
+            since it chooses them by platform.
         mantissa_bits: 10 for TF32, 7 for bfloat16.
 
     Returns:

@@ -1,40 +1,40 @@
-"""Whether a run's experts can be averaged at all: from their weights alone, and by the loss on the line between two.
+"""Whether a run's experts can be averaged: by their weights, and by the loss on the line between two experts.
 
     python -m experiments.studies.similarity
     python -m experiments.studies.similarity --experiment cifar10 --initialization separate --barriers 3
 
-Experts are read from `--run-dir`, where the experiment's own command keeps them (give it the same options); those that
-are missing are trained. The first experts' barriers are measured on the validation images, with BatchNorm statistics
-that are blended as all else, and with statistics that are estimated anew for each model.
+The barriers of the first experts are measured on the validation images. BatchNorm's statistics are blended like all
+else, or estimated anew for each model.
+
+The experts are read from `--run-dir`, where the experiment's own command keeps them (give it the same options). Missing
+experts are trained.
 """
 
 import dataclasses
-import shlex
-import sys
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
 
 import glue_jax
 from experiments.models.network import Variables
 from experiments.models.permutations import SPECS
-from experiments.protocol import data
-from experiments.protocol.context import Context, prepare, take
-from experiments.protocol.expert_training import describe_missing, initial_variables, train_experts
-from experiments.protocol.presets import ExpertArguments, parse
-from experiments.reporting.presentation import markdown_table, rich_table, write_report
-from experiments.runtime.session import exit_on, process, session
-from experiments.runtime.stages import machine
+from experiments.protocol.context import Context, take
+from experiments.protocol.expert_training import initial_variables, train_experts
+from experiments.protocol.presets import ExpertArguments
+from experiments.reporting.presentation import Report, TableCells, markdown_table, page
+from experiments.runtime.session import process
+from experiments.runtime.stages import Stages
+from experiments.studies import frame
 
 _MODULES = r"^params/(.+)/[^/]+$"
 _NORMS = r"norm[^/]*/[^/]+$"
 _UNRELATED = 0.1
-"""Below this mean cosine of all weights but the norms', the command advises to align first."""
+"""The command advises to align first where the mean cosine, without the norms' weights, is below this."""
 _BARRIER = 0.1
-"""Above this barrier, in nats, the command advises against an average of experts as they are."""
+"""The command advises against a plain average where a barrier is above this, in nats."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,91 +42,74 @@ class Arguments(ExpertArguments):
     """What a command line says.
 
     Attributes:
-        barriers: how many of the experts, the first, have their barriers measured, at most all; 0 is none.
+        barriers: the number of experts whose barriers are measured: the first ones, at most all; 0 is none.
     """
 
     barriers: int = 3
 
     def __post_init__(self) -> None:
-        """Refuses values out of their range.
-
-        Raises:
-            ValueError: with the field, its value, and what was expected.
-        """
+        """Refuses values out of their range, by a ValueError with the field, its value, and what was expected."""
         if self.barriers < 0 or self.barriers == 1:
             raise ValueError(f"barriers is {self.barriers}; expected 0, or at least 2 experts")
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Compares a run's experts, from a command line to the report.
-
-    Args:
-        arguments: the command line; None is the process's.
+    """Compares a run's experts, from a command line (None is the process's) to the report.
 
     Returns:
-        The results: `title`, `command`, `machine`, `advice`, `cosine` (all weights but those of norms, whose scales are
-        near 1 in every network; the mean over pairs), `aligned_cosine` (the same after
-        `glue_jax.merging.align_experts`), `modules` (a row each) and `barriers`, in nats.
+        The results: `title`, `command`, `machine`, `config`, and what `measure` returns.
     """
-    words = sys.argv[1:] if arguments is None else list(arguments)
-    console = Console(markup=False)
-    with exit_on(ValueError):
-        parsed = parse(Arguments, "studies.similarity", __doc__ or "", words)
-        parsed.check(least_experts=2)
-    command = shlex.join(["python", "-m", "experiments.studies.similarity", *words])
-    with session(parsed.out_dir, console, command) as progress:
-        with exit_on(ValueError, OSError, data.DatasetNotFoundError):
-            dataset = data.load(parsed.config.dataset, parsed.data_dir, parsed.config.image_size)
-            kept, accept = parsed.run_dir / "stages", parsed.accept_stages
-            context = prepare(parsed.config, dataset, kept, progress, accept_stages=accept)
-        progress.say(f"{dataset.name}; {machine()}\n{describe_missing(context)}")
-        experts = glue_jax.stack_experts(train_experts(context)[0])
-        weights, barriers = _weights(context, experts), _barriers(context, experts, parsed.barriers)
-        results = {
-            "title": f"Whether experts can be averaged: {parsed.experiment}, preset {parsed.preset}, "
-            f"{parsed.config.initialization} initialisation",
-            "command": command,
-            "machine": machine(),
-            "advice": advice(weights["cosine"], weights["aligned_cosine"], barriers),
-            **weights,
-            "barriers": barriers,
-        }
-        write_report(parsed.out_dir, results, _markdown(results), {})
-    console.print(rich_table(results["title"], *_module_table(results), caption=results["advice"]))
-    if results["barriers"]:
-        console.print(rich_table("Loss barriers, nats", *_barrier_table(results)))
-    console.print(f"report: {parsed.out_dir / 'report.md'}", highlight=False, soft_wrap=True)
-    return results
+    return frame.run(
+        Arguments,
+        "studies.similarity",
+        __doc__ or "",
+        arguments,
+        title="Whether experts can be averaged",
+        measure=measure,
+        present=present,
+    )
 
 
-def advice(cosine: float, aligned_cosine: float, barriers: Mapping[str, list[list[float]]]) -> str:
+def measure(context: Context, parsed: Arguments, stages: Stages) -> dict[str, Any]:
+    """Compares the experts. Nothing is kept, since it takes seconds.
+
+    Returns:
+        `advice`; `cosine` of two experts' weights, the mean over pairs, without the weights of norms, whose scales are
+        near 1 in every network; `aligned_cosine`, the same after `glue_jax.merging.align_experts`; `modules`, a row
+        each; and `barriers` by the way of BatchNorm's statistics, in nats, `[E, E]` of the first E experts.
+    """
+    del stages
+    experts = glue_jax.stack_experts(train_experts(context)[0])
+    weights, barriers = _weights(context, experts), _barriers(context, experts, parsed.barriers)
+    return {"advice": advice(weights["cosine"], barriers), **weights, "barriers": barriers}
+
+
+def advice(cosine: float, barriers: Mapping[str, list[list[float]]]) -> str:
     """Returns what to do with experts.
 
     Args:
         cosine: of their weights, without those of norms.
-        aligned_cosine: the same after alignment.
-        barriers: between each two, in nats, with statistics as they are blended and, if there are any, refreshed.
+        barriers: between each two, in nats, with blended statistics and, if there are any, with refreshed ones.
     """
     if cosine < _UNRELATED:
         return (
-            f"The experts' weights have next to nothing in common (mean cosine {cosine:.2f}): align them first "
-            f"(glue_jax.merging.align_experts brings it to {aligned_cosine:.2f}), and do not use a plain average: "
-            "refresh its statistics, or learn free coefficients with minibatch statistics "
-            "(`python -m experiments.studies.ablation`)."
+            "The experts' weights have next to nothing in common. Align them first (glue_jax.merging.align_experts). "
+            "Then refresh the statistics of their average, or learn free coefficients with minibatch statistics "
+            "(python -m experiments.studies.ablation)."
         )
-    related = f"The experts' weights are related (mean cosine {cosine:.2f})"
     if not barriers:
-        return f"{related}; what an average of them is worth, barriers tell (--barriers)."
+        return "The experts' weights are related. Barriers tell what their average is worth (--barriers)."
     highest = {way: float(np.max(found)) for way, found in barriers.items()}
-    rises = ", ".join(f"{rise:.2f} nats with {way}" for way, rise in highest.items())
     if next(iter(highest.values())) <= _BARRIER:
-        return f"{related}, and between two of them the loss hardly rises ({rises}): average them as they are."
+        return "The experts' weights are related, and the loss hardly rises between two experts: average them."
     if min(highest.values()) <= _BARRIER:
-        return f"{related}, but between two of them the loss rises by {rises}: refresh an average's statistics."
+        return (
+            "The experts' weights are related. The loss rises between two experts, but not with refreshed statistics: "
+            "refresh the statistics of their average."
+        )
     return (
-        f"{related}, but between two of them the loss rises by {rises}: a plain average is worse than they promise. "
-        "Learn free coefficients with minibatch statistics, by layer if need be "
-        "(`python -m experiments.studies.ablation`)."
+        "The experts' weights are related, but the loss rises between two experts: do not use a plain average. Learn "
+        "free coefficients with minibatch statistics, by layer if need be (python -m experiments.studies.ablation)."
     )
 
 
@@ -183,47 +166,46 @@ def _mean_of_pairs(cosine: np.ndarray) -> list[float]:
     return cosine[:, first, second].mean(axis=1).tolist()
 
 
-def _markdown(results: Mapping[str, Any]) -> str:
-    """The report."""
+def present(results: Mapping[str, Any]) -> Report:
+    """Returns all that is shown of the results of `main`."""
+    tables = {"Cosines of the experts' weights": _module_table(results)}
     blocks = [
-        f"# {results['title']}",
-        f"    {results['command']}",
-        f"Run on {results['machine']}.",
         results["advice"],
         "Cosine: of the angle between two experts' weights, the mean over pairs. Distance: from the common "
-        "initialisation over its length, where there is one, else from the experts' mean. Learned: the cosine between "
-        "two experts' differences from their common initialisation.",
+        "initialisation, divided by its length; without a common initialisation, from the experts' mean. Learned: the "
+        "cosine between two experts' differences from their common initialisation.",
         markdown_table(*_module_table(results)),
     ]
     if results["barriers"]:
+        tables["Loss barriers, nats"] = _barrier_table(results)
         blocks += [
-            "The loss's largest rise on the line between two experts, over the line between their losses, in nats on "
-            "the validation images: about 0 where their average is as good as they are.",
+            "A barrier compares the loss on the line between two experts with the line between their losses. It is the "
+            "largest rise, in nats on the validation images. It is about 0 where the average of two experts is as good "
+            "as they are.",
             markdown_table(*_barrier_table(results)),
         ]
-    return "\n\n".join(blocks) + "\n"
+    return Report(page(results, *blocks), {}, {**tables, "Advice": (["to do"], [[results["advice"]]])})
 
 
-def _module_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """A row a module."""
-    return ["module", "cosine", "distance", "learned"], [
-        [
-            row["module"],
-            f"{row['cosine']:.2f}",
-            f"{row['distance']:.2f}",
-            "-" if row["cosine_from_origin"] is None else f"{row['cosine_from_origin']:.2f}",
-        ]
+def _module_table(results: Mapping[str, Any]) -> TableCells:
+    """A row for all weights but those of norms, as they are and aligned, and a row for each module."""
+    whole = [
+        ["all but norms", f"{results['cosine']:.2f}", "-", "-"],
+        ["all but norms, aligned", f"{results['aligned_cosine']:.2f}", "-", "-"],
+    ]
+    names = ("cosine", "distance", "cosine_from_origin")
+    return ["module", "cosine", "distance", "learned"], whole + [
+        [row["module"], *("-" if row[name] is None else f"{row[name]:.2f}" for name in names)]
         for row in results["modules"]
     ]
 
 
-def _barrier_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def _barrier_table(results: Mapping[str, Any]) -> TableCells:
     """A row for each two experts."""
-    ways = list(results["barriers"])
-    count = len(results["barriers"][ways[0]])
-    pairs = [(first, second) for first in range(count) for second in range(first + 1, count)]
-    return ["experts", *ways], [
-        [f"{first}, {second}", *(f"{results['barriers'][way][first][second]:.3f}" for way in ways)]
+    barriers = results["barriers"]
+    pairs = itertools.combinations(range(len(next(iter(barriers.values())))), 2)
+    return ["experts", *barriers], [
+        [f"{first}, {second}", *(f"{found[first][second]:.3f}" for found in barriers.values())]
         for first, second in pairs
     ]
 

@@ -18,13 +18,13 @@ from experiments.studies.budget import Sharing, coefficients
 from experiments.studies.ways import Coefficients
 
 LEAST_VALIDATION, MOST_VALIDATION, SHARE = 10, 1000, 5
-"""Of n images, n // SHARE validate, within these ends."""
+"""Of n images, n // SHARE validate, but at least LEAST_VALIDATION and at most MOST_VALIDATION."""
 SCRATCH = "from scratch"
-"""The start that has no expert in it."""
+"""The start without any expert."""
 _REFRESH_BATCH, _REFRESH_BATCHES = 256, 8
 _GAUSS_NEWTON_BATCH = 32
 _VALIDATION_BATCH = 256
-# What a seed's key is folded with, beside the protocol's.
+# A seed's key is folded with this number. The protocol has other numbers.
 _INITIALIZATION = 6
 
 
@@ -32,7 +32,7 @@ class Labelled(NamedTuple):
     """The labelled target images of a user, as rows of the training split.
 
     Attributes:
-        seed: which user.
+        seed: of the user.
         learning: what is learned from, `[n - V]`.
         validation: what chooses, `[V]`.
     """
@@ -53,8 +53,8 @@ class Bank(NamedTuple):
     Attributes:
         context: of `experiments.protocol.context.prepare`.
         experts: stacked, each leaf `[K, ...]`.
-        problem: from what has coefficients of its own to what is learned; each is built once.
-        statistics: of a minibatch, jitted.
+        problem: from what has coefficients of its own to what is learned. Each is built once.
+        statistics: BatchNorm's statistics of a minibatch, jitted.
     """
 
     context: Context
@@ -74,7 +74,7 @@ class Bank(NamedTuple):
 
 
 def make_bank(context: Context, experts: Variables) -> Bank:
-    """Returns what every start may use, of experts with leaves `[K, ...]`."""
+    """Returns what every start may use, from experts with leaves `[K, ...]`."""
     problem = functools.cache(functools.partial(coefficients, context, experts))
     return Bank(context, experts, problem, jax.jit(context.problem.minibatch_statistics))
 
@@ -82,7 +82,7 @@ def make_bank(context: Context, experts: Variables) -> Bank:
 def labelled_images(context: Context, seed: int, size: int) -> Labelled:
     """Returns a seed's first `size` target images, cut in two.
 
-    The experiment's own target images of the seed come first, in an order of chance, and then the others.
+    The experiment's own target images of the seed come first, in random order, and then the others.
     """
     target, generator = context.targets[seed], np.random.default_rng([seed, 3])
     others = np.setdiff1d(context.splits.rest, target)
@@ -92,7 +92,7 @@ def labelled_images(context: Context, seed: int, size: int) -> Labelled:
 
 
 def _best_expert(bank: Bank, labelled: Labelled) -> Variables:
-    """The most accurate expert; of equals, the one of the lowest loss."""
+    """The most accurate expert. Among equals it is the one with the lowest loss."""
     images = bank.images(labelled.all)
     experts = [jax.tree.map(lambda leaf, i=i: leaf[i], bank.experts) for i in range(bank.context.config.num_experts)]
     judged = [bank.context.evaluate(expert, images) for expert in experts]
@@ -107,13 +107,19 @@ def _uniform(bank: Bank, labelled: Labelled) -> Variables:
 
 def _glue(bank: Bank, labelled: Labelled) -> Variables:
     """GLUE as in the paper."""
-    config, context = bank.context.config, bank.context
-    batch_size = min(config.alpha_batch_size, len(labelled.learning))
-    context = context._replace(
-        validation=bank.images(labelled.validation), config=dataclasses.replace(config, alpha_batch_size=batch_size)
+    context = bank.context
+    batch_size = min(context.config.alpha_batch_size, len(labelled.learning))
+    result = learn_coefficients(
+        4,
+        coefficients_key(labelled.seed),
+        bank.experts,
+        bank.images(labelled.learning),
+        bank.images(labelled.validation),
+        problem=context.problem,
+        step_fn=context.step_fns[4],
+        optimizer=context.alpha_optimizer,
+        config=dataclasses.replace(context.config, alpha_batch_size=batch_size),
     )
-    key, learning = coefficients_key(labelled.seed), bank.images(labelled.learning)
-    result = learn_coefficients(context, 4, key, bank.experts, learning, max_steps=config.alpha_steps)
     return glue_jax.blend(bank.experts, result.alpha)
 
 
@@ -153,4 +159,4 @@ STARTS: Mapping[str, Callable[[Bank, Labelled], Variables]] = {
     "Gauss-Newton, by layer": functools.partial(_gauss_newton, "free by layer"),
     SCRATCH: _scratch,
 }
-"""By name, from the experts and the labelled images to the model that fine-tuning starts from."""
+"""By name: from the experts and the labelled images to the model that fine-tuning starts from."""

@@ -3,21 +3,21 @@
     python -m experiments.studies.target_size
     python -m experiments.studies.target_size --experiment cifar10 --sizes 30 100 300 1000
 
-Each start is measured as it is (the prior), and after fine-tuning it. A user has n labelled images of the target, and
-nothing else. So a fifth of the n images, at least 10 and at most 1000, is the validation set: these images choose the
-coefficients that are kept and the number of epochs of fine-tuning, none included. The other images are learned from.
-The experiment's own validation images are not used. A smaller target set is part of a larger one of the same seed.
-Where nothing is learned, all n images serve: they choose the most accurate expert, and BatchNorm's statistics are
-estimated on them, on 2048 at most.
+Each start is measured as it is (the prior), and after fine-tuning. A user has n labelled images of the target, and
+nothing else. A fifth of the n images, at least 10 and at most 1000, is the validation set. The validation images choose
+the coefficients that are kept and the number of epochs of fine-tuning, which may be none. The other images are learned
+from. The experiment's own validation images are not used. A smaller target set is part of a larger one of the same
+seed. If nothing is learned, all n images are used: they choose the most accurate expert, and at most 2048 of them give
+BatchNorm's statistics.
 
-Fine-tuning has the experiment's own optimizer, rate and minibatches (all images where there are fewer). It takes
-`--epochs` epochs at most, or as many as come to `--least-steps` steps, and ends once a quarter of them brought no lower
-validation loss. The model of the lowest validation loss is kept: with so few images, accuracies have many equals, and
-the first of the highest comes too early. Training from scratch is the same from fresh weights.
+Fine-tuning has the experiment's own optimizer, rate and minibatches (or all images, if there are fewer). It takes at
+most `--epochs` epochs, or as many epochs as have `--least-steps` steps. It ends if a quarter of the epochs brought no
+lower validation loss. The model with the lowest validation loss is kept. The accuracy does not choose the model: with
+few images many epochs have the same accuracy, and the first of them is too early. Training from scratch is the same
+from fresh weights.
 
-Experts are read from `--run-dir`, where the experiment's own command keeps them (give it the same options); those that
-are missing are trained. Each size, start and seed is kept, so a run goes on where it was stopped, and sizes can be
-added.
+The experts are read from `--run-dir`, where the experiment's own command keeps them (give it the same options). Missing
+experts are trained. Each size, start and seed is kept, so a run goes on where it was stopped, and sizes can be added.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ from experiments.protocol.context import Context, take
 from experiments.protocol.expert_training import train_experts
 from experiments.protocol.presets import ExpertArguments
 from experiments.protocol.training import Trainer, make_trainer
-from experiments.reporting.presentation import STYLE, markdown_table, spread
+from experiments.reporting.presentation import STYLE, Report, TableCells, markdown_table, page, spread
 from experiments.runtime.session import exit_on, process
 from experiments.runtime.stages import Stages
 from experiments.studies import frame
@@ -48,9 +48,9 @@ from experiments.studies.frame import slug
 from experiments.studies.starts import LEAST_VALIDATION, SCRATCH, STARTS, Bank, Labelled, labelled_images, make_bank
 from glue_jax.checks import check_counts
 
-# Of the most epochs, this part without a lower validation loss ends fine-tuning.
+# Fine-tuning ends if this part of the most epochs brought no lower validation loss: a quarter.
 _PATIENCE = 4
-# What a seed's key is folded with, beside the protocol's.
+# A seed's key is folded with this number. The protocol has other numbers.
 _TUNING = 5
 
 
@@ -59,11 +59,11 @@ class Arguments(ExpertArguments):
     """What a command line says.
 
     Attributes:
-        sizes: numbers of labelled target images. Those that the data cannot give are left out. `target-examples` has
-            no effect on them.
-        starts: those whose names contain one of these words; none given are all.
-        epochs: of fine-tuning, the most; `fine-tuning-epochs` is the experiment's own, and has no effect here.
-        least_steps: where so many epochs are fewer steps than this, more epochs are allowed.
+        sizes: numbers of labelled target images. Sizes that the data cannot give are left out. `target-examples` has
+            no effect.
+        starts: the starts whose names contain one of these words. None given: all starts.
+        epochs: the most epochs of fine-tuning. `fine-tuning-epochs`, the experiment's own, has no effect.
+        least_steps: if the most epochs have fewer steps than this, more epochs are allowed.
     """
 
     sizes: tuple[int, ...] = (30, 100, 300, 1000, 3000, 10_000)
@@ -72,11 +72,7 @@ class Arguments(ExpertArguments):
     least_steps: int = 500
 
     def __post_init__(self) -> None:
-        """Refuses values out of their range.
-
-        Raises:
-            ValueError: with the field, its value, and what was expected.
-        """
+        """Refuses values out of their range, by a ValueError with the field, its value, and what was expected."""
         check_counts(epochs=self.epochs, least_steps=self.least_steps)
         least = 2 * LEAST_VALIDATION
         if not self.sizes or len(set(self.sizes)) < len(self.sizes) or min(self.sizes) < least:
@@ -87,10 +83,7 @@ class Arguments(ExpertArguments):
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures, from a command line to the report.
-
-    Args:
-        arguments: the command line; None is the process's.
+    """Measures, from a command line (None is the process's) to the report.
 
     Returns:
         The results: `title`, `command`, `machine`, `config`, and what `measure` returns.
@@ -103,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         title="Test accuracy by the number of labelled target images",
         rows="rows",
         measure=measure,
-        present=_present,
+        present=present,
     )
 
 
@@ -215,7 +208,7 @@ def fine_tune(
     return best, losses
 
 
-def table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def table(results: Mapping[str, Any]) -> TableCells:
     """Returns a row for each start, with the prior's and the fine-tuned model's test accuracy of each size."""
     rows, sizes = results["rows"], _distinct(results, "size")
     body = []
@@ -229,48 +222,43 @@ def table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return ["prior / fine-tuned, %", *(f"n = {size:,}" for size in sizes)], body
 
 
+def _size_table(results: Mapping[str, Any]) -> TableCells:
+    """How many images validate, and how fine-tuning ended, a row for each size."""
+    body = []
+    for size in _distinct(results, "size"):
+        own = [row for row in results["rows"] if row["size"] == size]
+        none, most = (sum(row["epochs"] == at for row in own) for at in (0, own[0]["most_epochs"]))
+        body.append([str(value) for value in (size, own[0]["validation"], len(own), none, most)])
+    return ["n", "validation images", "fine-tunings", "chose no epoch", "chose the last epoch"], body
+
+
 def _distinct(results: Mapping[str, Any], name: str) -> list[Any]:
-    """What the rows have of a field, in their order."""
+    """The values of a field in the rows, in their order."""
     return list(dict.fromkeys(row[name] for row in results["rows"]))
 
 
-def _present(results: Mapping[str, Any]) -> frame.Report:
-    """All that is shown."""
-    return frame.Report(_markdown(results), {"target-size.png": _figure(results)}, {results["title"]: table(results)})
-
-
-def _markdown(results: Mapping[str, Any]) -> str:
-    """The report."""
-    rows = results["rows"]
-    validation = ", ".join(
-        f"{row['validation']:,} of {row['size']:,}" for row in {row["size"]: row for row in rows}.values()
+def present(results: Mapping[str, Any]) -> Report:
+    """Returns all that is shown of the results of `main`."""
+    left_out = ", ".join(f"{size:,}" for size in results["left_out"]) or "-"
+    markdown = page(
+        results,
+        "The table has the test accuracy of the prior (the model before fine-tuning) / after fine-tuning, in percent, "
+        "by the number n of labelled target images: means over seeds. ± is the standard deviation of the fine-tuned "
+        "accuracy.",
+        "![test accuracy by the number of labelled target images](target-size.png)",
+        markdown_table(*table(results)),
+        "Only the n images are labelled. Some of them validate: they choose the coefficients that are kept and the "
+        "number of epochs, by the lowest loss. The others are learned from. No epoch at all may be chosen. Training "
+        "from scratch then stays at fresh weights. All n images choose the best expert, and all n (at most 2,048) give "
+        "BatchNorm's statistics.",
+        markdown_table(*_size_table(results)),
+        "The experts were trained on images of the same kind, so some target images are theirs too.",
+        markdown_table(
+            ["data", "images to draw from", "sizes left out"],
+            [[results["data"], f"{results['available']:,}", left_out]],
+        ),
     )
-    drawn = f"Target images are drawn from {results['available']:,} images of {results['data']}."
-    if results["left_out"]:
-        drawn += f" So these sizes are left out: {', '.join(f'{size:,}' for size in results['left_out'])}."
-    unchanged = sum(row["epochs"] == 0 for row in rows)
-    at_end = sum(row["epochs"] == row["most_epochs"] for row in rows)
-    return (
-        "\n\n".join(
-            [
-                f"# {results['title']}",
-                f"    {results['command']}",
-                f"Run on {results['machine']}.",
-                "Test accuracy of the prior (the model before fine-tuning) / after fine-tuning, %, by n, the number "
-                f"of labelled target images. Means over {len(results['config']['seeds'])} seeds of target images; "
-                "± is the standard deviation of the fine-tuned accuracy.",
-                f"The n images are all that is labelled. Some of them validate: {validation}. They choose the "
-                "coefficients that are kept and the number of epochs, by the lowest loss; the others are learned "
-                "from. No epoch at all may be chosen, and training from scratch then stays at fresh weights. All n "
-                "images choose the best expert, and all n (2,048 at most) give BatchNorm's statistics.",
-                f"{drawn} The experts were trained on images of the same kind, so some target images are theirs, too.",
-                f"Of {len(rows)} fine-tunings {unchanged} chose no epoch, and {at_end} the last that was allowed.",
-                "![test accuracy by the number of labelled target images](target-size.png)",
-                markdown_table(*table(results)),
-            ]
-        )
-        + "\n"
-    )
+    return Report(markdown, {"target-size.png": _figure(results)}, {results["title"]: table(results)})
 
 
 def _figure(results: Mapping[str, Any]) -> Figure:

@@ -4,34 +4,27 @@
     python -m experiments.studies.ablation --experiment cifar10 --initializations common --recipes "4 GLUE" "free
     coefficients"
 
-The digits, all ways and both initialisations, take 10 minutes of one CPU core. Each way's coefficients and figures are
-kept in the folder of the results, so an interrupted run goes on, and ways can be added.
+The digits take 10 minutes of one CPU core, for all ways and both initialisations. Each way's coefficients and figures
+are kept in the folder of the results, so an interrupted run goes on, and ways can be added.
 
-Experts are read from `--run-dir`, where the experiment's own command keeps them (give it the same options); those that
-are missing are trained.
+The experts are read from `--run-dir`, where the experiment's own command keeps them (give it the same options). Missing
+experts are trained.
 """
 
 import dataclasses
-import shlex
-import sys
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
-
-from experiments.protocol import data
 from experiments.protocol.config import Initialization
-from experiments.protocol.context import prepare
+from experiments.protocol.context import Context
 from experiments.protocol.expert_training import describe_missing
-from experiments.protocol.presets import ExpertArguments, parse
-from experiments.runtime.session import exit_on, process, session
-from experiments.runtime.stages import machine
-from experiments.studies.ablation import ablation_report as report
+from experiments.protocol.presets import ExpertArguments
+from experiments.runtime.session import process
+from experiments.runtime.stages import Stages
+from experiments.studies import frame
+from experiments.studies.ablation.ablation_report import present
 from experiments.studies.ablation.recipes import Recipe, recipes
 from experiments.studies.ablation.trials import measure
-
-_MACHINES = "machine", "learned_on"
-"""The fields of a row that name one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,9 +33,9 @@ class Arguments(ExpertArguments):
 
     Attributes:
         initializations: of the experts; `initialization` itself has no effect here.
-        recipes: those of these names; a word that is none's name stands for all whose names contain it; none given are
-            all.
-        epochs: of fine-tuning; `fine-tuning-epochs` is the experiment's, whose own run Configs 1 to 4 are taken from.
+        recipes: their names, or parts of names: a word that is no recipe's name stands for all recipes that contain
+            it. None given: all recipes.
+        epochs: of fine-tuning. `fine-tuning-epochs` is the experiment's own: Configs 1 to 4 are taken from its run.
     """
 
     initializations: tuple[Initialization, ...] = ("common", "separate")
@@ -50,11 +43,7 @@ class Arguments(ExpertArguments):
     epochs: int = 5
 
     def __post_init__(self) -> None:
-        """Refuses values out of their range.
-
-        Raises:
-            ValueError: with the field, its value, and what was expected.
-        """
+        """Refuses values out of their range, by a ValueError with the field, its value, and what was expected."""
         if self.epochs < 0:
             raise ValueError(f"epochs is {self.epochs}; expected at least 0")
         if not self.initializations or len(set(self.initializations)) < len(self.initializations):
@@ -62,7 +51,7 @@ class Arguments(ExpertArguments):
         self.chosen()
 
     def chosen(self) -> list[Recipe]:
-        """Returns the recipes of these names, and those whose names contain a word that is none's name."""
+        """Returns the recipes that the command line names."""
         known = recipes(self.config)
         names = {recipe.name for recipe in known}
         chosen = set() if self.recipes else names
@@ -75,57 +64,41 @@ class Arguments(ExpertArguments):
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures, from a command line to the report.
-
-    Args:
-        arguments: the command line; None is the process's.
+    """Measures, from a command line (None is the process's) to the report.
 
     Returns:
-        The results: `title`, `command`, `machine`, and `sets`, for each initialisation what
+        The results: `title`, `command`, `machine`, `config`, and `sets`, for each initialisation what
         `experiments.studies.ablation.trials.measure` returns.
     """
-    words = sys.argv[1:] if arguments is None else list(arguments)
-    console = Console(markup=False)
-    with exit_on(ValueError):
-        parsed = parse(Arguments, "studies.ablation", __doc__ or "", words)
-        parsed.check()
+    return frame.run(
+        Arguments,
+        "studies.ablation",
+        __doc__ or "",
+        arguments,
+        title="Ways from experts to one model",
+        measure=_measure,
+        present=present,
+        plan=lambda context, parsed: f"{len(parsed.chosen())} recipes of {len(context.config.seeds)} seeds",
+    )
+
+
+def _measure(context: Context, parsed: Arguments, stages: Stages) -> dict[str, Any]:
+    """Measures the experts of each initialisation."""
+    contexts = []
+    for initialization in parsed.initializations:
+        config = dataclasses.replace(parsed.config, initialization=initialization)
+        contexts.append(frame.open_context(parsed, config, context.dataset, context.progress))
     sets = []
-    command = shlex.join(["python", "-m", "experiments.studies.ablation", *words])
-    with session(parsed.out_dir, console, command) as progress:
-        with exit_on(ValueError, OSError, data.DatasetNotFoundError):
-            dataset = data.load(parsed.config.dataset, parsed.data_dir, parsed.config.image_size)
-            contexts = [
-                prepare(
-                    dataclasses.replace(parsed.config, initialization=initialization),
-                    dataset,
-                    parsed.run_dir / "stages",
-                    progress,
-                    accept_stages=parsed.accept_stages,
-                )
-                for initialization in parsed.initializations
-            ]
-        for context in contexts:
-            # Experts of separate initialisations have no origin in common.
-            is_common = context.config.initialization == "common"
-            chosen = [recipe for recipe in parsed.chosen() if is_common or not recipe.task_vectors]
-            progress.say(
-                f"{dataset.name}, {context.config.initialization} initialisation; {machine()}\n"
-                f"{describe_missing(context)}\n"
-                f"{len(chosen)} recipes of {len(context.config.seeds)} seeds, each with {parsed.epochs} epochs of "
-                "fine-tuning"
-            )
-            sets.append(measure(context, chosen, parsed.epochs, parsed.stages(progress)))
-        results = {
-            "title": f"Ways from experts to one model: {parsed.experiment}, preset {parsed.preset}",
-            "command": command,
-            "machine": "; ".join(
-                sorted({row.get(of) or row["machine"] for found in sets for row in found["rows"] for of in _MACHINES})
-            ),
-            "sets": sets,
-        }
-        report.write(results, parsed.out_dir)
-    report.print_tables(results, parsed.out_dir, console)
-    return results
+    for opened in contexts:
+        initialization = opened.config.initialization
+        opened.progress.say(f"{initialization} initialisation: {describe_missing(opened)}")
+        # Experts of separate initialisations have no origin in common.
+        chosen = [recipe for recipe in parsed.chosen() if initialization == "common" or not recipe.task_vectors]
+        sets.append(measure(opened, chosen, parsed.epochs, stages))
+    # A row names the machine that fine-tuned the model, and the one that learned the coefficients.
+    rows = [row for found in sets for row in found["rows"]]
+    machines = {row["machine"] for row in rows} | {row.get("learned_on") or row["machine"] for row in rows}
+    return {"machine": "; ".join(sorted(machines)), "sets": sets}
 
 
 if __name__ == "__main__":

@@ -1,55 +1,44 @@
 """The report of `experiments.studies.ablation`: tables of all recipes, and a picture."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.console import Console
 
-from experiments.reporting.presentation import STYLE, markdown_table, rich_table, spread, write_report
+from experiments.reporting.presentation import STYLE, Report, TableCells, markdown_table, page, spread
 
 _COLORS = {"the paper": "#777777", "remedies": "#0072b2", "combinations": "#d55e00"}
-_WORDS = (
-    "Refreshed: BatchNorm's statistics are estimated anew on target images. Minibatch: while learning, each model "
-    "normalises by its minibatch, and is refreshed then. Aligned: the experts' units are permuted, jointly or to the "
-    "first expert, before they are blended. By block, by layer: coefficients for each. Temperature: the logits' is "
-    "learned, too. Free coefficients: without a softmax, with minibatch; by layer they go on from the one "
-    "vector for the model, with one for all norms together. Task vectors: free coefficients of the differences to the "
-    "experts' initialisation."
-)
+_WORDS = """- Refreshed: BatchNorm's statistics are estimated anew on target images.
+- Minibatch: while the coefficients are learned, each model normalises by its minibatch. It is refreshed afterwards.
+- Aligned: the experts' units are permuted before they are blended, jointly or to the first expert.
+- By block, by layer: each block or layer has its own coefficients.
+- Temperature: a temperature of the logits is learned too.
+- Free coefficients: without a softmax, with minibatch statistics. By layer, they go on from the one vector that was
+  learned for the model, and all norms share one vector.
+- Task vectors: free coefficients of the differences between the experts and their initialisation."""
 _WORDS_OF = {
-    "RegMean": "RegMean: each layer is merged in closed form, by each expert's inputs to it on target images.",
-    "Gauss-Newton": "Gauss-Newton, ours: coefficients are learned from the outputs of d + 2 blends a step, with d the "
-    "number of coefficients (under a softmax one fewer), and no backward pass; validated every 5 steps.",
+    "RegMean": "- RegMean: each layer is merged in closed form, by each expert's inputs to it on target images.",
+    "Gauss-Newton": "- Gauss-Newton, ours: a step learns the coefficients from the outputs of d + 2 blends, with d the "
+    "number of coefficients (one fewer under a softmax). It takes no backward pass, and validates every 5 steps.",
 }
 """What is said of recipes with such a name, where there are any."""
 # Epochs of fine-tuning that have a column.
 _EPOCHS = (1, 5)
 
 
-def write(results: Mapping[str, Any], folder: Path) -> None:
-    """Writes `results.json`, `report.md` and `ablation.png`.
-
-    Args:
-        results: of `experiments.studies.ablation.__main__.main`.
-        folder: where to.
-    """
-    write_report(folder, results, _markdown(results), {"ablation.png": figure(results)})
-
-
-def print_tables(results: Mapping[str, Any], folder: Path, console: Console) -> None:
-    """Prints the tables, and where the report lies."""
+def present(results: Mapping[str, Any]) -> Report:
+    """Returns all that is shown of the results of `experiments.studies.ablation.__main__.main`."""
+    tables = {}
     for found in results["sets"]:
-        title = f"{found['config']['initialization']} initialisation"
-        console.print(rich_table(title, *table(found["rows"]), caption=_references(found)))
-    console.print(f"report: {folder / 'report.md'}", highlight=False, soft_wrap=True)
+        name = found["config"]["initialization"]
+        tables |= {f"{name} initialisation": table(found["rows"]), f"{name} experts": references(found)}
+    return Report(_markdown(results), {"ablation.png": figure(results)}, tables)
 
 
-def table(rows: list[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def table(rows: list[Mapping[str, Any]]) -> TableCells:
     """Returns a row for each recipe, headers and cells: means over seeds ± their standard deviation.
 
     Args:
@@ -116,29 +105,31 @@ def _draw(axes: Axes, found: Mapping[str, Any], names: list[str], colors: list[s
 def _markdown(results: Mapping[str, Any]) -> str:
     """The report."""
     config = results["sets"][0]["config"]
-    seeds = config["seeds"]
     names = {row["recipe"] for found in results["sets"] for row in found["rows"]}
-    means = f"means over {len(seeds)} seeds ± their standard deviation" if len(seeds) > 1 else f"seed {seeds[0]}"
+    words = [words for word, words in _WORDS_OF.items() if any(word in name for name in names)]
+    fields = ("network", "num_experts", "expert_examples", "seeds")
     blocks = [
-        f"# {results['title']}",
-        f"    {results['command']}",
-        f"{config['network']} on {results['sets'][0]['data']}, {config['num_experts']} experts of "
-        f"{config['expert_examples']} images. Run on {results['machine']}.",
-        "Test accuracy and loss of the prior, its accuracy on the validation images, which judge learning, and test "
-        f"accuracy after so many epochs of fine-tuning it; {means}. Passes: how many times one model went forward on "
-        "one target or validation image on the way to the prior; backward passes are not among them. Seconds: to the "
-        "prior, with compilation, without the experts' alignment.",
-        " ".join([_WORDS, *(words for word, words in _WORDS_OF.items() if any(word in name for name in names))]),
+        markdown_table(
+            ["data", *(field.replace("_", " ") for field in fields)],
+            [[results["sets"][0]["data"], *(str(config[field]) for field in fields)]],
+        ),
+        "The prior is the model before fine-tuning. The tables have its test accuracy and test loss, its accuracy on "
+        "the validation images, which judge learning, and the test accuracy after some epochs of fine-tuning: means "
+        "over seeds ± the standard deviation. Passes: how many times one model went forward on one target or "
+        "validation image on the way to the prior. Backward passes are not among them. Seconds: to the prior, with "
+        "compilation, without the alignment of the experts.",
+        "\n".join([_WORDS, *words]),
         "![accuracy of each recipe's prior](ablation.png)",
     ]
     for found in results["sets"]:
-        blocks += [f"## Experts of {found['config']['initialization']} initialisation", f"{_references(found)}."]
+        name = found["config"]["initialization"]
+        blocks += [f"## Experts of {name} initialisation", markdown_table(*references(found))]
         for part in dict.fromkeys(row["part"] for row in found["rows"]):
             blocks += [
                 f"### {part[0].upper()}{part[1:]}",
                 markdown_table(*table([row for row in found["rows"] if row["part"] == part])),
             ]
-    return "\n\n".join(blocks) + "\n"
+    return page(results, *blocks)
 
 
 def _by_recipe(rows: list[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
@@ -149,10 +140,13 @@ def _by_recipe(rows: list[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any
     return found
 
 
-def _references(found: Mapping[str, Any]) -> str:
-    """What the recipes are compared with."""
-    accuracies = [100 * row["test_accuracy"] for row in found["experts"]]
-    return (
-        f"Experts: {np.mean(accuracies):.1f} % on average, {max(accuracies):.1f} % the best; the ensemble of all "
-        f"{len(accuracies)}, as many networks: {100 * found['ensemble']['test_accuracy']:.1f} %"
-    )
+def references(found: Mapping[str, Any]) -> TableCells:
+    """Returns what the recipes are compared with, a header and one row.
+
+    Args:
+        found: of `experiments.studies.ablation.trials.measure`.
+    """
+    accuracies = [row["test_accuracy"] for row in found["experts"]]
+    values = np.mean(accuracies), max(accuracies), found["ensemble"]["test_accuracy"]
+    headers = ["test accuracy, %", "mean expert", "best expert", "ensemble of all experts"]
+    return headers, [["of the experts", *(f"{100 * value:.1f}" for value in values)]]

@@ -1,4 +1,4 @@
-"""What recipes may know of the experts, and what it takes to know it."""
+"""What recipes may know of the experts, and how many passes that takes."""
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,14 +18,14 @@ Batches: TypeAlias = Sequence[jax.Array]
 
 
 class Measured:
-    """Experts, and what is known of them from validation images.
+    """Experts, and what validation images tell about them.
 
     Attributes:
         problem: the network with the preparation of its images.
-        experts: stacked, each leaf `[K, ...]`, by how their units are permuted; each way is computed once.
+        experts: from how their units are permuted to the stacked experts, each leaf `[K, ...]`. Each is computed once.
         num_experts: K.
-        validation: images that judge.
-        passes: how many times one model went forward on one image for what was asked, since this was last set to 0.
+        validation: the validation images.
+        passes: counts how many times one model went forward on one image for what was asked. Callers reset it to 0.
     """
 
     def __init__(
@@ -42,26 +42,26 @@ class Measured:
         self._table, self._evaluate = table, evaluate
 
     def losses(self) -> list[float]:
-        """Of each expert on the validation images, `[K]`."""
+        """Returns the loss of each expert on the validation images, `[K]`."""
         return self._column("validation_loss")
 
     def accuracies(self) -> list[float]:
-        """Of each expert on the validation images, fractions `[K]`."""
+        """Returns the accuracy of each expert on the validation images, fractions `[K]`."""
         return self._column("validation_accuracy")
 
     def validation_loss(self, variables: Variables) -> float:
-        """Of any model on the validation images."""
+        """Returns the loss of any model on the validation images."""
         self.passes += len(self.validation.labels)
         return self._evaluate(variables, self.validation)["loss"]
 
     def fishers(self) -> Variables:
-        """The diagonal Fisher information of each expert on the validation images, stacked."""
+        """Returns the diagonal Fisher information of each expert on the validation images, stacked."""
         self.passes += self.num_experts * len(self.validation.labels)
         fisher = _fisher(self.problem)
         return glue_jax.stack_experts([fisher(expert, self.validation.images) for expert in self._each()])
 
     def grams(self, batches: Batches) -> dict[str, jax.Array]:
-        """The Gram matrix of each expert's inputs to each layer, by the layer's kernel, `[K, in, in]`.
+        """Returns the Gram matrix of each expert's inputs to each layer, by the layer's kernel, `[K, in, in]`.
 
         Args:
             batches: minibatches of images.

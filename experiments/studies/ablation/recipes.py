@@ -28,40 +28,39 @@ BLOCKS: Mapping[str, str] = {
     "mobilenetv2": r"blocks/\d+|head",
     "vit": r"blocks/\d+|head",
 }
-"""By network, the pattern of `glue_jax.merging.group_by_path` that gives each block a group."""
+"""By network, the pattern for `glue_jax.merging.group_by_path` that gives each block a group."""
 
 LAYERS = r"^[^/]+/(.+)/[^/]+$"
 """The pattern that gives each module a group, its parameters with its statistics."""
 
 
 Start = Callable[[Measured], jax.Array]
-"""From what is known of the experts to coefficients `[K]` on the simplex, or to several, `[S, K]`."""
+"""From what is known of the experts to coefficients on the simplex, `[K]`, or to several starts, `[S, K]`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One way, made of independent parts.
+    """A way from experts to one model, made of independent parts.
 
     Attributes:
         name: in the table.
-        part: of the table.
-        paper_config: the number of the paper's Config that it is, which the experiment may have measured already.
+        part: the part of the table that it stands in.
+        paper_config: the number of the paper's Config that it is. The experiment may have measured it already.
         start: where learning starts; without learning, the coefficients.
-        first: what is learned before, one vector of coefficients for the model; its result is the start of each group.
-        step_fn: learns the coefficients; None keeps the start.
+        first: another recipe, which learns one vector of coefficients for the model first. Each group starts there.
+        step_fn: learns the coefficients. None keeps the start.
         link_fn: from what is learned to coefficients.
-        task_vectors: whether the experts' common initialisation is blended with them, as their differences' origin.
-        grouping: what has coefficients of its own; with norms together, they share theirs.
-        temperature: whether a temperature is learned, too.
-        learning_rate: of Adam on beta, which falls to a fiftieth of it, by a cosine, at the most steps; None is the
-            experiment's own, which stays as it is. Gauss-Newton has none.
-        most_steps: of learning, where the experiment allows as many; None are all that it allows.
+        task_vectors: whether the experts' common initialisation is blended too, as the origin of their differences.
+        grouping: what has coefficients of its own. `norms together`: all norms share one vector.
+        temperature: whether a temperature is learned too.
+        learning_rate: Adam's for beta. It falls to a fiftieth, by a cosine, until the most steps. None is the
+            experiment's own, which is constant. Gauss-Newton has none.
+        most_steps: the most steps of learning, if the experiment allows as many. None is all that it allows.
         objective: from logits and labels to what is minimised.
-        statistics: BatchNorm's: `blended` as all else, `refreshed` on target images once the coefficients are known, or
-            by the `minibatch` while they are learned and refreshed then.
-        aligned: whether the experts' units are permuted first: to the first expert, or jointly.
-        merge: in place of coefficients, from what is known of the experts, and minibatches of target images, to the
-            model.
+        statistics: BatchNorm's. `blended`: like all else. `refreshed`: estimated on target images when the coefficients
+            are known. `minibatch`: of each minibatch during learning, and refreshed afterwards.
+        aligned: whether the experts' units are permuted first, jointly or to the first expert.
+        merge: replaces coefficients: from what is known of the experts and minibatches of target images to the model.
     """
 
     name: str
@@ -83,7 +82,7 @@ class Recipe:
 
     @property
     def outside_the_hull(self) -> bool:
-        """Whether its coefficients may be; where they may not, they are a softmax."""
+        """Whether its coefficients may leave the experts' convex hull. If not, they are a softmax."""
         return self.task_vectors or self.link_fn is not jax.nn.softmax
 
     @property
@@ -93,7 +92,7 @@ class Recipe:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What decides its result, as JSON holds it; a function is its name."""
+        """All that decides its result, as JSON holds it. The name stands for a function."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         step = self.step_fn
         if isinstance(step, functools.partial):
@@ -102,7 +101,7 @@ class Recipe:
         return {**named, "first": self.first and self.first.fingerprint}
 
     def groups(self, experts: Variables, network: str) -> glue_jax.merging.Groups | None:
-        """The groups of a network's leaves; None is one for the model."""
+        """Returns the groups of a network's leaves; None is one group for the model."""
         if self.grouping == "model":
             return None
         if self.grouping != "layer, norms together":
@@ -115,11 +114,11 @@ class Recipe:
         return glue_jax.merging.group_by_path(experts, label)
 
     def __post_init__(self) -> None:
-        """Refuses what cannot be.
+        """Refuses parts that do not go together.
 
         Raises:
-            ValueError: coefficients outside the experts' hull with BatchNorm statistics that are blended, or a recipe
-                that is learned first whose coefficients are not a start for this one's.
+            ValueError: coefficients outside the experts' hull with blended BatchNorm statistics, or a first recipe
+                whose coefficients are no start for this one.
         """
         if self.first is not None:
             parts = ("link_fn", "task_vectors", "temperature", "aligned")
@@ -138,7 +137,7 @@ class Recipe:
 
 
 def _named(value: Any) -> Any:
-    """A value as JSON holds it: a function is its name, a link what it is made of."""
+    """A value as JSON holds it. A name stands for a function, and its parts for a link."""
     if isinstance(value, Link):
         return {field.name: _named(getattr(value, field.name)) for field in dataclasses.fields(value)}
     return getattr(value, "__name__", value)
@@ -198,7 +197,7 @@ def recipes(config: Config) -> list[Recipe]:
     """Returns all recipes.
 
     Args:
-        config: its step of GLUE is the one of those recipes that say nothing else of directions.
+        config: the recipes use its step of GLUE, unless they have other directions.
     """
     radius, num_experts = config.radius, config.num_experts
     spsa = glue_step(config)
@@ -208,7 +207,7 @@ def recipes(config: Config) -> list[Recipe]:
     # A step function: see glue_jax.objectives.
     wide = functools.partial(many, radius=0.3)
     free = functools.partial(glue_jax.spsa_step, radius=radius, directions="orthogonal", num_directions=num_experts)
-    # By layer there are many more dimensions.
+    # By layer there are many more dimensions to probe.
     free_by_layer = functools.partial(free, num_directions=2 * num_experts)
     full, gauss_newton = glue_jax.full_gradient_step, glue_jax.gauss_newton_step
 

@@ -2,97 +2,40 @@
 
 import dataclasses
 import functools
-import itertools
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import glue_jax
 from experiments.models.network import Variables
 from experiments.models.permutations import SPECS
-from experiments.protocol.coefficients import coefficients_key
 from experiments.protocol.config import CoefficientFields, FineTuningFields, part
 from experiments.protocol.context import Context, take
 from experiments.protocol.data import Examples
-from experiments.protocol.expert_training import initial_variables, measure_experts, train_experts
+from experiments.protocol.expert_training import measure_experts, train_experts
 from experiments.protocol.fine_tuning import fine_tune
 from experiments.protocol.run import kept
 from experiments.protocol.training import Problem, cross_entropy
 from experiments.runtime.sources import functions_in
 from experiments.runtime.stages import Stages
+from experiments.studies.ablation.learners import Learner, learn_beta, make_learner
 from experiments.studies.ablation.prerequisites import Alignment, Measured
 from experiments.studies.ablation.recipes import Recipe
-from glue_jax.directions import dimension
-from glue_jax.links import directions_of
-from glue_jax.types import LinkFn, LossFn, MergeFn
 
-HEAD = "^params/head/"
-"""The layer that a temperature is folded into."""
 REFRESH_BATCH, REFRESH_BATCHES = 256, 8
-"""Target images that BatchNorm's statistics and RegMean's Gram matrices are estimated on, at most."""
-# Of a learning rate that falls, at the most steps.
-_LAST_RATE = 0.02
-
-
-class Learner(NamedTuple):
-    """A recipe's parts, built once: what is compiled for one seed serves the next.
-
-    Attributes:
-        recipe: whose parts.
-        experts: stacked; aligned, with an origin, without statistics, as the recipe has it.
-        link_fn: of `glue_jax.learn`.
-        merge_fn: of `glue_jax.learn`.
-        loss_fn: of `glue_jax.learn`.
-        beta: the start, leaves `[...]`, or of several starts `[S, ...]`; None where it is learned.
-        first: what learns it.
-        num_groups: of coefficients; None is one vector for the model.
-        num_starts: S.
-        start_passes: what the starts took, as `Measured.passes`.
-        optimizer: of beta; None is Gauss-Newton, which has none.
-        max_steps: the most steps.
-    """
-
-    recipe: Recipe
-    experts: Variables
-    link_fn: LinkFn
-    merge_fn: MergeFn
-    loss_fn: LossFn
-    beta: Any
-    first: "Learner | None"
-    num_groups: int | None
-    num_starts: int
-    start_passes: int
-    optimizer: optax.GradientTransformation | None
-    max_steps: int
-
-
-class Learned(NamedTuple):
-    """What was learned.
-
-    Attributes:
-        beta: the best by validation.
-        alpha: of it.
-        steps: of learning, those of what was learned first among them.
-        passes: as `Measured.passes`.
-    """
-
-    beta: Any
-    alpha: Any
-    steps: int
-    passes: int
+"""The size and the most number of the batches that estimate BatchNorm's statistics and RegMean's Gram matrices."""
 
 
 def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: Stages) -> dict[str, Any]:
     """Measures what is not measured yet.
 
     Args:
-        context: of the run whose experts these are; they are trained where they are missing.
-        recipes: to follow.
+        context: of the run whose experts these are. Missing experts are trained.
+        recipes: the recipes to follow.
         num_epochs: of fine-tuning.
         stages: where the measurements are kept.
 
@@ -101,8 +44,8 @@ def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: St
         accuracy of their mean probabilities), and `rows`, one for each recipe and seed: `recipe`, `part`, `seed`,
         `test_loss` and `test_accuracy` (of the prior and after each epoch), `validation_loss` and
         `validation_accuracy` (of the prior, on the images that judged it), `training_loss` of each epoch,
-        `forward_passes` (of one model on one image), `prior_seconds` (compilation included, the experts' alignment
-        not), `machine`, and, where they are learned, `alpha`, `temperature`, `steps`, `learned_on`, a machine.
+        `forward_passes` (of one model on one image), `prior_seconds` (with compilation, without the experts'
+        alignment), `machine`, and, if they are learned, `alpha`, `temperature`, `steps` and `learned_on`, a machine.
     """
     experts, _ = train_experts(context)
     table = measure_experts(context, experts)["experts"]
@@ -121,10 +64,10 @@ def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: St
 
         def compute() -> dict[str, Any]:
             target, learned = take(context.train, context.targets[seed]), None
-            # In nobody's seconds: it is computed once.
+            # The alignment is computed once, so it is not part of any recipe's seconds.
             measured.experts(recipe.aligned)
             if recipe.step_fn is not None:
-                # Kept before it is fine-tuned, for each may take long.
+                # The coefficients are kept before fine-tuning, since both may take long.
                 stage = f"{name}-coefficients", {**learning_fields, **how}
                 learned = stages.run(*stage, lambda: _learn(context, learner(), target, seed))
                 learner()
@@ -146,7 +89,7 @@ def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: St
 
     rows = []
     for recipe in recipes:
-        learner = functools.cache(functools.partial(_learner, context, recipe, measured))
+        learner = functools.cache(functools.partial(make_learner, context, recipe, measured))
         for seed in context.config.seeds:
             row = measure_row(recipe, learner, seed)
             rows.append({"recipe": recipe.name, "part": recipe.part, "seed": seed, **row})
@@ -165,7 +108,7 @@ def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: St
 
 
 def _kept(context: Context, recipe: Recipe, measured: Measured, seed: int, num_epochs: int) -> dict[str, Any] | None:
-    """What `measure` asks of one of the paper's Configs, where the experiment has done it: hours at its scale."""
+    """A row of `measure` for one of the paper's Configs, if the experiment has it: hours of work at its scale."""
     config = context.config
     weights, tuned = (None, None) if recipe.paper_config is None else kept(context, recipe.paper_config, seed)
     if weights is None or tuned is None or num_epochs > config.fine_tuning_epochs:
@@ -200,7 +143,7 @@ def _model(
     learned: dict[str, Any] | None,
     target: Examples,
 ) -> tuple[Variables, dict[str, Any]]:
-    """A recipe's model, and what is known of it: `forward_passes`, and what `_learn` returned where it was learned."""
+    """A recipe's model, and what is known of it: `forward_passes`, and what `_learn` returned."""
     measured.passes, passes, details = 0, 0, {}
     images = target.images[: REFRESH_BATCH * REFRESH_BATCHES]
     batches = [images[at : at + REFRESH_BATCH] for at in range(0, len(images), REFRESH_BATCH)]
@@ -217,7 +160,7 @@ def _model(
         if recipe.temperature:
             alpha = glue_jax.links.Tempered(alpha, jnp.float32(learned["temperature"]))
         variables = learner().merge_fn(learner().experts, alpha)
-        # The start is asked for once, and every seed needs it.
+        # The start is computed once, but every seed needs it.
         measured.passes, passes = learner().start_passes, learned["forward_passes"]
     if recipe.statistics != "blended":
         variables = glue_jax.merging.refresh_statistics(variables, batches, _statistics_fn(context.problem))
@@ -226,8 +169,8 @@ def _model(
 
 
 def _learn(context: Context, learner: Learner, target: Examples, seed: int) -> dict[str, Any]:
-    """Learned coefficients, and what they took: `alpha`, `temperature`, `steps`, `forward_passes`."""
-    learned = _coefficients(context, learner, target, seed)
+    """Learns coefficients. Returns `alpha`, `temperature`, `steps` and `forward_passes`."""
+    learned = learn_beta(context, learner, target, seed)
     alpha, temperature = learned.alpha, None
     if learner.recipe.temperature:
         alpha, temperature = alpha.coefficients, float(alpha.temperature)
@@ -239,134 +182,9 @@ def _learn(context: Context, learner: Learner, target: Examples, seed: int) -> d
     }
 
 
-def _coefficients(context: Context, learner: Learner, target: Examples, seed: int) -> Learned:
-    """Coefficients, learned."""
-    config = context.config
-    before = Learned(learner.beta, None, steps=0, passes=0)
-    if learner.first is not None:
-        before = _coefficients(context, learner.first, target, seed)
-        before = before._replace(beta=_by_groups(before.beta, learner.num_groups))
-    words: dict[str, Any] = {
-        "loss_fn": learner.loss_fn,
-        "optimizer": learner.optimizer,
-        "step_fn": learner.recipe.step_fn,
-        "link_fn": learner.link_fn,
-        "merge_fn": learner.merge_fn,
-        "validation_data": context.validation,
-        "batch_size": config.alpha_batch_size,
-        "max_steps": learner.max_steps,
-        # Gauss-Newton's few steps are validated as often as learn does by default.
-        "validate_every": None if learner.optimizer is None else config.validate_every,
-        "patience": config.patience,
-    }
-    # The steps of a start after each of its chunks; each start begins anew.
-    taken: list[int] = []
-    words["callback"] = lambda progress: taken.append(progress.step)
-    key = coefficients_key(seed)
-    with jax.default_matmul_precision(config.matmul_precision):
-        if learner.num_starts > 1:
-            result = glue_jax.learn_from_starts(key, learner.experts, target, starts=before.beta, **words)
-        else:
-            count = glue_jax.num_experts(learner.experts)
-            state = glue_jax.init(count, learner.optimizer, beta=before.beta, link_fn=learner.link_fn)
-            result = glue_jax.learn(key, learner.experts, target, state=state, **words)
-    metrics = result.history.metrics
-    steps = len(metrics.loss)
-    if learner.optimizer is None:
-        # Gauss-Newton: beta, what was proposed, and a difference along each direction.
-        per_step = dimension(result.beta, directions_of(learner.link_fn)) + 2
-    else:
-        # One pass a step where there are no probes: the full gradient's, which its backward pass is not counted in.
-        per_step = 1 if metrics.probe_losses is None else metrics.probe_losses[0].size
-    of_all_starts = sum(last for last, following in itertools.pairwise([*taken, 0]) if following <= last)
-    # Each start is judged before its first step and after each chunk.
-    judged = learner.num_starts + len(taken)
-    passes = of_all_starts * per_step * config.alpha_batch_size + judged * len(context.validation.labels)
-    return Learned(result.beta, result.alpha, before.steps + steps, before.passes + passes)
-
-
-def _by_groups(beta: Any, num_groups: int | None) -> Any:
-    """The same coefficients for each group."""
-    if num_groups is None:
-        return beta
-    if isinstance(beta, glue_jax.links.Tempered):
-        return beta._replace(coefficients=_by_groups(beta.coefficients, num_groups))
-    return jnp.tile(beta[None], (num_groups, 1))
-
-
-def _learner(context: Context, recipe: Recipe, measured: Measured) -> Learner:
-    """What a recipe learns with."""
-    experts, link = measured.experts(recipe.aligned), recipe.link_fn
-    merge: MergeFn = glue_jax.blend
-    if recipe.task_vectors:
-        origin = initial_variables(context)
-        experts = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), origin, experts)
-        link = glue_jax.links.task_vector_weights
-    if recipe.statistics == "minibatch" and jax.tree.leaves(experts["batch_stats"]):
-        _, experts = glue_jax.partition(experts, "^batch_stats/")
-    num_groups = None
-    if groups := recipe.groups(experts, context.config.network):
-        merge = functools.partial(merge, groups=groups.rows)
-        num_groups = len(groups.names)
-    if recipe.temperature:
-        link, merge = glue_jax.links.tempered_link(link), glue_jax.links.tempered_merge(merge, head=HEAD)
-
-    def start(weights: jax.Array) -> Any:
-        # A softmax reaches a single expert only in the limit.
-        inside = 0.99 * weights + 0.01 / weights.shape[-1]
-        beta = weights if recipe.outside_the_hull else glue_jax.coefficients.weights_to_logits(inside)
-        return _by_groups(glue_jax.links.Tempered(beta, jnp.zeros(())) if recipe.temperature else beta, num_groups)
-
-    if recipe.first is not None:
-        first = _learner(context, recipe.first, measured)
-        beta, num_starts, start_passes = None, 1, first.start_passes
-    else:
-        measured.passes = 0
-        first, weights = None, recipe.start(measured)
-        several = weights.ndim == 2
-        num_starts, start_passes = len(weights) if several else 1, measured.passes
-        beta = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(start, weights)) if several else start(weights)
-    loss = glue_jax.OutputLoss(
-        functools.partial(_logits, context.problem, recipe.statistics == "minibatch"),
-        functools.partial(_loss, recipe.objective),
-    )
-    config, optimizer = context.config, context.alpha_optimizer
-    max_steps = min(config.alpha_steps, recipe.most_steps or config.alpha_steps)
-    if recipe.step_fn is glue_jax.gauss_newton_step:
-        optimizer = None
-    elif recipe.learning_rate is not None:
-        schedule = optax.cosine_decay_schedule(recipe.learning_rate, max_steps, _LAST_RATE)
-        optimizer = optax.adam(schedule, b1=config.alpha_b1, b2=config.alpha_b2)
-    return Learner(
-        recipe=recipe,
-        experts=experts,
-        link_fn=link,
-        merge_fn=merge,
-        loss_fn=loss,
-        beta=beta,
-        first=first,
-        num_groups=num_groups,
-        num_starts=num_starts,
-        start_passes=start_passes,
-        optimizer=optimizer,
-        max_steps=max_steps,
-    )
-
-
-def _logits(problem: Problem, by_minibatch: bool, variables: Variables, batch: Examples) -> jax.Array:
-    """A model's outputs, `[B, classes]`."""
-    logits = problem.minibatch_logits if by_minibatch else problem.logits
-    return logits(variables, batch.images)
-
-
-def _loss(objective: Callable[[jax.Array, jax.Array], jax.Array], logits: jax.Array, batch: Examples) -> jax.Array:
-    """An objective of a model's outputs."""
-    return objective(logits, batch.labels)
-
-
 @functools.cache
 def _statistics_fn(problem: Problem) -> Callable[[Variables, jax.Array], Any]:
-    """Of a minibatch of images, compiled once for a problem."""
+    """BatchNorm's statistics of a minibatch of images, compiled once for a problem."""
     return jax.jit(problem.minibatch_statistics)
 
 

@@ -1,16 +1,15 @@
-"""The cost of an SPSA step against a full-gradient step: time beside Eq. (9) and (10), memory and FLOPs.
+"""The cost of an SPSA step and of a full-gradient step: time, compared with Eq. (9) and (10), memory and FLOPs.
 
     python -m experiments.studies.cost
     python -m experiments.studies.cost --networks resnet20 --batch-sizes 64 --num-experts 10 --num-directions 1
 
-The first takes 23 minutes on 2 CPU cores, most of them MobileNetV2's. Leave the machine alone meanwhile: the figures
-are medians of times. No data is needed. Where `python -m experiments.studies.cost.tpu` was run into the same folder,
-its figures are shown, too.
+The first command takes 23 minutes on 2 CPU cores, most of them for MobileNetV2. Leave the machine alone meanwhile,
+since times are measured. No data is needed. The figures of `python -m experiments.studies.cost.tpu` are shown too, if
+they are in the same folder.
 """
 
 import dataclasses
 import itertools
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,31 +18,27 @@ from typing import Any, Literal
 import tyro
 from rich.console import Console
 
+from experiments.runtime.arguments import StageArguments
 from experiments.runtime.session import exit_on, process, session
-from experiments.runtime.stages import Stages, machine
-from experiments.studies.cost import cost_report as report
+from experiments.runtime.stages import machine
 from experiments.studies.cost import tpu
-from experiments.studies.cost.cost_claims import claims
+from experiments.studies.cost.cost_report import present
 from experiments.studies.cost.programs import Setting
-from experiments.studies.cost.promises import promises
 from experiments.studies.cost.step_costs import measure
+from experiments.studies.frame import command_line
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Arguments(StageArguments):
     """What a command line says.
 
     Attributes:
         networks: any of resnet20, mobilenetv2, vit, convnet.
         batch_sizes: images in a minibatch.
-        num_experts: K. The first is the base; the others are tried at the smallest batch size.
-        num_directions: m. The first is the base; the others are tried at the smallest batch size.
+        num_experts: K. The first is tried at every batch size, the others at the smallest.
+        num_directions: m. The first is tried at every batch size, the others at the smallest.
         repetitions: timed calls of each program.
-        matmul_precision: of the networks' products; the experiments' own default. A CPU knows but one.
-        out_dir: for the report and the finished rows.
-        accept_stages: kinds of stages, as `sizes`, `times` or `tpu`. Kept ones of these kinds, with the same settings
-            and data, are taken though other source, as an older version, computed them; each is named. Right where the
-            source changed and the results would not.
+        matmul_precision: of the networks' products. The default is the experiments' own. A CPU has only one.
     """
 
     networks: tuple[str, ...] = ("resnet20", "mobilenetv2", "vit")
@@ -53,14 +48,9 @@ class Arguments:
     repetitions: int = 9
     matmul_precision: Literal["highest", "high", "default"] = "highest"
     out_dir: Path = Path("runs") / "cost"
-    accept_stages: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuses values out of their range.
-
-        Raises:
-            ValueError: with the field, its value, and what was expected.
-        """
+        """Refuses values out of their range, by a ValueError with the field, its value, and what was expected."""
         if self.repetitions < 1:
             raise ValueError(f"repetitions is {self.repetitions}; expected at least 1")
         for name in ("networks", "batch_sizes", "num_experts", "num_directions"):
@@ -91,38 +81,33 @@ class Arguments:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures, from a command line to the report.
-
-    Args:
-        arguments: the command line; None is the process's.
+    """Measures, from a command line (None is the process's) to the report.
 
     Returns:
-        The results: `command`, `machine`, `arguments`, `rows` (see `experiments.studies.cost.step_costs.measure`),
-        `tpu` (what `experiments.studies.cost.tpu` found, or None), `promises`, `claims`.
+        The results: `command`, `machine`, `arguments`, `rows` (see `experiments.studies.cost.step_costs.measure`), and
+        `tpu` (what `experiments.studies.cost.tpu` found, or None).
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
+    command = command_line("studies.cost", words)
     parsed = tyro.cli(
         Arguments, prog="python -m experiments.studies.cost", description=(__doc__ or "").strip(), args=words
     )
-    console, settings, k = Console(markup=False), parsed.settings(), parsed.num_experts[0]
-    command = shlex.join(["python", "-m", "experiments.studies.cost", *words])
+    console, settings = Console(markup=False), parsed.settings()
     with session(parsed.out_dir, console, command) as progress:
         with exit_on(OSError, ValueError):
             compiled = tpu.read(parsed.out_dir)
         progress.say(f"{len(settings)} rows, {parsed.repetitions} calls of each program; {machine()}")
-        stages = Stages(parsed.out_dir / "stages", parsed.accept_stages, progress.say)
-        rows = measure(settings, parsed.repetitions, stages, progress)
+        stages = parsed.stages(progress)
         results = {
             "command": command,
             "machine": machine(),
             "arguments": {**dataclasses.asdict(parsed), "out_dir": str(parsed.out_dir)},
-            "rows": rows,
+            "rows": measure(settings, parsed.repetitions, stages, progress),
             "tpu": compiled,
-            "promises": promises(rows, compiled["rows"] if compiled else [], k),
-            "claims": claims(rows, k),
         }
-        report.write(results, parsed.out_dir)
-    report.print_tables(results, parsed.out_dir, console)
+        report = present(results)
+        report.write(parsed.out_dir, results)
+    report.show(parsed.out_dir, console)
     return results
 
 

@@ -18,7 +18,7 @@ _LABELS = {
 
 
 def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draws the steps' times as Eq. (9) has them beside the measured, for the first row of each network.
+    """Draws the times of the steps by Eq. (9) and as measured, for the first row of each network.
 
     Args:
         rows: of `experiments.studies.cost.step_costs.measure`.

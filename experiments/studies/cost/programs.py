@@ -1,4 +1,4 @@
-"""The steps whose cost is measured, with random images and random experts: what they hold changes no cost."""
+"""The steps whose cost is measured. Images and experts are random, since their values do not change the cost."""
 
 import dataclasses
 import functools
@@ -24,12 +24,12 @@ IMAGE_SHAPES: Mapping[str, tuple[int, int, int]] = {
     "vit": (64, 64, 3),
     "convnet": (8, 8, 1),
 }
-"""Height, width and channels of the images that each network has in the experiments: CIFAR-10's, SVHN's,
-Imagenette's and the digits'."""
+"""Height, width and channels of each network's images in the experiments: CIFAR-10's, SVHN's, Imagenette's and the
+digits'."""
 NUM_CLASSES = 10
-"""Of each of these data sets."""
+"""The number of classes of each of these data sets."""
 OPTIMIZER = optax.adam(1e-2, b1=0.9, b2=0.99)
-"""Of the coefficients (section 5)."""
+"""The optimizer of the coefficients (section 5)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,8 +40,8 @@ class Setting:
         network: a key of `IMAGE_SHAPES`.
         batch_size: images in a minibatch.
         num_experts: K.
-        num_directions: m, of the SPSA step; the full-gradient step does not depend on it.
-        matmul_precision: of the network's products, as `Config.matmul_precision`; a CPU knows but one.
+        num_directions: m, of the SPSA step. The full-gradient step does not depend on it.
+        matmul_precision: of the network's products, as `Config.matmul_precision`. A CPU has only one.
     """
 
     network: str = "resnet20"
@@ -51,11 +51,7 @@ class Setting:
     matmul_precision: Literal["highest", "high", "default"] = "highest"
 
     def __post_init__(self) -> None:
-        """Refuses values out of their range.
-
-        Raises:
-            ValueError: with the field, its value, and what was expected.
-        """
+        """Refuses values out of their range, by a ValueError with the field, its value, and what was expected."""
         if self.network not in IMAGE_SHAPES:
             raise ValueError(f"network is {self.network!r}; expected one of {tuple(IMAGE_SHAPES)}")
         for name in ("batch_size", "num_experts", "num_directions"):
@@ -69,7 +65,7 @@ class Setting:
 
 
 class StepInputs(NamedTuple):
-    """What a step is called with."""
+    """The arguments of a step."""
 
     key: jax.Array
     state: glue_jax.GlueState
@@ -85,13 +81,13 @@ def make_problem(setting: Setting) -> Problem:
 
 
 def digest_of_row(setting: Setting, function: Callable[..., Any]) -> str:
-    """Returns the digest of the source that makes a row: of a function, and of the setting's one network."""
+    """Returns the digest of the source of a row: of a function, and of the setting's network."""
     network = models.MODULES[setting.network]
     return digest(name_of(function), name_of(network), leaving_out=("experiments.models:MODULES",))
 
 
 def num_parameters(problem: Problem) -> int:
-    """Returns P, the number of a network's parameters."""
+    """Returns the number of a network's parameters."""
     variables = jax.eval_shape(problem.network.init, jax.random.key(0))
     return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
 
@@ -130,7 +126,7 @@ def spsa_step(problem: Problem, setting: Setting, *, probe_batch_size: int | Non
         optimizer=OPTIMIZER,
         num_directions=setting.num_directions,
         probe_batch_size=probe_batch_size,
-        # `compile_program` sets it, for this step and for the full gradient's.
+        # `compile_program` sets it, for this step and for the full-gradient step.
         matmul_precision=None,
     )
 
@@ -142,12 +138,12 @@ def compile_program(setting: Setting, function: Callable[..., Any], arguments: t
 
 
 def temporary_bytes(program: Compiled) -> int:
-    """Returns the peak memory of a program beside its arguments and its results."""
+    """Returns the peak memory of a program in bytes, without its arguments and its results."""
     return _memory(program).temp_size_in_bytes
 
 
 def total_bytes(program: Compiled) -> int:
-    """Returns the peak memory of a program with its arguments and its results."""
+    """Returns the peak memory of a program in bytes, with its arguments and its results."""
     memory = _memory(program)
     return memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
 

@@ -1,4 +1,4 @@
-"""What `experiments.studies.cost` measures, row by row; each row's result is kept on disk."""
+"""What `experiments.studies.cost` measures, row by row. The result of each row is kept on disk."""
 
 import dataclasses
 import functools
@@ -34,27 +34,27 @@ from experiments.studies.cost.programs import (
 from glue_jax import theory
 from glue_jax.types import Batch
 
-# The programs that run, and the one that is compiled for its FLOPs.
+# The number of programs: those that run, and one that is compiled for its FLOPs.
 _PROGRAMS = 9
-# What is left to the system and to all else that runs.
+# The rest of the memory is left to the system and to other processes.
 _MEMORY_SHARE = 0.8
-# Where Linux says how much memory is free.
+# Linux says here how much memory is free.
 _MEMORY_INFO = Path("/proc/meminfo")
 
 
 class Program(NamedTuple):
-    """A compiled function, and what to call it with."""
+    """A compiled function, and its arguments."""
 
     function: Compiled
     arguments: tuple[Any, ...]
 
 
 class Samples(NamedTuple):
-    """What was read at each call of a program, in the order of the repetitions.
+    """What was measured at each call of a program, in the order of the repetitions.
 
     Attributes:
         seconds: of the call.
-        page_faults: pages of memory that this process was given meanwhile.
+        page_faults: pages of memory that this process was given during the call.
     """
 
     seconds: list[float]
@@ -65,22 +65,22 @@ def measure(settings: list[Setting], repetitions: int, stages: Stages, progress:
     """Measures the rows that are not measured yet.
 
     Args:
-        settings: a row each.
-        repetitions: calls of each program that are timed.
+        settings: one for each row.
+        repetitions: timed calls of each program.
         stages: where the rows are kept.
         progress: what is shown meanwhile.
 
     Returns:
         A row for each setting, a dict that JSON holds: the setting's fields and `name`, `parameters` (their number),
         `platform`, `machine`, `temporary_bytes` and `flops` of the compiled steps, `total_bytes` (the most that one of
-        the row's programs takes), and `times` (see `compare`), which is None where that is more than there is.
+        the row's programs takes), and `times` (see `compare`), or None if the memory is too small for them.
     """
     bar = progress.stage("Cost", len(settings) * (_PROGRAMS + repetitions))
     return [_measure_row(setting, repetitions, stages, bar, progress) for setting in settings]
 
 
 def compare(samples: Mapping[str, Samples], num_directions: int) -> dict[str, Any]:
-    """Sets the times of the steps beside those of their parts, Eq. (9) and (10).
+    """Compares the times of the steps with those of their parts, Eq. (9) and (10).
 
     Args:
         samples: of the programs that `_programs` names.
@@ -90,7 +90,7 @@ def compare(samples: Mapping[str, Samples], num_directions: int) -> dict[str, An
         A dict that JSON holds: `samples`, the seconds of each; `seconds` and `page_faults`, medians; `backward_ratio`,
         gamma; `predicted`, the steps' seconds by Eq. (9); `over_predicted`, measured over predicted; `quartiles`, of
         that ratio of the SPSA step over the repetitions; `spsa_over_full`; `predicted_cheaper`, Eq. (10), or Eq. (9)
-        where m is not 1; `cheaper`, as measured; `excess`, the seconds by which the SPSA step differs from its
+        if m is not 1; `cheaper`, as measured; `excess`, the seconds by which the SPSA step differs from its
         prediction, in three parts.
     """
     m = num_directions
@@ -125,7 +125,7 @@ def compare(samples: Mapping[str, Samples], num_directions: int) -> dict[str, An
 
 
 def available_bytes() -> int | None:
-    """Returns the memory that is free for a program on the first device; None where the system does not say."""
+    """Returns the free memory of the first device in bytes; None if the system does not say."""
     if memory := jax.devices()[0].memory_stats():
         return memory["bytes_limit"] - memory["bytes_in_use"]
     if not _MEMORY_INFO.exists():
@@ -165,7 +165,7 @@ def _measure_row(
 
 
 def _programs(setting: Setting, problem: Problem, bar: Stage) -> dict[str, Program]:
-    """The steps, their parts of Eq. (9), and what lies between the two."""
+    """The steps, their parts in Eq. (9), and the programs in between."""
     inputs = make_inputs(setting, problem)
     state, experts, batch = inputs.state, inputs.experts, inputs.batch
     m = setting.num_directions
@@ -199,7 +199,7 @@ def _programs(setting: Setting, problem: Problem, bar: Stage) -> dict[str, Progr
         "forward": compiled(problem.loss, variables, batch),
         "value_and_grad": compiled(jax.value_and_grad(problem.loss), variables, batch),
         "blend": blend,
-        # A gradient has the variables' shapes, and costs the same inner products.
+        # A gradient has the shapes of the variables, so its inner products cost the same.
         "inner_products": compiled(inner_products, experts, alpha, variables),
         "probe": compiled(probe, experts, alpha, batch),
         "estimate": compiled(estimate, *inputs),
@@ -220,13 +220,13 @@ def _sizes(programs: Mapping[str, Program]) -> dict[str, Any]:
 
 
 def _time(programs: Mapping[str, Program], repetitions: int, bar: Stage) -> dict[str, Samples]:
-    """Calls the programs in turn."""
+    """Times the programs. They take turns."""
     timed = {name: program for name, program in programs.items() if name != "spsa_step_vmapped"}
     forward = timed["forward"]
     samples = {name: Samples([], []) for name in timed}
     for repetition in range(-1, repetitions):
         for name, (function, arguments) in timed.items():
-            # Untimed: what runs right after a backward pass pays for the pages of memory that this gave back.
+            # This call is not timed. A program right after a backward pass pays for the memory that the pass gave back.
             jax.block_until_ready(forward.function(*forward.arguments))
             faults, start = _page_faults(), time.perf_counter()
             jax.block_until_ready(function(*arguments))
@@ -241,5 +241,5 @@ def _time(programs: Mapping[str, Program], repetitions: int, bar: Stage) -> dict
 
 
 def _page_faults() -> int:
-    """Pages of memory that this process was given so far, without those read from a disk."""
+    """The pages of memory that this process was given so far, without those that were read from a disk."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

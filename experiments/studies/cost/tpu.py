@@ -3,8 +3,8 @@
     pip install -e '.[experiments,tpu]'
     python -m experiments.studies.cost.tpu
 
-It writes `tpu.json`: peak temporary memory, FLOPs and seconds of compilation of the SPSA step, all probes in one
-vmapped forward pass, and of the full-gradient step. Nothing is run. `python -m experiments.studies.cost` shows it, too.
+It writes `tpu.json`: peak temporary memory, FLOPs and seconds of compilation, of the SPSA step with all probes in one
+vmapped forward pass, and of the full-gradient step. Nothing is run. `python -m experiments.studies.cost` shows it too.
 """
 
 import dataclasses
@@ -12,7 +12,6 @@ import functools
 import importlib.metadata
 import importlib.util
 import os
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -27,10 +26,10 @@ from rich.console import Console
 
 import glue_jax
 from experiments.reporting.presentation import rich_table
-from experiments.reporting.shapes import check_shape
+from experiments.runtime.arguments import StageArguments
 from experiments.runtime.session import process, session
-from experiments.runtime.stages import Stages, machine, read_json, write_json
-from experiments.studies.cost.cost_report import size_table
+from experiments.runtime.stages import machine, read_json, reading, write_json
+from experiments.studies.cost.cost_report import size_table, tpu_blocks
 from experiments.studies.cost.programs import (
     Setting,
     compile_program,
@@ -42,34 +41,25 @@ from experiments.studies.cost.programs import (
     spsa_step,
     temporary_bytes,
 )
+from experiments.studies.frame import command_line
 
 TOPOLOGY = "v5e:2x2"
-"""The smallest that libtpu describes; the programs are for one of its chips."""
+"""The smallest topology that libtpu describes. The programs are for one of its chips."""
 _PLATFORM = "tpu v5e (compiled)"
 _FILE = "tpu.json"
-# Its keys and their types.
-_NUMBER = int | float
-_ROW = {
-    **{field.name: type(field.default) for field in dataclasses.fields(Setting)},
-    "platform": str,
-    "temporary_bytes": {"full_step": _NUMBER, "spsa_step": _NUMBER},
-    "flops": {"full_step": _NUMBER, "spsa_step_vmapped": _NUMBER},
-    "compile_seconds": {"full_step": _NUMBER, "spsa_step": _NUMBER},
-}
-_SHAPE = {"command": str, "topology": str, "compiler": str, "matmul_precision": str, "rows": [_ROW]}
-# What a TPU's host would say to libtpu, which asks the network otherwise.
+# What the host of a TPU would tell libtpu. Otherwise libtpu asks the network.
 _HOST = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
-    # It would refuse to load where another process has it, or was killed with it.
+    # Otherwise libtpu does not load if another process has loaded it, or was killed with it.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Arguments(StageArguments):
     """What a command line says.
 
     Attributes:
@@ -77,13 +67,9 @@ class Arguments:
         batch_sizes: images in a minibatch.
         num_experts: K.
         num_directions: m.
-        matmul_precision: of the networks' products; the blends' is the highest always. The experiments learn the
-            coefficients with `highest`, which takes several times as long to compile: for the SPSA step of ResNet-20 at
-            batch 64, four times, to the same temporary memory and, within 0.2 %, the same FLOPs.
-        out_dir: for tpu.json and the finished rows.
-        accept_stages: kinds of stages, as `sizes`, `times` or `tpu`. Kept ones of these kinds, with the same settings
-            and data, are taken though other source, as an older version, computed them; each is named. Right where the
-            source changed and the results would not.
+        matmul_precision: of the networks' products. The blends always have the highest. The experiments learn the
+            coefficients with `highest`. That takes longer to compile: four times as long for the SPSA step of ResNet-20
+            at batch 64, with the same temporary memory and, within 0.2 %, the same FLOPs.
     """
 
     networks: tuple[str, ...] = ("resnet20", "mobilenetv2", "vit")
@@ -92,14 +78,9 @@ class Arguments:
     num_directions: int = 1
     matmul_precision: Literal["highest", "high", "default"] = "default"
     out_dir: Path = Path("runs") / "cost"
-    accept_stages: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuses values out of their range.
-
-        Raises:
-            ValueError: with the field, its value, and what was expected.
-        """
+        """Refuses values out of their range, by a ValueError with the field, its value, and what was expected."""
         if not self.settings():
             raise ValueError("networks or batch_sizes is empty; expected at least one of each")
 
@@ -119,10 +100,7 @@ class Arguments:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Compiles, from a command line to `tpu.json`.
-
-    Args:
-        arguments: the command line; None is the process's.
+    """Compiles, from a command line (None is the process's) to `tpu.json`.
 
     Returns:
         What `tpu.json` holds: `command`, `topology`, `compiler`, `matmul_precision`, `rows` (see `compile_steps`).
@@ -135,10 +113,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         sys.exit("libtpu, the TPU's compiler, is not installed: pip install -e '.[experiments,tpu]'")
     console, settings, rows = Console(markup=False), parsed.settings(), []
     versions = {"libtpu": importlib.metadata.version("libtpu"), "jax": jax.__version__}
-    command = shlex.join(["python", "-m", "experiments.studies.cost.tpu", *words])
-    # What it writes stands beside the results of the other command on cost.
+    command = command_line("studies.cost.tpu", words)
+    # The folder has the results of the other command on cost, too.
     with session(parsed.out_dir, console, "python -m experiments.studies.cost") as progress:
-        stages = Stages(parsed.out_dir / "stages", parsed.accept_stages, progress.say)
+        stages = parsed.stages(progress)
         sharding = _one_chip()
         progress.say(f"{len(settings)} rows of 2 programs for {TOPOLOGY}, minutes each; {machine()}")
         bar = progress.stage("Compilation", len(settings))
@@ -162,14 +140,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def compile_steps(setting: Setting, sharding: Sharding) -> dict[str, Any]:
-    """Compiles both steps, as a TPU would run them.
+    """Compiles both steps as a TPU would run them.
 
     Args:
         setting: the row.
-        sharding: of all arguments, on a device that need not be there.
+        sharding: of all arguments. Its device need not exist.
 
     Returns:
-        A row as of `experiments.studies.cost.step_costs.measure`, without times, with `compile_seconds`.
+        A row like those of `experiments.studies.cost.step_costs.measure`, without times, with `compile_seconds`.
     """
     problem = make_problem(setting)
     inputs = jax.tree.map(
@@ -192,26 +170,22 @@ def compile_steps(setting: Setting, sharding: Sharding) -> dict[str, Any]:
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """Returns what `tpu.json` in a folder holds, or None where there is none.
+    """Returns the content of `tpu.json` in a folder, or None if there is none.
 
     Raises:
-        ValueError: a file that this module did not write.
+        ValueError: a damaged file, or one that this module did not write.
     """
     path = folder / _FILE
     if not path.exists():
         return None
-    try:
+    with reading(path, "run python -m experiments.studies.cost.tpu again"):
         content = read_json(path)
-        check_shape(content, _SHAPE, _FILE)
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is not what python -m experiments.studies.cost.tpu writes: {error}; run it again"
-        ) from error
+        tpu_blocks(content)
     return content
 
 
 def _one_chip() -> Sharding:
-    """One chip of the topology; this process computes on its CPU."""
+    """One chip of the topology. This process itself computes on its CPU."""
     os.environ.update(_HOST)
     jax.config.update("jax_platforms", "cpu")
     topology = topologies.get_topology_desc(TOPOLOGY, "tpu", chips_per_host_bounds=[2, 2, 1])

@@ -1,36 +1,32 @@
-"""The error of GLUE's gradient estimates on trained experts: against m, K and the radius, beside what theory says.
+"""The error of GLUE's gradient estimates on trained experts, by m, K and the radius, and what theory says.
 
     python -m experiments.studies.variance
     python -m experiments.studies.variance --experiment cifar10 --examples 64 --probes 128 --averaged 1 2 5 10 20
 
-The digits take about 3 minutes on 2 CPU cores, beside their experts. Experts are read from `--run-dir`, where the
-experiment's own command keeps them (give it the same options). Those that are missing are trained first, by default at
-the scale of the experiment's own default preset: the paper's, hours on a CPU, for cifar10.
+The digits take about 3 minutes on 2 CPU cores, in addition to their experts. The experts are read from `--run-dir`,
+where the experiment's own command keeps them (give it the same options). Missing experts are trained first, by default
+at the scale of the experiment's own default preset. For cifar10 this is the paper's scale, which takes hours on a CPU.
 
-One batch of target images is the loss, so that its gradient is known. At each point of the experts' hull the loss is
-probed once along many random directions, which are then averaged by m: in alpha with the paper's scale, where its
-section 4.2 is set, and in beta, through the softmax, with the unbiased scale, which GLUE learns with.
+The loss is that of one batch of target images, so its gradient is known. At each point of the experts' hull the loss is
+probed once along many random directions. Then m directions at a time are averaged. In alpha the scale is the paper's,
+as in its section 4.2. In beta, through the softmax, the scale is the unbiased one, which GLUE learns with.
 """
 
 import dataclasses
-import shlex
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import tyro
-from rich.console import Console
 
-from experiments.protocol import data
-from experiments.protocol.context import Context, prepare
+from experiments.protocol.context import Context
 from experiments.protocol.expert_training import describe_missing
-from experiments.protocol.presets import ExpertArguments, parse
-from experiments.runtime.session import exit_on, process, session
-from experiments.runtime.stages import machine
-from experiments.studies.variance import variance_report as report
+from experiments.protocol.presets import ExpertArguments
+from experiments.runtime.session import exit_on, process
+from experiments.runtime.stages import Stages
+from experiments.studies import frame
 from experiments.studies.variance.estimate_errors import measure, number_of_directions
 from experiments.studies.variance.settings import Settings, check
-from experiments.studies.variance.variance_claims import claims
+from experiments.studies.variance.variance_report import present
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,51 +37,40 @@ class Arguments(ExpertArguments):
         settings: what to measure.
     """
 
-    settings: tyro.conf.OmitArgPrefixes[Settings]
+    settings: tyro.conf.OmitArgPrefixes[Settings] = dataclasses.field(default_factory=Settings)
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures, from a command line to the report.
-
-    Args:
-        arguments: the command line; None is the process's.
+    """Measures, from a command line (None is the process's) to the report.
 
     Returns:
-        The results: of `experiments.studies.variance.estimate_errors.measure`, with `title`, `command` and `claims`.
+        The results: `title`, `command`, and what `experiments.studies.variance.estimate_errors.measure` returns.
     """
-    words = sys.argv[1:] if arguments is None else list(arguments)
-    console = Console(markup=False)
-    with exit_on(ValueError):
-        parsed = parse(Arguments, "studies.variance", __doc__ or "", words, settings=Settings())
-        parsed.check()
-    command = shlex.join(["python", "-m", "experiments.studies.variance", *words])
-    with session(parsed.out_dir, console, command) as progress:
-        with exit_on(ValueError, OSError, data.DatasetNotFoundError):
-            dataset = data.load(parsed.config.dataset, parsed.data_dir, parsed.config.image_size)
-            kept, accept = parsed.run_dir / "stages", parsed.accept_stages
-            context = prepare(parsed.config, dataset, kept, progress, accept_stages=accept)
-            check(context, parsed.settings)
-        progress.say(_plan(context, parsed.settings))
-        results = measure(context, parsed.settings, parsed.stages(progress))
-        results["title"] = f"The error of the gradient estimates: {parsed.experiment}, preset {parsed.preset}"
-        results["command"] = command
-        results["claims"] = claims(results)
-        report.write(results, parsed.out_dir)
-    report.print_table(results, parsed.out_dir, console)
-    return results
-
-
-def _plan(context: Context, settings: Settings) -> str:
-    """What is going to be done."""
-    config = context.config
-    training = (
-        f"{describe_missing(context)}\nan expert: {config.expert_epochs} epochs of {config.expert_examples} images\n"
+    return frame.run(
+        Arguments,
+        "studies.variance",
+        __doc__ or "",
+        arguments,
+        title="The error of the gradient estimates",
+        measure=_measure,
+        present=present,
+        plan=_plan,
     )
-    errors, radii = (2 * count for count in number_of_directions(config, settings))
+
+
+def _measure(context: Context, parsed: Arguments, stages: Stages) -> dict[str, Any]:
+    """Measures, with settings that fit the experiment."""
+    with exit_on(ValueError):
+        check(context, parsed.settings)
+    return measure(context, parsed.settings, stages)
+
+
+def _plan(context: Context, parsed: Arguments) -> str:
+    """What is going to be done."""
+    errors, radii = (2 * count for count in number_of_directions(context.config, parsed.settings))
     return (
-        f"{context.dataset.name}; {machine()}\n{training}"
-        f"forward passes of {settings.examples} images: errors {errors}, radii {radii}; learning at most "
-        f"{config.alpha_steps} steps"
+        f"{describe_missing(context)}\nforward passes of {parsed.settings.examples} images: errors {errors}, radii "
+        f"{radii}; learning at most {context.config.alpha_steps} steps"
     )
 
 

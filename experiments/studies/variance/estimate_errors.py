@@ -1,4 +1,4 @@
-"""What `experiments.studies.variance` measures, part by part; each part's result is kept on disk."""
+"""What `experiments.studies.variance` measures, part by part. The result of each part is kept on disk."""
 
 import dataclasses
 import functools
@@ -38,9 +38,9 @@ ESTIMATORS = (
 
 _LINKS: Mapping[str, LinkFn] = {"alpha": glue_jax.unconstrained, "beta": jax.nn.softmax}
 _POINTS = ("uniform", "learned", "corner")
-# The best expert's coefficient at the corner.
+# The coefficient of the best expert at the corner.
 _CORNER_WEIGHT = 0.9
-# So many go through an accelerator at once: all probes of a chunk might not fit its memory.
+# An accelerator computes so many at once, since all probes of a chunk might not fit its memory.
 _IMAGES_AT_ONCE = 2048
 
 
@@ -60,13 +60,13 @@ def measure(context: Context, settings: Settings, stages: Stages) -> dict[str, A
           and `loss` in nats, the norms of the gradients for alpha (and of its zero-sum part), for beta and for the
           parameters, and the spectral and the Frobenius norm of the experts;
         - `errors`, a row for each point, estimator and m: see `experiments.studies.variance.statistics.error_rows`; in
-          alpha with `equation_19` and `bound`, Eq. (13), over ||g||², too;
+          alpha also with `equation_19` and `bound`, Eq. (13), over ||g||²;
         - `radii`, a row for each point of all experts: `radii`, the directional derivatives' `errors`, and
           `error_at_radius` at the run's; `rms_derivative` and `loss_rounding` in nats; and what
           `experiments.studies.variance.radius.radius_findings` returns.
 
     Raises:
-        FloatingPointError: a loss that is not finite, or a gradient of zero, with the part that it stopped.
+        FloatingPointError: a loss that is not finite, or a gradient of zero, with the name of the part.
     """
     config = context.config
     experts, training = train_experts(context)
@@ -108,18 +108,18 @@ def measure(context: Context, settings: Settings, stages: Stages) -> dict[str, A
 
 
 def number_of_directions(config: Config, settings: Settings) -> tuple[int, int]:
-    """Returns how many directions are probed: for the errors, and for the radii."""
+    """Returns the number of directions that are probed for the errors, and for the radii."""
     points = len(_POINTS) + len(_subsets(config, settings))
     return points * len(ESTIMATORS) * settings.probes, len(_POINTS) * len(_radii(config)) * settings.radius_directions
 
 
 def _subsets(config: Config, settings: Settings) -> list[int]:
-    """Numbers of experts that are fewer than all."""
+    """The numbers of experts that are smaller than K."""
     return [k for k in sorted(set(settings.subsets)) if k < config.num_experts]
 
 
 def _radii(config: Config) -> list[float]:
-    """The radii that are tried, the run's among them."""
+    """The radii that are tried, including the run's."""
     return sorted({*RADII, config.radius})
 
 
@@ -155,7 +155,7 @@ class _Setting(NamedTuple):
         bar: Stage | None = None,
         units: int = 0,
     ) -> dict[str, Any]:
-        """One part: computed with a key of its own, or kept, and then its units are taken off the bar."""
+        """One part. It is computed with a key of its own, or it is kept, and then its units are taken off the bar."""
         config = self.context.config
         depends_on = {
             **self.context.expert_fields,
@@ -174,7 +174,7 @@ class _Setting(NamedTuple):
 
 
 def _learned(setting: _Setting) -> dict[str, Any]:
-    """The last coefficients of a run of GLUE as the experiment's."""
+    """The last coefficients of a run of GLUE, with the experiment's numbers."""
     context, max_steps = setting.context, setting.context.config.alpha_steps
     bar = context.progress.stage("Learning", max_steps)
 
@@ -187,7 +187,16 @@ def _learned(setting: _Setting) -> dict[str, Any]:
             done = progress.step
 
         result = learn_coefficients(
-            context, 4, key, setting.experts, setting.target, max_steps=max_steps, callback=callback
+            4,
+            key,
+            setting.experts,
+            setting.target,
+            context.validation,
+            problem=context.problem,
+            step_fn=context.step_fns[4],
+            optimizer=context.alpha_optimizer,
+            config=context.config,
+            callback=callback,
         )
         bar.skip(max_steps - done)
         return {"alpha": np.asarray(result.last_alpha).tolist(), "steps": done}
@@ -239,7 +248,7 @@ def _geometry(setting: _Setting, name: str, alpha: list[float]) -> dict[str, Any
 def _errors(setting: _Setting, point: Mapping[str, Any], estimator: Estimator, bar: Stage) -> dict[str, Any]:
     """The errors of one estimator at one point, a row for each m."""
     k, settings, radius = point["K"], setting.settings, setting.context.config.radius
-    # With whole blocks of both orthogonal kinds.
+    # These have whole blocks of both orthogonal kinds.
     averaged = sorted({*settings.averaged, k - 1, k})
     at = _coordinates(estimator.space, point["alpha"])
 
@@ -273,7 +282,7 @@ def _errors(setting: _Setting, point: Mapping[str, Any], estimator: Estimator, b
 
 
 def _radii_at(setting: _Setting, point: Mapping[str, Any], bar: Stage) -> dict[str, Any]:
-    """The directional derivatives' error in beta against the radius, and what it grows by on either side."""
+    """The error of the directional derivatives in beta by the radius, and how it grows on either side."""
     config, count, radii = setting.context.config, setting.settings.radius_directions, _radii(setting.context.config)
     at = _coordinates("beta", point["alpha"])
 

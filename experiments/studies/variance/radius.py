@@ -1,4 +1,4 @@
-"""How far the directional derivatives of probes lie from the exact ones, by the radius of the probes."""
+"""The error of the directional derivatives of probes, by the radius of the probes."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ import numpy as np
 from experiments.studies.variance.statistics import Objective, probe
 
 RADII = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
-"""What is tried, beside the run's own."""
+"""The radii that are tried, besides the run's own."""
 
 
 def derivative_errors(
@@ -22,18 +22,19 @@ def derivative_errors(
     probe_batch_size: int | None = None,
     advance: Callable[[int], None] = lambda units: None,
 ) -> tuple[list[float], float]:
-    """Returns how far the directional derivatives of probes lie from the exact ones, by radius.
+    """Returns the error of the directional derivatives of probes, by radius.
 
     Args:
         fun: the loss.
-        beta: where.
+        beta: the point.
         directions: `[N, K]`.
         radii: of the probes.
         probe_batch_size: see `glue_jax.estimators.spsa_gradient`.
-        advance: told of directions that were probed.
+        advance: called with the number of directions that were probed.
 
     Returns:
-        For each radius the root mean square error over that of the exact ones; and the latter, in units of the loss.
+        For each radius the root mean square error, divided by the root mean square of the exact derivatives; and the
+        latter, in units of the loss.
 
     Raises:
         FloatingPointError: a loss that is not finite.
@@ -48,19 +49,19 @@ def derivative_errors(
 
 
 def radius_findings(radii: Sequence[float], errors: Sequence[float], tolerance: float) -> dict[str, Any]:
-    """Returns where the directional derivatives' error is small, and how it grows on either side.
+    """Returns where the error of the directional derivatives is small, and how it grows on either side.
 
     Args:
         radii: increasing.
         errors: of `derivative_errors`.
-        tolerance: what counts as small.
+        tolerance: an error of at most this is small.
 
     Returns:
-        `best_radius`; `good_radii`, the ends of the interval around it, interpolated on logarithmic axes, or None where
-        the error is nowhere small; `rounding_power` and `curvature_power`, p of the power law error ∝ radius^p from
-        within that interval to the second radius beyond it, below and above: -1 where float32 rounds the losses, 2
-        where the loss is smooth and curves, and less where the kinks of ReLUs make the error; None where the radii end
-        before the interval does.
+        `best_radius`; `good_radii`, the ends of the interval of small errors around it, interpolated on logarithmic
+        axes, or None if no error is small; `rounding_power` and `curvature_power`, the p of error ∝ radius^p from
+        within that interval to the second radius beyond it, below and above. p is -1 where float32 rounds the losses,
+        2 where the loss is smooth and curves, and less where the kinks of ReLUs make the error. It is None if the radii
+        end before the interval does.
     """
     x, y, limit = np.log(radii), np.log(np.maximum(errors, np.finfo(float).tiny)), math.log(tolerance)
     best = int(np.argmin(y))

@@ -1,11 +1,11 @@
-"""Every number of `experiments.studies.variance` that is not the experiment's own."""
+"""Every number of `experiments.studies.variance` that the experiment itself does not have."""
 
 import dataclasses
 
 from experiments.protocol.context import Context
 
 TOLERANCE = 0.01
-"""A radius is good where the directional derivatives' relative error is at most this."""
+"""A radius is good if the relative error of the directional derivatives is at most this."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -13,24 +13,20 @@ class Settings:
     """What to measure."""
 
     examples: int = 256
-    """Target images in the batch that is the loss."""
+    """Target images in the batch whose loss is probed."""
     probes: int = 1024
-    """Directions probed for each point, K and distribution."""
+    """Directions that are probed for each point, K and distribution."""
     averaged: tuple[int, ...] = (1, 2, 5, 10, 20, 50, 100, 200)
-    """Numbers of directions m in an estimate, beside K - 1 and K."""
+    """Numbers of directions m in an estimate. K - 1 and K are added."""
     subsets: tuple[int, ...] = (2, 5)
-    """Numbers of experts K to try beside all of them: the first ones. Those that are not fewer are left out."""
+    """Numbers of experts K to try besides all of them: the first ones. Numbers that are not smaller are left out."""
     radius_directions: int = 64
-    """Directions probed with each radius."""
+    """Directions that are probed with each radius."""
     measuring_seed: int = 0
-    """Of the batch, of the directions and of learning."""
+    """Seed of the batch, of the directions and of learning."""
 
     def __post_init__(self) -> None:
-        """Refuses values out of their range.
-
-        Raises:
-            ValueError: with the field, its value, and what was expected.
-        """
+        """Refuses values out of their range, by a ValueError with the field, its value, and what was expected."""
         for field in ("examples", "radius_directions"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; expected at least 1")
@@ -49,9 +45,7 @@ def check(context: Context, settings: Settings) -> None:
         ValueError: with the field, its value, and what was expected.
     """
     k, m = context.config.num_experts, max(settings.averaged)
-    if k < 2:
-        raise ValueError(f"num_experts is {k}; expected at least 2, or there is nothing to probe")
-    # For two estimates, each of whole blocks of at most K.
+    # Enough for two estimates, each of whole blocks of at most K.
     if settings.probes < 2 * (m + k):
         raise ValueError(f"probes is {settings.probes}; expected at least {2 * (m + k)} for m = {m} and K = {k}")
     available = len(context.targets[context.config.seeds[0]])

@@ -1,4 +1,4 @@
-"""How far estimates of a gradient lie from it: probes made once, averaged by m."""
+"""The errors of gradient estimates. The probes are made once, and averaged m at a time."""
 
 import functools
 import math
@@ -17,11 +17,11 @@ from glue_jax.estimators import Scale
 from glue_jax.types import Params
 
 Objective: TypeAlias = Callable[[jax.Array], jax.Array]
-"""`fun(beta) -> scalar`: a `jax.tree_util.Partial` of a module's function, so that jit knows it again."""
+"""`fun(beta) -> scalar`: a `jax.tree_util.Partial` of a module's function, so that jit does not compile it twice."""
 
-# So many directions are probed between two looks at the progress bar.
+# So many directions are probed at once, and then the progress bar advances.
 _CHUNK = 32
-# Random directions that stand for an expectation without a closed form.
+# The number of random directions that estimate an expectation without a closed form.
 _DRAWS = 1_000_000
 
 
@@ -62,11 +62,11 @@ def probe(
 
     Args:
         fun: the loss.
-        beta: where.
+        beta: the point.
         directions: `[N, K]`.
         radius: of the probes.
         probe_batch_size: see `glue_jax.estimators.spsa_gradient`.
-        advance: told of directions that were probed.
+        advance: called with the number of directions that were probed.
 
     Raises:
         FloatingPointError: a loss that is not finite.
@@ -89,22 +89,23 @@ def error_rows(
     estimator: Estimator,
     averaged: Sequence[int],
 ) -> list[dict[str, Any]]:
-    """Returns the estimates' error, variance and cosine for each m, and what theory says of them.
+    """Returns the error, the variance and the cosine of the estimates for each m, beside the theory.
 
-    The estimates of a row are independent, m directions each: orthogonal ones are the first of their blocks.
+    The estimates of a row are independent, with m directions each. Orthogonal directions are the first of their blocks.
 
     Args:
         directions: `[N, K]`, of one call of `glue_jax.directions.sample_directions`.
         directional_derivatives: along them, `[N]`.
         gradient: the true one g, `[K]`.
-        estimator: what is measured.
-        averaged: numbers of directions m; the N directions must make at least two estimates of each.
+        estimator: the estimator.
+        averaged: numbers of directions m. The N directions must make at least two estimates of each.
 
     Returns:
-        A row for each m, a dict that JSON holds: `m`; `estimates`, their number; `error`, E||estimate - g||², beside
-        `exact`; `deviation`, measured minus exact in standard errors, None where the error is not random; `variance`,
-        E||estimate - its mean||², beside `exact_variance`; `cosine`, the mean cosine to g, beside `expected_cosine`.
-        Errors and variances are over ||g||²; a name with `_se` is the standard error of the one without.
+        A row for each m, a dict that JSON holds: `m`; `estimates`, their number; `error`, E||estimate - g||², and its
+        `exact` value; `deviation`, measured minus exact in standard errors, None if the error is not random;
+        `variance`, E||estimate - its mean||², and its `exact_variance`; `cosine`, the mean cosine to g, and the
+        `expected_cosine`. Errors and variances are divided by ||g||². A name with `_se` is the standard error of the
+        value without it.
     """
     g = np.asarray(gradient, np.float64)
     name, scale = estimator.directions, estimator.scale
@@ -147,11 +148,11 @@ def error_rows(
 def expected_cosine(d: int, num_directions: int, directions: DirectionName) -> float | None:
     """Returns the mean cosine between the estimate and the part of g in the space probed, as the radius goes to 0.
 
-    The estimate is a multiple of U Uᵀ g, the columns of U its m directions. Orthonormal ones project g on a random
-    subspace, whose share of ||g||², the cosine's square, is Beta(m/2, (d - m)/2): the mean cosine is
-    Γ((m+1)/2) Γ(d/2) / (Γ(m/2) Γ((d+1)/2)), a little below √(m/d), and 1 for whole blocks. One direction on the
-    sphere is such a case; for more there, a million random directions stand for the expectation (the usual
-    √(m/(m + d - 1)) is off by up to 0.03).
+    The estimate is a multiple of U Uᵀ g, where the columns of U are its m directions. Orthonormal directions project g
+    on a random subspace. The share of ||g||² in the subspace is the square of the cosine, and is distributed as
+    Beta(m/2, (d - m)/2). So the mean cosine is Γ((m+1)/2) Γ(d/2) / (Γ(m/2) Γ((d+1)/2)), a little below √(m/d). For
+    whole blocks it is 1. One direction on the sphere is such a case. For more directions on the sphere, a million
+    random directions estimate the expectation (the usual √(m/(m + d - 1)) is off by up to 0.03).
 
     Args:
         d: the dimension probed.
@@ -159,7 +160,7 @@ def expected_cosine(d: int, num_directions: int, directions: DirectionName) -> f
         directions: the distribution's name.
 
     Returns:
-        None for `rademacher` and `gaussian`, and for orthogonal ones beyond d that are not whole blocks.
+        None for `rademacher` and `gaussian`, and for more than d orthogonal directions that are not whole blocks.
     """
     m = num_directions
     if "orthogonal" in directions and m % d == 0:
@@ -172,11 +173,11 @@ def expected_cosine(d: int, num_directions: int, directions: DirectionName) -> f
 def expert_norms(experts: Params) -> tuple[float, float]:
     """Returns sigma_max and the Frobenius norm of Theta = [theta_1, ..., theta_K].
 
-    They are equal where all experts are parallel; where they are orthogonal and as long as each other, the first is
-    1/√K of the second.
+    They are equal if all experts are parallel. If the experts are orthogonal and of the same length, the first is 1/√K
+    of the second.
 
     Args:
-        experts: stacked, each leaf `[K, ...]`; leaves that are not floating point do not count.
+        experts: stacked, each leaf `[K, ...]`. Leaves that are not floating point do not count.
     """
     leaves = [leaf for leaf in jax.tree.leaves(experts) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     rows = (np.asarray(leaf, np.float64).reshape(len(leaf), -1) for leaf in leaves)
@@ -185,7 +186,7 @@ def expert_norms(experts: Params) -> tuple[float, float]:
 
 
 def _averages(contributions: NDArray[np.float64], m: int, block: int) -> NDArray[np.float64]:
-    """Means of m, the first of whole blocks, `[n, K]`."""
+    """The means of m contributions each, the first ones of whole blocks, `[n, K]`."""
     size = -(-m // block) * block
     n = len(contributions) // size
     return contributions[: n * size].reshape(n, size, -1)[:, :m].mean(axis=1)
@@ -199,9 +200,9 @@ def _mean(values: NDArray[np.float64]) -> tuple[float, float]:
 def _error_is_random(d: int, m: int, directions: DirectionName, factor: float) -> bool:
     """Whether the squared error varies from draw to draw of unit directions, as the radius goes to 0.
 
-    Of b whole blocks and r more orthonormal directions, the error is Pg (1 - b f/m) - P_r g f/m for a factor f, and its
-    square has ||P_r g||² (f/m) ((1 + 2 b) f/m - 2): unbiased estimates of half a block more only reflect Pg. One
-    direction of any distribution is the case b = 0, r = 1.
+    Take b whole blocks, r more orthonormal directions and a factor f. The error is Pg (1 - b f/m) - P_r g f/m. The
+    random part of its square is ||P_r g||² (f/m) ((1 + 2 b) f/m - 2). It is 0 for unbiased estimates of half a block
+    more, which only reflect Pg. One direction of any distribution is the case b = 0, r = 1.
     """
     whole, more = divmod(m, d)
     if m > 1 and "orthogonal" not in directions:
@@ -211,7 +212,7 @@ def _error_is_random(d: int, m: int, directions: DirectionName, factor: float) -
 
 @functools.cache
 def _simulated_cosine(d: int, m: int) -> float:
-    """The mean cosine for m directions on the sphere, whatever g is: here the first axis."""
+    """The mean cosine for m directions on the sphere. It is the same for every g, so g is the first axis."""
     directions = np.random.default_rng(0).normal(size=(_DRAWS // m, m, d))
     directions /= np.linalg.norm(directions, axis=-1, keepdims=True)
     estimates = np.einsum("nm,nmd->nd", directions[..., 0], directions)

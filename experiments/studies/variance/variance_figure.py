@@ -1,4 +1,4 @@
-"""The picture of `experiments.studies.variance`: errors, cosines and directional derivatives, measured and expected."""
+"""The picture of `experiments.studies.variance`: errors, cosines and derivatives, measured and expected."""
 
 import itertools
 from collections.abc import Mapping, Sequence

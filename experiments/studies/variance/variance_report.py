@@ -1,48 +1,30 @@
-"""The report of `experiments.studies.variance`: tables, a picture, and a table for the terminal."""
+"""The report of `experiments.studies.variance`: tables, a picture, and tables for the terminal."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
-from experiments.reporting.presentation import claim_table, markdown_table, rich_table, write_report
+from experiments.reporting.presentation import Report, TableCells, claim_table, markdown_table, page, table_of
 from experiments.studies.variance.settings import TOLERANCE
-from experiments.studies.variance.variance_claims import explanation, slack
+from experiments.studies.variance.variance_claims import EXPLANATION, claims, meeting, slack
 from experiments.studies.variance.variance_figure import draw
 
 Rows = Sequence[Mapping[str, Any]]
 
-# Of fewer estimates a standard error is itself too uncertain to count deviations by.
+# A standard error of fewer estimates is too uncertain to count deviations by.
 _ENOUGH = 30
 
 
-def write(results: Mapping[str, Any], folder: Path) -> None:
-    """Writes `results.json`, `report.md` and `variance.png`.
-
-    Args:
-        results: of `experiments.studies.variance.__main__.main`.
-        folder: where to.
-    """
-    write_report(folder, results, _markdown(results), {"variance.png": draw(results)})
-
-
-def print_table(results: Mapping[str, Any], folder: Path, console: Console) -> None:
-    """Prints the errors in alpha and in beta at the uniform average, and where the report lies.
-
-    Args:
-        results: of `experiments.studies.variance.__main__.main`.
-        folder: where the report lies.
-        console: where to print.
-    """
-    k = results["config"]["num_experts"]
-    headers, rows = _summary_table(results)
-    caption = f"E‖ḡ − g‖²/‖g‖² at the uniform average of {k} experts: the paper's in α, the unbiased in β"
-    console.print(rich_table(results["title"], headers, rows, caption))
-    for sentence in _radius_sentences(results):
-        console.print(sentence, highlight=False, soft_wrap=True)
-    console.print(f"report: {folder / 'report.md'}", highlight=False, soft_wrap=True)
+def present(results: Mapping[str, Any]) -> Report:
+    """Returns all that is shown of the results of `experiments.studies.variance.__main__.main`."""
+    headers, rows = _findings_table(results)
+    tables = {
+        "E‖ḡ − g‖²/‖g‖² at the uniform average of all experts": _summary_table(results),
+        # So many columns fit a terminal.
+        "The radius": (headers[:5], [row[:5] for row in rows]),
+    }
+    return Report(_markdown(results), {"variance.png": draw(results)}, tables)
 
 
 def _select(rows: Rows, **values: Any) -> Rows:
@@ -50,7 +32,7 @@ def _select(rows: Rows, **values: Any) -> Rows:
     return [row for row in rows if all(row[name] == value for name, value in values.items())]
 
 
-def _summary_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def _summary_table(results: Mapping[str, Any]) -> TableCells:
     """Each estimator's error at the uniform average of all experts, a row for each m."""
     chosen = _select(results["errors"], point="uniform", K=results["config"]["num_experts"])
     # The sphere's exact error is Rademacher's; the two would not fit a terminal's width.
@@ -67,75 +49,69 @@ def _summary_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str
 
 def _markdown(results: Mapping[str, Any]) -> str:
     """The report."""
-    config, settings, errors = results["config"], results["settings"], results["errors"]
-    k, corner = config["num_experts"], _select(results["points"], point="corner")[0]
-    sections = [
-        f"# {results['title']}",
-        f"    {results['command']}",
-        f"{results['data']['name']}, {config['network']}, {k} experts of {config['expert_examples']} images each "
-        f"({config['initialization']} initialisation). The loss is the mean cross-entropy of {settings['examples']} "
-        f"target images. Probes have radius {config['radius']:g}, in {settings['probes']} directions for each point, K "
-        f"and distribution. Run on {results['machine']}, {sum(results['seconds'].values()):.0f} seconds in all.",
+    errors = results["errors"]
+    return page(
+        results,
+        "The loss is the mean cross-entropy of one batch of target images.",
+        _setting_table(results),
         "![error, cosine and error of the directional derivatives](variance.png)",
-        "Errors are E‖ḡ − g‖²/‖g‖², ḡ the estimate and g the true gradient, ± one standard error. What is called exact "
-        f"is so in the limit of radius 0 (`glue_jax.theory`). {_deviations(errors)}",
+        "An error is E‖ḡ − g‖²/‖g‖², with ḡ the estimate and g the true gradient, ± one standard error. A value is "
+        "called exact if it is exact in the limit of radius 0 (`glue_jax.theory`). The next table counts the standard "
+        f"errors between measured and exact errors, of at least {_ENOUGH} estimates each. The m of a point share their "
+        "probes.",
+        markdown_table(*_deviation_table(errors)),
         "## The points",
-        f"Uniform: α = 1/K, of all experts and of the first K. Learned: after {results['learning_steps']} steps of "
-        f"GLUE. Corner: {max(corner['alpha']):g} on the expert with the lowest loss. Of ∇αL the softmax sees the "
-        "zero-sum part alone. Θ holds all that is blended, the parameters and BatchNorm's statistics, and so does "
-        "∇θL. The last column is the bound of Eq. (20) over ‖∇αL‖².",
+        "Uniform: α = 1/K, of all experts and of the first K. Learned: after GLUE has learned. Corner: near the expert "
+        "with the lowest loss. The softmax sees only the zero-sum part of ∇αL. Θ and ∇θL hold all that is blended: the "
+        "parameters and BatchNorm's statistics. σ²‖∇θL‖²/‖∇αL‖² is the bound of Eq. (20) over ‖∇αL‖². In the last "
+        "column are the directions m at which the bound of Eq. (13) meets the exact error.",
         markdown_table(*_point_table(results["points"])),
         "## The claims of section 4.2",
-        explanation(results),
-        markdown_table(*claim_table(results["claims"])),
+        EXPLANATION,
+        markdown_table(*claim_table(claims(results))),
         "## The paper's estimate in α (Eq. 11-20)",
-        "Its mean is g/K, so that no averaging lowers the error below (1 − 1/K)², which Eq. (19) divides by m, too.",
+        "The mean of the estimate is g/K, so averaging does not lower the error below (1 − 1/K)². Eq. (19) divides "
+        "this part by m too.",
         markdown_table(*_alpha_table(_select(errors, space="alpha"))),
         "## The unbiased estimate in β, through the softmax",
-        "Exact values in parentheses. Whole blocks of orthogonal directions (K, or K − 1 of those that sum to zero) "
-        "leave no error but the radius' own.",
+        "Exact values are in parentheses. Whole blocks of orthogonal directions leave no error but the radius' own. A "
+        "block is K directions, or K − 1 directions of sum zero.",
         markdown_table(*_beta_table(_select(errors, space="beta"))),
         "## The cosine to the true gradient",
-        f"At the uniform average of K = {k}; expected values in parentheses (orthogonal ones about √(m/d), d the "
-        "dimension probed; more than one on the sphere by simulated directions).",
+        "At the uniform average of all experts. Expected values are in parentheses. Those of orthogonal directions are "
+        "about √(m/d), with d the dimension probed. Those of more than one direction on the sphere are simulated.",
         markdown_table(*_cosine_table(results)),
         "## The radius",
-        "The root mean square error of the directional derivatives (L₊ − L₋)/(2 radius) in β, over that of the exact "
-        f"ones (by forward mode), along {settings['radius_directions']} directions on the sphere. Where float32 rounds "
-        "the losses the error is ∝ 1/radius, where the loss is smooth and curves ∝ radius²; the kinks of piecewise "
-        "linear activations leave an error that grows more slowly than that.",
-        *_radius_sentences(results),
+        "The table has the root mean square error of the directional derivatives (L₊ − L₋)/(2 radius) in β, divided "
+        "by the root mean square of the exact ones (by forward mode), along directions on the sphere. Where float32 "
+        "rounds the losses the error is ∝ 1/radius. Where the loss is smooth and curves it is ∝ radius². The kinks of "
+        "piecewise linear activations leave an error that grows more slowly than that.",
         markdown_table(*_radius_table(results["radii"])),
-        f"p of error ∝ radius^p where the error leaves {100 * TOLERANCE:g} %, to the second radius below and above; "
-        "and the rounding error of a loss that the smallest radius implies.",
+        f"A radius is good where the error is at most {100 * TOLERANCE:g} %. p is the power in error ∝ radius^p, from "
+        "the last good radius to the second radius beyond it, below and above. The rounding error of a loss is what "
+        "the smallest radius implies.",
         markdown_table(*_findings_table(results)),
-    ]
-    return "\n\n".join(sections) + "\n"
-
-
-def _deviations(rows: Rows) -> str:
-    """How well measured errors agree with exact ones, in standard errors."""
-    values = np.abs([row["deviation"] for row in rows if row["deviation"] is not None and row["estimates"] >= _ENOUGH])
-    if not len(values):
-        return ""
-    return (
-        f"Of {len(values)} errors of at least {_ENOUGH} estimates each, {100 * np.mean(values <= 2):.0f} % lie within "
-        f"2 standard errors of the exact one, the farthest {values.max():.1f} away (the m of a cell share its probes)."
     )
 
 
-def _radius_sentences(results: Mapping[str, Any]) -> Iterable[str]:
-    """Where the radius is good, and whether the run's is."""
-    radius = results["config"]["radius"]
-    for row in results["radii"]:
-        good, error = row["good_radii"], 100 * row["error_at_radius"]
-        limit = f"{100 * TOLERANCE:g} %"
-        where = f"at most {limit} from radius {good[0]:.2g} to {good[1]:.2g}" if good else f"nowhere at most {limit}"
-        inside = good is not None and good[0] <= radius <= good[1]
-        yield (
-            f"{row['point'].capitalize()}: the directional derivatives' error is {where}; at the run's radius, "
-            f"{radius:g}, {'inside' if inside else 'outside'}, it is {error:.2g} %."
-        )
+def _setting_table(results: Mapping[str, Any]) -> str:
+    """What was measured on."""
+    config, settings = results["config"], results["settings"]
+    values = {
+        "data": results["data"]["name"],
+        **{name: config[name] for name in ("network", "num_experts", "expert_examples", "initialization", "radius")},
+        **settings,
+        "learning_steps": results["learning_steps"],
+        "seconds": f"{sum(results['seconds'].values()):.0f}",
+    }
+    return markdown_table(["setting", "value"], [[name, str(value)] for name, value in values.items()])
+
+
+def _deviation_table(rows: Rows) -> TableCells:
+    """How many measured errors are within some standard errors of the exact ones."""
+    values = np.abs([row["deviation"] for row in rows if row["deviation"] is not None and row["estimates"] >= _ENOUGH])
+    share = f"{100 * np.mean(values <= 2):.0f} %" if len(values) else "-"
+    return ["errors", "within 2", "the farthest"], [[str(len(values)), share, f"{max(values, default=0):.1f}"]]
 
 
 def _measured(row: Mapping[str, Any], name: str = "error") -> str:
@@ -147,56 +123,48 @@ def _measured(row: Mapping[str, Any], name: str = "error") -> str:
     return f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
-def _point_table(points: Rows) -> tuple[list[str], list[list[str]]]:
+def _point_table(points: Rows) -> TableCells:
     """The points and their norms."""
-    headers = [
-        "point",
-        "K",
-        "loss",
-        "largest α",
-        "‖∇αL‖",
-        "its zero-sum part",
-        "‖∇βL‖",
-        "‖∇θL‖",
-        "σ_max(Θ)",
-        "σ²‖∇θL‖²/‖∇αL‖²",
-    ]
-    norms = ("alpha_gradient", "zero_sum_gradient", "beta_gradient", "parameter_gradient", "experts_spectral")
-    return headers, [
-        [
-            row["point"],
-            str(row["K"]),
-            f"{row['loss']:.3f}",
-            f"{max(row['alpha']):.3f}",
-            *(f"{row[f'{name}_norm']:.3g}" for name in norms),
-            f"{slack(row):.3g}",
-        ]
-        for row in points
-    ]
+    rows = [{**row, "most": max(row["alpha"]), "slack": slack(row), "m": meeting(row)} for row in points]
+    columns = {
+        "point": "{point}",
+        "K": "{K}",
+        "loss": "{loss:.3f}",
+        "largest α": "{most:.3f}",
+        "‖∇αL‖": "{alpha_gradient_norm:.3g}",
+        "its zero-sum part": "{zero_sum_gradient_norm:.3g}",
+        "‖∇βL‖": "{beta_gradient_norm:.3g}",
+        "‖∇θL‖": "{parameter_gradient_norm:.3g}",
+        "σ_max(Θ)": "{experts_spectral_norm:.3g}",
+        "σ²‖∇θL‖²/‖∇αL‖²": "{slack:.3g}",
+        "Eq. (13) meets at m": "{m:.0f}",
+    }
+    return table_of(rows, columns)
 
 
-def _alpha_table(rows: Rows) -> tuple[list[str], list[list[str]]]:
+def _alpha_table(rows: Rows) -> TableCells:
     """The paper's estimate at each point, for each K and m."""
-    headers = ["point", "K", "m", "estimates", "measured", "exact", "(measured − exact)/s.e.", "Eq. (18), (19)"]
-    return [*headers, "Eq. (13) / measured", "variance", "exact variance"], [
-        [
-            row["point"],
-            str(row["K"]),
-            str(row["m"]),
-            str(row["estimates"]),
-            _measured(row),
-            f"{row['exact']:.4f}",
-            f"{row['deviation']:+.1f}",
-            f"{row['equation_19']:.3g}",
-            f"{row['bound'] / row['error']:.3g}",
-            _measured(row, "variance"),
-            f"{row['exact_variance']:.3g}",
-        ]
+    columns = {
+        "point": "{point}",
+        "K": "{K}",
+        "m": "{m}",
+        "estimates": "{estimates}",
+        "measured": "{measured}",
+        "exact": "{exact:.4f}",
+        "(measured − exact)/s.e.": "{deviation:+.1f}",
+        "Eq. (18), (19)": "{equation_19:.3g}",
+        "Eq. (13) / measured": "{over:.3g}",
+        "variance": "{spread}",
+        "exact variance": "{exact_variance:.3g}",
+    }
+    more = (
+        {"measured": _measured(row), "over": row["bound"] / row["error"], "spread": _measured(row, "variance")}
         for row in rows
-    ]
+    )
+    return table_of(({**row, **fields} for row, fields in zip(rows, more, strict=True)), columns)
 
 
-def _beta_table(rows: Rows) -> tuple[list[str], list[list[str]]]:
+def _beta_table(rows: Rows) -> TableCells:
     """The unbiased estimate's error for each distribution, at each point, for each K and m."""
     names = list(dict.fromkeys(row["directions"] for row in rows))
     table: dict[tuple[str, int, int], list[str]] = {}
@@ -206,7 +174,7 @@ def _beta_table(rows: Rows) -> tuple[list[str], list[list[str]]]:
     return ["point", "K", "m", *names], [[point, str(k), str(m), *cells] for (point, k, m), cells in table.items()]
 
 
-def _cosine_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def _cosine_table(results: Mapping[str, Any]) -> TableCells:
     """The mean cosine for each estimator and m."""
     chosen = _select(results["errors"], point="uniform", K=results["config"]["num_experts"])
     table: dict[int, list[str]] = {}
@@ -217,7 +185,7 @@ def _cosine_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]
     return ["m", *names], [[str(m), *cells] for m, cells in table.items()]
 
 
-def _radius_table(rows: Rows) -> tuple[list[str], list[list[str]]]:
+def _radius_table(rows: Rows) -> TableCells:
     """The relative error in percent, for each radius."""
     errors = np.array([row["errors"] for row in rows]).T
     table = [
@@ -227,15 +195,16 @@ def _radius_table(rows: Rows) -> tuple[list[str], list[list[str]]]:
     return ["radius", *(f"{row['point']}, %" for row in rows)], table
 
 
-def _findings_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """How the error grows on either side, and the rounding of the losses that it implies."""
-    headers = ["point", "rms derivative", "best radius", "p below", "p above"]
+def _findings_table(results: Mapping[str, Any]) -> TableCells:
+    """Where the radius is good, how the error grows on either side, and the rounding of the losses that it implies."""
+    headers = ["point", "error at the run's, %", "best radius", "good from", "good to", "p below", "p above"]
     losses = {row["point"]: row["loss"] for row in results["points"] if row["K"] == results["config"]["num_experts"]}
     table = []
     for row in results["radii"]:
+        good = [f"{radius:.2g}" for radius in row["good_radii"] or ()] or ["-", "-"]
+        powers = ["-" if power is None else f"{power:.2f}" for power in (row["rounding_power"], row["curvature_power"])]
+        cells = [row["point"], f"{100 * row['error_at_radius']:.2g}", f"{row['best_radius']:g}", *good, *powers]
         spacing = np.spacing(np.float32(losses[row["point"]]))
-        powers = (row["rounding_power"], row["curvature_power"])
-        cells = [row["point"], f"{row['rms_derivative']:.3g}", f"{row['best_radius']:g}"]
-        cells += ["-" if power is None else f"{power:.2f}" for power in powers]
-        table.append([*cells, f"{row['loss_rounding']:.2g}", f"{row['loss_rounding'] / spacing:.1f}"])
-    return [*headers, "rounding of a loss, nats", "in float32 spacings"], table
+        cells += [f"{row['rms_derivative']:.3g}", f"{row['loss_rounding']:.2g}"]
+        table.append([*cells, f"{row['loss_rounding'] / spacing:.1f}"])
+    return [*headers, "rms derivative", "rounding of a loss, nats", "in float32 spacings"], table

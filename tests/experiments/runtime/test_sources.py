@@ -249,7 +249,7 @@ def test_the_constants_of_the_studies_decide_their_digests(monkeypatch):
     changed(monkeypatch, "experiments.studies.calibration", "_IMAGES", ("512", "513"))
     assert digest(name_of(calibration._learn_calibrated)) != before
     of_ablation = digest("experiments.studies.ablation.trials:measure")
-    changed(monkeypatch, "experiments.studies.ablation.trials", "_LAST_RATE", ("0.02", "0.03"))
+    changed(monkeypatch, "experiments.studies.ablation.learners", "_LAST_RATE", ("0.02", "0.03"))
     assert digest("experiments.studies.ablation.trials:measure") != of_ablation
 
 

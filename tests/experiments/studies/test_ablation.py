@@ -13,7 +13,7 @@ from rich.console import Console
 
 import glue_jax
 from experiments import digits
-from experiments.protocol import data
+from experiments.protocol import data, presets
 from experiments.protocol import run as protocol
 from experiments.protocol.context import prepare
 from experiments.protocol.expert_training import train_experts
@@ -113,14 +113,15 @@ def test_the_report_says_what_its_recipes_are():
     results = json.loads((RESULTS / "ablation-digits" / "results.json").read_text())
     (row, *_) = results["sets"][0]["rows"]
     for name in ("4 GLUE", "RegMean, refreshed", "5 Gauss-Newton"):
-        text = report._markdown({**results, "sets": [{**results["sets"][0], "rows": [{**row, "recipe": name}]}]})
+        one = {**results["sets"][0], "rows": [{**row, "recipe": name}]}
+        text = report.present({**results, "sets": [one]}).markdown
         assert ("RegMean: each layer" in text) == ("RegMean" in name)
         assert ("Gauss-Newton, ours" in text) == ("Gauss-Newton" in name)
 
 
 def test_a_recipe_is_chosen_by_its_name_and_several_by_a_word():
     def names(*words):
-        parsed = ablation.parse(ablation.Arguments, "ablation", "", ["--recipes", *words])
+        parsed = presets.parse(ablation.Arguments, "ablation", "", ["--recipes", *words])
         return [recipe.name for recipe in parsed.chosen()]
 
     assert names("free coefficients") == ["free coefficients"]
@@ -272,8 +273,9 @@ def test_the_ensemble_is_of_mean_probabilities(tmp_path):
         (["--recipes", "magic"], "recipes has 'magic'; expected part of one of"),
         (["--epochs", "-1"], "epochs is -1; expected at least 0"),
         (["--initializations", "common", "common"], "each given once"),
-        (["--experiment", "nowhere"], "experiment is 'nowhere'"),
-        (["--preset", "huge"], "preset is 'huge'"),
+        (["--experiment", "nowhere"], "experiment is 'nowhere'; expected a module of experiments with PRESETS"),
+        (["--experiment", "stages"], "experiment is 'stages'; expected"),
+        (["--preset", "huge"], "preset is 'huge'; expected one of ('quick',)"),
     ],
 )
 def test_a_bad_command_line_is_refused_before_any_work(words, message, tmp_path, capsys):

@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from experiments.reporting.presentation import claim_table
 from experiments.runtime.progress import ProgressBars
 from experiments.studies.cost import __main__ as cost
-from experiments.studies.cost import cost_report as report
 from experiments.studies.cost import step_costs as measurement
 from experiments.studies.cost.cost_claims import claims, growth_table
 from experiments.studies.cost.programs import Setting
-from experiments.studies.cost.promises import promises
 from experiments.studies.cost.step_costs import Program, Samples
 
 TINY = ["--networks", "convnet", "--batch-sizes", "4", "--num-experts", "3", "--num-directions", "1"]
@@ -62,13 +61,6 @@ def run(folder, *arguments):
     return cost.main([*TINY, "--repetitions", str(REPETITIONS), "--out-dir", str(folder), *arguments])
 
 
-def row(*, platform="cpu", full_bytes=10, spsa_bytes=1, flops=0.66, ratio=0.4, over=1.0, **fields):
-    times = {"spsa_over_full": ratio, "over_predicted": {"spsa_step": over}}
-    sizes = {"temporary_bytes": {"full_step": full_bytes, "spsa_step": spsa_bytes}}
-    work = {"flops": {"full_step": 1.0, "spsa_step_vmapped": flops}}
-    return {**dataclasses.asdict(Setting(**fields)), "platform": platform, "times": times, **sizes, **work}
-
-
 def samples(**seconds):
     return {name: Samples(values, FAULTS.get(name, [0])) for name, values in {**SECONDS, **seconds}.items()}
 
@@ -109,27 +101,10 @@ def test_the_compiled_steps_are_sized(results):
     assert measured["total_bytes"] > measured["temporary_bytes"]["full_step"]
 
 
-def test_the_report_sets_the_measured_figure_beside_each_promise(results, folder):
-    report, (measured,) = (folder / "report.md").read_text(), results["rows"]
-    times, flops = measured["times"], measured["flops"]
-    for what, limit, value in (
-        ("SPSA step / full step, time", 0.5, times["spsa_over_full"]),
-        (
-            "SPSA step / full step, FLOPs, all probes vmapped",
-            0.67,
-            flops["spsa_step_vmapped"] / flops["full_step"],
-        ),
-        ("SPSA step / 2 (F + C_mix), time", 1.05, times["over_predicted"]["spsa_step"]),
-    ):
-        verdict = "kept" if value <= limit else "missed"
-        assert {promise["verdict"] for promise in results["promises"] if promise["what"] == what} == {verdict}
-        assert f"| {what} | convnet, batch 4, cpu | {limit:g} | {value:.3f} | {verdict} |" in report
-
-
 def test_what_was_compiled_for_a_tpu_is_shown(results, folder):
     report = (folder / "report.md").read_text()
     assert "| resnet20 | 512 | 10 | 1 | 400 | 100 | 0.250 | 3 | 2 | 0.667 | 41 | 27 |" in report
-    assert "libtpu 1.2.3" in report
+    assert "| compiler | libtpu 1.2.3 |" in report
 
 
 def test_a_run_that_is_repeated_has_nothing_to_do(results, folder, monkeypatch):
@@ -163,9 +138,7 @@ def test_what_does_not_fit_the_memory_is_not_timed(results, folder, monkeypatch,
     (measured,) = run(tmp_path, "--repetitions", "2")["rows"]
     assert measured["times"] is None
     assert measured["temporary_bytes"] == results["rows"][0]["temporary_bytes"]
-    report = (tmp_path / "report.md").read_text()
-    assert "Not timed, since a program takes more memory than was free: convnet-batch4-k3-m1 (0.0 GB)" in report
-    assert "| SPSA step / full step, time | convnet, batch 4, cpu | 0.5 | - | not measured |" in report
+    assert f"| convnet | 4 | 3 | 1 |{9 * ' - |'}" in (tmp_path / "report.md").read_text()
 
 
 def test_the_costs_of_equations_9_and_10_by_hand():
@@ -183,73 +156,6 @@ def test_the_costs_of_equations_9_and_10_by_hand():
     assert times["excess"] == {"one program": 2, "many probes": 0.5, "the rest": 0.5}
     # A backward pass that costs next to nothing.
     assert not measurement.compare(samples(value_and_grad=[2.2]), 1)["predicted_cheaper"]
-
-
-def test_a_deviation_of_more_than_15_percent_is_explained_by_its_largest_part():
-    def explain(**seconds):
-        times = measurement.compare(samples(**seconds), 1)
-        return report.explain({"times": times, "num_directions": 1, "platform": "cpu"}) or "within"
-
-    assert explain(spsa_step=[5.7]) == "within"
-    assert explain() == (
-        "+40 %, of it +20 % a blend and a forward pass in one program, against each in its own; +10 % 2 such "
-        "probes one after another, with their directions, against each in its own program; +10 % the update of the "
-        "coefficients."
-    )
-    assert explain(probe=[2.5], estimate=[5.0]).startswith("+40 %, of it +40 % the update of the coefficients; ")
-    saving = explain(probe=[2.5], estimate=[4.0], spsa_step=[4.0])
-    assert saving.startswith("-20 %, of it -20 % 2 such probes one after another")
-    assert saving.endswith(
-        "240 page faults in 2 forward passes and blends by themselves; within the step it is used again, 150."
-    )
-    noisy = explain(**{name: 2 * values for name, values in SECONDS.items()} | {"spsa_step": [4.0, 10.0]})
-    assert noisy.endswith("The quartiles, 1.10 to 1.70, reach within it: the machine was not quiet.")
-
-
-def test_a_deviation_on_an_accelerator_says_nothing_of_page_faults():
-    times = measurement.compare(samples(probe=[2.5], estimate=[4.0], spsa_step=[4.0]), 1)
-    assert "page faults" in (report.explain({"times": times, "num_directions": 1, "platform": "cpu"}) or "")
-    assert "page faults" not in (report.explain({"times": times, "num_directions": 1, "platform": "gpu"}) or "")
-    columns = {
-        platform: report._part_table([{**row(), "platform": platform, "times": times}])[0]
-        for platform in ("cpu", "gpu")
-    }
-    assert columns["cpu"] == [*columns["gpu"], "faults of F", "of SPSA"]
-
-
-def test_a_promise_is_kept_or_missed():
-    small, large = row(ratio=0.5, over=1.06), row(batch_size=512, spsa_bytes=3, flops=0.68)
-    found = {
-        (promise["what"], promise["where"]): promise["verdict"] for promise in promises([small, large], [TPU_ROW], 10)
-    }
-    here, there = "resnet20, batch 64, cpu", "resnet20, batch 512, cpu"
-    compiled = "resnet20, batch 512, tpu v5e (compiled)"
-    assert found == {
-        ("SPSA step / full step, time", here): "kept",
-        ("SPSA step / full step, time", there): "kept",
-        ("SPSA step / full step, FLOPs, all probes vmapped", here): "kept",
-        ("SPSA step / full step, FLOPs, all probes vmapped", there): "missed",
-        ("SPSA step / full step, FLOPs, all probes vmapped", compiled): "kept",
-        ("SPSA step / full step, peak temporary memory", there): "missed",
-        ("SPSA step / full step, peak temporary memory", compiled): "missed",
-        ("SPSA step / 2 (F + C_mix), time", here): "missed",
-        ("SPSA step / 2 (F + C_mix), time", there): "kept",
-    }
-
-
-def test_promises_are_of_the_base_and_one_about_a_cpus_time_is_not_a_gpus():
-    others = [row(num_directions=4, ratio=1.6), row(num_experts=50, ratio=0.6)]
-    tpu_rows = [{**TPU_ROW, "num_experts": 50}, {**TPU_ROW, "num_directions": 4}]
-    found = promises([row(platform="gpu"), {**row(), "times": None}, *others], tpu_rows, 10)
-    gpu, cpu = "resnet20, batch 64, gpu", "resnet20, batch 64, cpu"
-    assert [(promise["what"], promise["where"], promise["verdict"]) for promise in found] == [
-        ("SPSA step / full step, time", cpu, "not measured"),
-        ("SPSA step / full step, FLOPs, all probes vmapped", gpu, "kept"),
-        ("SPSA step / full step, FLOPs, all probes vmapped", cpu, "kept"),
-        ("SPSA step / full step, peak temporary memory", "resnet20, batch 512", "not measured"),
-        ("SPSA step / 2 (F + C_mix), time", gpu, "kept"),
-        ("SPSA step / 2 (F + C_mix), time", cpu, "not measured"),
-    ]
 
 
 def timed_row(parameters, flops, num_directions=1, num_experts=10, **seconds):
@@ -270,15 +176,16 @@ def test_the_papers_claims_by_hand():
     # The gap is 8 - 7 s, 3 GFLOP.
     large = timed_row(300, 3, full_step=[8.0])
     # m = 4 and K = 50 count for γ and D_α alone.
-    found = claims([large, small, middle, timed_row(100, 1, num_directions=4), timed_row(100, 1, num_experts=50)], 10)
-    assert [(claim["section"], claim["measured"], claim["verdict"]) for claim in found] == [
-        ("4.1", "γ: vit 2, resnet20 2, mobilenetv2 1 (5 rows)", "in 4 of 5"),
-        ("4.1", "D_α / C_mix: vit 0.5, resnet20 0.5, mobilenetv2 20 (5 rows)", "in 4 of 5"),
-        ("4.1", "its right side over C_mix: vit 4.5, resnet20 4.5, mobilenetv2 20 (4 rows)", "yes"),
-        ("4.1", "SPSA step / full step, time: vit 0.875, resnet20 0.778, mobilenetv2 0.583 (4 rows)", "yes"),
-        ("6", "(γ − 1)F over the size of D_α − C_mix: resnet20 8, mobilenetv2 0, vit 8 at batch 64", "in 2 of 3"),
-        ("6", "T_full − T_SPSA: resnet20 2000 ms, mobilenetv2 5000 ms, vit 1000 ms at batch 64", "in 1 of 2"),
-        ("6", "full − SPSA: resnet20 1 GFLOP, mobilenetv2 2 GFLOP, vit 3 GFLOP at batch 64", "yes"),
+    rows = [large, small, middle, timed_row(100, 1, num_directions=4), timed_row(100, 1, num_experts=50)]
+    found = claim_table(claims(rows, 10))[1]
+    assert [row[1:] for row in found] == [
+        ["4.1", "γ", "1 to 2", "in 4 of 5"],
+        ["4.1", "D_α / C_mix", "0.5 to 20", "in 4 of 5"],
+        ["4.1", "its right side over C_mix", "4.5 to 20", "yes"],
+        ["4.1", "SPSA step / full step, time", "0.583 to 0.875", "yes"],
+        ["6", "(γ − 1)F over the size of D_α − C_mix", "0 to 8", "in 2 of 3"],
+        ["6", "growth of T_full − T_SPSA from each network to the next, ms", "-4000 to 3000", "in 1 of 2"],
+        ["6", "growth of the FLOPs of full − SPSA, all probes vmapped, GFLOP", "1", "yes"],
     ]
     headers, table = growth_table([large, small, {**middle, "times": None}], 10)
     assert table == [
@@ -290,17 +197,15 @@ def test_the_papers_claims_by_hand():
 
 
 def test_one_network_tells_nothing_about_growth():
-    found = claims([timed_row(100, 1)], 10)
-    assert [claim["verdict"] for claim in found] == ["yes", "yes", "yes", "yes", "-", "-", "-"]
-    assert found[-1]["measured"] == "full − SPSA: one network alone"
+    found = claim_table(claims([timed_row(100, 1)], 10))[1]
+    assert [row[-1] for row in found] == ["yes", "yes", "yes", "yes", "-", "-", "-"]
+    assert found[-1][-2] == "-"
 
 
 def test_the_report_gives_the_papers_claims_with_their_verdicts(results, folder):
     (measured,) = results["rows"]
     gamma = measured["times"]["backward_ratio"]
-    assert (
-        f"| γ: convnet {gamma:.3g} (1 rows) | {'yes' if gamma >= 2 else 'no'} |" in (folder / "report.md").read_text()
-    )
+    assert f"| γ | {gamma:.3g} | {'yes' if gamma >= 2 else 'no'} |" in (folder / "report.md").read_text()
     assert measured["parameters"] == 19_562
 
 
@@ -365,14 +270,10 @@ def test_a_folder_that_cannot_be_made_is_refused_before_any_work(tmp_path):
     ("content", "message"),
     [
         ("{", "Expecting"),
-        ("[]", "tpu.json is []"),
-        (json.dumps({**TPU, "rows": {}}), "tpu.json['rows'] is {}"),
+        ("[]", "list indices"),
         (json.dumps({**TPU, "rows": [{**TPU_ROW, "batch_size": float("nan")}]}), "it has NaN, which is no number"),
-        (json.dumps({**TPU, "rows": [TPU_ROW, {"network": "vit"}]}), "tpu.json['rows'][1] has no 'batch_size'"),
-        (
-            json.dumps({**TPU, "rows": [{**TPU_ROW, "flops": {"full_step": 1.0}}]}),
-            "['flops'] has no 'spsa_step_vmapped'",
-        ),
+        (json.dumps({**TPU, "rows": [TPU_ROW, {"network": "vit"}]}), "it has no 'temporary_bytes'"),
+        (json.dumps({**TPU, "rows": [{**TPU_ROW, "flops": {"full_step": 1.0}}]}), "it has no 'spsa_step_vmapped'"),
     ],
 )
 def test_a_tpu_file_of_another_shape_is_refused_before_any_work(content, message, tmp_path, monkeypatch):
@@ -380,7 +281,8 @@ def test_a_tpu_file_of_another_shape_is_refused_before_any_work(content, message
     (tmp_path / "tpu.json").write_text(content)
     with pytest.raises(SystemExit) as stopped:
         run(tmp_path)
-    assert f"{tmp_path / 'tpu.json'} is not what python -m experiments.studies.cost.tpu writes: " in str(
-        stopped.value.code
-    )
-    assert message in str(stopped.value.code)
+    said = str(stopped.value.code)
+    assert f"{tmp_path / 'tpu.json'} is damaged" in said
+    assert message in said
+    assert "run python -m experiments.studies.cost.tpu again" in said
+    assert len(said.splitlines()) == 1

@@ -109,9 +109,8 @@ def test_the_command_keeps_what_it_measured_and_reports_it(tiny, tmp_path, monke
         if not row["epochs"]:
             assert row["tuned_accuracy"] == row["prior_accuracy"]
     report = (tmp_path / "out" / "report.md").read_text()
-    assert f"drawn from {AVAILABLE:,} images" in report
-    assert "left out: 2,000." in report
-    assert "10 of 30." in report
+    assert f"| {AVAILABLE:,} | 2,000 |" in report
+    assert f"| 30 | 10 | {len(rows)} |" in report
     assert "nan" not in report
     assert (tmp_path / "out" / "target-size.png").exists()
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == json.loads(json.dumps(results))
