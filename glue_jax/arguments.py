@@ -12,7 +12,7 @@ from jax.core import Tracer
 
 from glue_jax.batches import num_examples
 from glue_jax.checks import check_callable, check_counts, check_optimizer
-from glue_jax.gauss_newton import gauss_newton_step
+from glue_jax.gauss_newton import check_output_loss, gauss_newton_step
 from glue_jax.streams import as_arrays, check_same_kind, check_validation_stream, is_stream
 from glue_jax.types import PyTree
 
@@ -34,16 +34,23 @@ def check_functions(functions: dict[str, Any], **optional: Any) -> None:
                 f"pass {', '.join(f'{name}=' for name in hidden)} to learn instead"
             )
     _check_optimizer(functions.get("optimizer"), functions["step_fn"])
+    if bare(functions["step_fn"]) is gauss_newton_step:
+        check_output_loss(functions["loss_fn"])
+
+
+def bare(step_fn: Any) -> Any:
+    """Returns the function that a step wraps as a partial or a jitted function."""
+    return list(_unwrapped(step_fn))[-1]
 
 
 def validate_every_of(step_fn: Any) -> int:
     """Returns the default number of steps between validations. Gauss-Newton needs fewer steps than other estimators."""
-    return 5 if list(_unwrapped(step_fn))[-1] is gauss_newton_step else 50
+    return 5 if bare(step_fn) is gauss_newton_step else 50
 
 
 def _check_optimizer(optimizer: Any, step_fn: Any) -> None:
     """Refuses a value that is no optimizer, an optimizer that the step does not take, and a missing optimizer."""
-    name = getattr(list(_unwrapped(step_fn))[-1], "__name__", repr(step_fn))
+    name = getattr(bare(step_fn), "__name__", repr(step_fn))
     try:
         words = inspect.signature(step_fn).parameters
     except ValueError:

@@ -166,15 +166,16 @@ def tell(
 
 
 class OutputProbes(NamedTuple):
-    """What `ask_outputs` wants to know the outputs of, and all that `tell_outputs` needs beside them.
+    """The coefficients whose outputs `tell_outputs` needs, and the rest of what it needs.
 
     Attributes:
-        alpha: of each blend, leaves `[m + 2, ...]`: at beta, at the proposed step, and around the proposed step along
-            each of the m directions. All directions are m = d.
+        alpha: the coefficients of each blend, leaves `[m + 2, ...]`. The first are at beta. The second are at the
+            proposed step. The others are around the proposed step, along each of the m directions. With all
+            directions, m is d.
         state: the state that was given to `ask_outputs`.
-        radius: of the differences, `[]`.
-        rows: the directions, `[m, d]`, as coordinates in `glue_jax.directions.basis`; None for all of them.
-        link_fn: of the coefficients.
+        radius: the length of a difference's step in beta, `[]`.
+        rows: the directions, `[m, d]`, as coordinates in `glue_jax.directions.basis`. None is all directions.
+        link_fn: the link that was given to `ask_outputs`.
     """
 
     alpha: PyTree
@@ -185,8 +186,8 @@ class OutputProbes(NamedTuple):
 
 
 def ask_outputs(
+    key: jax.Array | None,
     state: GlueState,
-    key: jax.Array | None = None,
     *,
     link_fn: LinkFn = jax.nn.softmax,
     radius: ArrayLike | None = None,
@@ -195,29 +196,28 @@ def ask_outputs(
     """Returns the coefficients whose outputs `tell_outputs` wants: the first half of `gauss_newton_step`.
 
     Args:
-        state: of `init(num_experts, link_fn=link_fn)` or `tell_outputs`.
-        key: as for `gauss_newton_step`.
+        key: as for `gauss_newton_step`. It may be None without `num_directions`.
+        state: a state from `init(num_experts, link_fn=link_fn)` or from `tell_outputs`.
         link_fn: as for `gauss_newton_step`.
-        radius: as for `gauss_newton_step`. Outputs of few digits want a larger one.
+        radius: as for `gauss_newton_step`. Outputs with few digits need a larger radius.
         num_directions: as for `gauss_newton_step`.
 
     Returns:
-        The probes, for `tell_outputs`. The first two are the same where nothing is proposed yet.
+        The probes, for `tell_outputs`. As long as nothing is proposed, the first two are the same.
 
     Raises:
-        ValueError: an argument out of its range, or a state of another link.
-        TypeError: a state that is none, or of an optimizer; `num_directions` without a key.
+        ValueError: if an argument is out of its range, or if the state belongs to another link.
+        TypeError: if `state` is no GlueState or has the state of an optimizer, or if `num_directions` has no key.
 
     Examples:
         >>> import jax, jax.numpy as jnp, numpy as np
         >>> import glue_jax
         >>> state, batch = glue_jax.init(2), np.array([0.2, 0.3])
+        >>> loss = lambda outputs, batch: jnp.mean((outputs - batch) ** 2)
         >>> for _ in range(15):
-        ...     probes = glue_jax.ask_outputs(state)
+        ...     probes = glue_jax.ask_outputs(None, state)
         ...     outputs = [np.full(2, alpha[1]) for alpha in probes.alpha]
-        ...     state, metrics = glue_jax.tell_outputs(
-        ...         probes, outputs, batch, loss=lambda outputs, batch: jnp.mean((outputs - batch) ** 2)
-        ...     )
+        ...     state, metrics = glue_jax.tell_outputs(probes, outputs, batch, loss=loss)
         >>> bool(abs(glue_jax.alpha(state)[1] - 0.25) < 0.01)
         True
     """
@@ -234,28 +234,33 @@ def ask_outputs(
 def tell_outputs(
     probes: OutputProbes, outputs: PyTree, batch: Batch, *, loss: LossOfOutputs
 ) -> tuple[GlueState, GlueMetrics]:
-    """Takes the step that the outputs of the probes say: the second half of `gauss_newton_step`.
+    """Takes the step that follows from the outputs of the probes: the second half of `gauss_newton_step`.
+
+    The outputs of the host are subtracted in float64.
 
     Args:
-        probes: of `ask_outputs`.
-        outputs: of the probes in their order, on one minibatch: an array `[m + 2, B, ...]`, or a list of m + 2 outputs,
-            in which None is a blend that could not be evaluated. Without one of the directions, the step learns nothing
-            new. Without the proposal's, it turns the proposal down.
-        batch: for `loss`, such as the labels.
-        loss: `loss(outputs, batch) -> scalar`, as that of an `OutputLoss`; build it once, or each step compiles anew.
+        probes: the probes from `ask_outputs`.
+        outputs: the outputs of all probes in their order, on one minibatch. Pass arrays `[m + 2, B, ...]`, or a list of
+            m + 2 outputs `[B, ...]`. In a list, None stands for a blend that could not be evaluated. If the output of a
+            direction is None, the step learns nothing new. If the output of the proposal is None, the step turns the
+            proposal down.
+        batch: the minibatch for `loss`, such as the labels.
+        loss: `loss(outputs, batch) -> scalar`, the second part of an `OutputLoss`. Build it once, or each step
+            compiles anew.
 
     Returns:
         The next state, and the metrics of the state that went in.
 
     Raises:
-        ValueError: outputs of another number, shape or dtype, or none of beta itself; a loss that is no scalar.
-        TypeError: probes that are none.
+        ValueError: if outputs differ in number, shape or dtype, if the outputs of beta itself are missing or not
+            finite, or if the loss is no scalar.
+        TypeError: if `probes` did not come from `ask_outputs`.
     """
     if not isinstance(probes, OutputProbes):
         raise TypeError(f"probes is a {type(probes).__name__}; expected what glue_jax.ask_outputs returned")
     check_callable(loss=loss)
     count = len(jax.tree.leaves(probes.alpha)[0])
-    if isinstance(outputs, Sequence):
+    if isinstance(outputs, list):
         known = next((given for given in outputs if given is not None), None)
         if known is None or outputs[0] is None:
             raise ValueError("the outputs of beta itself, outputs[0], are None: evaluate it again")
@@ -265,26 +270,18 @@ def tell_outputs(
         if any(shapes != found[0] for shapes in found):
             raise ValueError(f"outputs have shapes {found}; expected the same of each probe")
         outputs = jax.tree.map(lambda *leaves: np.stack(leaves), *given)
-    shapes = jax.tree.map(np.shape, outputs)
     leaves = jax.tree.leaves(outputs)
     if not leaves or any(
-        np.ndim(leaf) < 2 or len(leaf) != count or jnp.result_type(leaf).kind != "f" for leaf in leaves
+        np.ndim(leaf) < 2 or len(leaf) != count or not jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+        for leaf in leaves
     ):
-        raise ValueError(f"outputs have shape {shapes}; expected floating point [m + 2, B, ...] with m + 2 = {count}")
-    return _tell(probes.state, outputs, batch, probes.radius, probes.rows, link_fn=probes.link_fn, loss=loss)
+        shapes = jax.tree.map(lambda leaf: f"{jnp.result_type(leaf)}{list(np.shape(leaf))}", outputs)
+        raise ValueError(f"outputs are {shapes}; expected floating point [m + 2, B, ...] with m + 2 = {count}")
+    wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), outputs)
+    if not all(np.isfinite(leaf[0]).all() for leaf in jax.tree.leaves(wide)):
+        raise ValueError("the outputs of beta itself, outputs[0], are not finite: evaluate it again")
+    parts = gauss_newton.differences(wide, float(np.asarray(probes.radius)))
+    return _tell(probes.state, *parts, batch, probes.rows, link_fn=probes.link_fn, loss=loss)
 
 
-@functools.partial(jax.jit, static_argnames=("link_fn", "loss"))
-def _tell(
-    state: GlueState,
-    outputs: PyTree,
-    batch: Batch,
-    radius: ArrayLike,
-    rows: jax.Array | None,
-    *,
-    link_fn: LinkFn,
-    loss: LossOfOutputs,
-) -> tuple[GlueState, GlueMetrics]:
-    """The step, of outputs in at least float32."""
-    outputs = jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), outputs)
-    return gauss_newton.move(state, outputs, batch, radius, rows, link_fn=link_fn, loss=loss)
+_tell = jax.jit(gauss_newton.move, static_argnames=("link_fn", "loss"))

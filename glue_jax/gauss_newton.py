@@ -49,13 +49,14 @@ def gauss_newton_step(
     probe_batch_size: int | None = None,
     matmul_precision: str | None = "highest",
 ) -> tuple[GlueState, GlueMetrics]:
-    """One damped Gauss-Newton step: d + 2 blended forward passes, no backward pass, no learning rate.
+    """Takes one damped Gauss-Newton step: d + 2 blended forward passes, no backward pass, no learning rate.
 
     The minibatch first judges the step that the minibatch before it proposed. Where the loss does not grow by that
     step, beta takes it. The minibatch then refines the model of the loss, and the model proposes the next step. So
     `beta` lags one step behind, and the first step leaves beta where it is.
 
-    There is no optimizer. `init(num_experts)` makes the state.
+    There is no optimizer. `init(num_experts)` makes the state. A step holds the outputs of all d + 2 blends, and twice
+    as much for the curvature.
 
     Args:
         key: draws the directions of a step with `num_directions`. Without `num_directions` it is not used and may be
@@ -72,10 +73,11 @@ def gauss_newton_step(
         tangents: how J is computed: by one-sided `differences` of the outputs, or in `forward_mode` by `jax.jvp`, at
             about twice the time, which is right in every number format. None is `differences`, or `forward_mode`
             where the network multiplies bfloat16 or float16 arrays by itself.
-        radius: the length of a difference's step in beta. None is a tenth of what `spsa_step` takes for the link.
-        num_directions: m, how many random directions a step looks along, at most d. Then a step takes m + 2 forward
-            passes. It pays early, and where d is large: the model's mean over steps fills the other directions in. None
-            is all d directions, and comes to a lower loss in the end.
+        radius: the length of a difference's step in beta, a number. None is a tenth of the radius that `spsa_step`
+            takes for the link. In `forward_mode` the radius has no effect.
+        num_directions: m, the number of random directions that a step looks along, at most d. Then a step takes m + 2
+            forward passes. The mean over steps fills in the other directions. Fewer directions help in the first passes
+            where d is large. All directions come to a lower loss in the end. None is all d directions.
         probe_batch_size: how many of the blends go forward together; see `spsa_gradient`. In `forward_mode`, how many
             of the tangents go together; the default is all of them, which share one forward pass.
         matmul_precision: as for `spsa_step`.
@@ -125,11 +127,10 @@ def gauss_newton_step(
         tangents = "forward_mode" if multiplies_short_floats(outputs_of, state.beta) else "differences"
     points = probe_points(state.beta, model, link_fn, radius, rows)
     if tangents == "differences":
-        outputs = map_probes(outputs_of, points, probe_batch_size)
+        outputs = differences(map_probes(outputs_of, points, probe_batch_size), radius)
     else:
-        directions = _directions(state.beta, link_fn, rows)
-        outputs = _by_forward_mode(outputs_of, points, directions, radius, probe_batch_size)
-    return move(state, outputs, batch, radius, rows, link_fn=link_fn, loss=loss_fn.loss)
+        outputs = _by_forward_mode(outputs_of, points, _directions(state.beta, link_fn, rows), probe_batch_size)
+    return move(state, *outputs, batch, rows, link_fn=link_fn, loss=loss_fn.loss)
 
 
 def difference_radius(link_fn: LinkFn) -> float:
@@ -152,8 +153,8 @@ def subspace(
     d = len(model.gradient)
     if num_directions > d:
         raise ValueError(f"num_directions is {num_directions}; expected at most d = {d}, or None for all of them")
-    if key is None:
-        raise TypeError("key is None; expected a jax.random.key, from which num_directions draws directions")
+    if key is None or not jnp.issubdtype(jnp.result_type(key), jax.dtypes.prng_key):
+        raise TypeError(f"key is {key!r}; expected a jax.random.key, from which num_directions draws directions")
     return sample_directions(jax.random.fold_in(key, state.step), jnp.zeros((d,)), num_directions, "orthogonal")
 
 
@@ -166,8 +167,8 @@ def probe_points(
         A pytree of beta's structure with leaves `[m + 2, ...]`.
     """
 
-    def points(leaf: jax.Array, directions: jax.Array, move: jax.Array) -> jax.Array:
-        at_proposal = leaf + move
+    def points(leaf: jax.Array, directions: jax.Array, step: jax.Array) -> jax.Array:
+        at_proposal = leaf + step
         around = at_proposal[None] + (jnp.asarray(radius) * directions).astype(leaf.dtype)
         return jnp.concatenate([leaf[None], at_proposal[None], around])
 
@@ -175,32 +176,43 @@ def probe_points(
     return jax.tree.map(points, beta, _directions(beta, link_fn, rows), proposal)
 
 
+def differences(outputs: Any, radius: ArrayLike) -> tuple[Any, Any, Any]:
+    """Returns the outputs at beta and at the proposal, and the Jacobian by one-sided differences.
+
+    Args:
+        outputs: the outputs at `probe_points`, leaves `[m + 2, B, ...]`, of JAX or of NumPy.
+        radius: the radius of the points.
+    """
+    before, at_proposal = (jax.tree.map(lambda leaf, i=i: leaf[i], outputs) for i in range(2))
+    return before, at_proposal, jax.tree.map(lambda leaf: (leaf[2:] - leaf[1:2]) / radius, outputs)
+
+
 def move(
     state: GlueState,
-    outputs: Any,
+    before: Any,
+    at_proposal: Any,
+    jacobian: Any,
     batch: Batch,
-    radius: ArrayLike,
     rows: jax.Array | None,
     *,
     link_fn: LinkFn,
     loss: LossOfOutputs,
 ) -> tuple[GlueState, GlueMetrics]:
-    """Judges the proposal, refines the model and proposes the next step, from the outputs at `probe_points`.
+    """Judges the proposal, refines the model, and proposes the next step.
 
     Args:
-        state: before the step.
-        outputs: leaves `[m + 2, B, ...]`.
-        batch: for `loss`.
-        radius: of the differences.
-        rows: of `subspace`.
-        link_fn: of the step.
-        loss: of an `OutputLoss`.
+        state: the state before the step.
+        before: the outputs at beta, leaves `[B, ...]`.
+        at_proposal: the outputs at the proposal, leaves `[B, ...]`.
+        jacobian: the derivatives of the outputs at the proposal along the directions, leaves `[m, B, ...]`.
+        batch: the minibatch, for `loss`.
+        rows: the directions, from `subspace`.
+        link_fn: the link of the step.
+        loss: the second part of an `OutputLoss`.
 
     Returns:
         The next state, and the metrics of the state that went in.
     """
-    before, at_proposal = (jax.tree.map(lambda leaf, i=i: leaf[i], outputs) for i in range(2))
-    jacobian = jax.tree.map(lambda leaf, base: (leaf[2:] - base[None]) / jnp.asarray(radius), outputs, at_proposal)
 
     def loss_of(outputs: Any) -> jax.Array:
         value = loss(outputs, batch)
@@ -218,7 +230,7 @@ def move(
     directions = _directions(state.beta, link_fn, None)
     model = with_proposal(model, directions)
     step = jnp.where(accepted, state.opt_state.proposal, 0)
-    beta = jax.tree.map(lambda leaf, move: leaf + move, state.beta, lift(step, directions))
+    beta = jax.tree.map(jnp.add, state.beta, lift(step, directions))
     metrics = GlueMetrics(
         loss=loss_before,
         alpha=apply_link(link_fn, state.beta),
@@ -271,13 +283,9 @@ def _directions(beta: PyTree, link_fn: LinkFn, rows: jax.Array | None) -> PyTree
 
 
 def _by_forward_mode(
-    outputs_of: Callable[[PyTree], Any],
-    points: PyTree,
-    directions: PyTree,
-    radius: ArrayLike,
-    probe_batch_size: int | None,
-) -> Any:
-    """What `map_probes(outputs_of, points, ...)` returns, were the outputs linear around the proposal."""
+    outputs_of: Callable[[PyTree], Any], points: PyTree, directions: PyTree, probe_batch_size: int | None
+) -> tuple[Any, Any, Any]:
+    """Returns the outputs at beta and at the proposal, and the exact Jacobian at the proposal."""
     before, at_proposal = (jax.tree.map(lambda leaf, i=i: leaf[i], points) for i in range(2))
     count = len(jax.tree.leaves(directions)[0])
 
@@ -285,15 +293,11 @@ def _by_forward_mode(
         return jax.jvp(outputs_of, (at_proposal,), (direction,))
 
     if probe_batch_size is None or probe_batch_size >= count:
-        outputs, tangents = jax.vmap(tangent, out_axes=(None, 0))(directions)
+        outputs, jacobian = jax.vmap(tangent, out_axes=(None, 0))(directions)
     else:
-        outputs, tangents = map_probes(tangent, directions, probe_batch_size)
+        outputs, jacobian = map_probes(tangent, directions, probe_batch_size)
         outputs = jax.tree.map(lambda leaf: leaf[0], outputs)
-
-    def joined(first: jax.Array, second: jax.Array, tangents: jax.Array) -> jax.Array:
-        return jnp.concatenate([first[None], second[None], second[None] + jnp.asarray(radius) * tangents])
-
-    return jax.tree.map(joined, outputs_of(before), outputs, tangents)
+    return outputs_of(before), outputs, jacobian
 
 
 def _quadratic(loss_of: Callable[[Any], jax.Array], outputs: Any, jacobian: Any) -> tuple[jax.Array, jax.Array]:

@@ -18,6 +18,7 @@ from glue_jax.batches import on_cpu
 from glue_jax.blending import blend
 from glue_jax.checks import check_optimizer, check_state
 from glue_jax.experts import num_experts
+from glue_jax.gauss_newton import check_gauss_newton_state, gauss_newton_step
 from glue_jax.runs import MOST_UNREAD, Run
 from glue_jax.steps import init, spsa_step
 from glue_jax.streams import ArrayBatches, is_stream, stream_batches
@@ -220,6 +221,8 @@ def _begin(
     check_state(current)
     if optimizer is not None:
         check_optimizer(optimizer, current)
+    elif arguments.bare(functions["step_fn"]) is gauss_newton_step:
+        check_gauss_newton_state(current, functions["link_fn"])
     inputs = {"experts": experts, "data": data, "validation_data": validation_data}
     inputs = {name: tree for name, tree in inputs.items() if tree is not None and not is_stream(tree)}
     run = Run(functions["link_fn"], functions["step_fn"], inputs, _beside(current, (experts, inputs.get("data"))))

@@ -11,6 +11,7 @@ import optax
 from jax.core import Tracer
 
 from glue_jax import theory
+from glue_jax.arguments import bare
 from glue_jax.blending import blend, merge_for_learning
 from glue_jax.checks import check_callable, check_counts
 from glue_jax.directions import dimension
@@ -42,7 +43,8 @@ def plan(
 ) -> Plan:
     """Times the steps on the device of the arrays, and says which one makes progress cheapest.
 
-    The call compiles about twenty programs. This takes some minutes for a large network. Each step is timed as `learn`
+    The call compiles about twenty programs. This takes some minutes for a large network. For many coefficients it takes
+    longer: the plan times steps of d directions. Each step is timed as `learn`
     runs it: with its default directions, radius and precision, one step per program. The steps take turns.
 
     The plan compares steps by their progress. Suppose that the slope g of a loss changes by at most L per unit of
@@ -54,9 +56,10 @@ def plan(
     - `full_gradient_step` has V = 0. It is the unit.
     - `spsa_step` and `forward_gradient_step` have the V of `glue_jax.theory.relative_variance`. One direction has V = d
       - 1, so d steps count as one. m = d orthogonal directions have V = 0.
-    - `gauss_newton_step` counts as one step with the exact gradient. It is worth at least that, because it also uses
-      the curvature. So its cost in the plan is an upper bound. No timing tells how many fewer steps it needs, since
-      that depends on the problem. The printed plan says how much it must be worth to be the cheapest.
+    - `gauss_newton_step` counts as one step with the exact gradient. That is an assumption. The step is worth less at
+      first, when its damping is large. It is worth more near the minimum, because it also uses the curvature. No timing
+      tells how much, since that depends on the problem. The printed plan says how much the step must be worth to be the
+      cheapest.
 
     Two things are left out. The noise of minibatches raises the error of all estimates by one factor. Each step is
     assumed to have its best learning rate for plain gradient descent.
@@ -168,7 +171,7 @@ def _candidates(d: int, link_fn: LinkFn, loss_fn: LossFn) -> Iterator[PlannedSte
                 forward_passes=models or shared + -(-count // size),
                 tangents=0 if models else count,
                 backward_passes=0,
-                at_most=_bare(step_fn) is gauss_newton_step,
+                assumed=bare(step_fn) is gauss_newton_step,
                 steps=1.0 if m is None else 1 + theory.relative_variance(d, m, directions_of(link_fn)),
             )
 
@@ -249,17 +252,17 @@ def _step_program(
     step_fn: StepFn, experts: Params, batch: Batch, beta: PyTree, functions: dict[str, Any]
 ) -> Program | str:
     """Returns the program of a step, or the reason why there is none."""
-    bare = _bare(step_fn)
-    optimizer = None if bare is gauss_newton_step else _OPTIMIZER
+    kind = bare(step_fn)
+    optimizer = None if kind is gauss_newton_step else _OPTIMIZER
     words = functions if optimizer is None else {**functions, "optimizer": optimizer}
     state = GlueState(jnp.zeros((), jnp.int32), beta, opt_state_of(beta, optimizer, functions["link_fn"]))
     step = functools.partial(step_fn, **words)
-    program = compile_and_run(bare.__name__, step, jax.random.key(0), state, experts, batch)
+    program = compile_and_run(kind.__name__, step, jax.random.key(0), state, experts, batch)
     if isinstance(program, str):
         return program
     norm = float(program.result[1].gradient_norm)
     # SPSA is exempt: along other directions, or with a larger radius, it sees the slope of a metric that counts.
-    if bare is not spsa_step and not 0 < norm < math.inf:
+    if kind is not spsa_step and not 0 < norm < math.inf:
         return f"its gradient has norm {norm:g} on this batch (loss_fn may count, or have an infinite slope)"
     return program._replace(result=None)
 
@@ -279,8 +282,3 @@ def _with_floating(params: Params, leaves: list[jax.Array]) -> Params:
     """Returns the model with new floating-point leaves."""
     new = iter(leaves)
     return jax.tree.map(lambda leaf: next(new) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf, params)
-
-
-def _bare(step_fn: Any) -> Any:
-    """Returns a step without the options that `functools.partial` filled in."""
-    return step_fn.func if isinstance(step_fn, functools.partial) else step_fn

@@ -21,7 +21,7 @@ class PlannedStep(NamedTuple):
             (`jax.jvp`).
         backward_passes: the number of backward passes in a step.
         steps: how many of these steps make as much progress as one step with the exact gradient (see `plan`).
-        at_most: whether `steps` is only an upper bound. This is so for Gauss-Newton.
+        assumed: whether `steps` is an assumption, as for Gauss-Newton.
         seconds: the median time of one step, in seconds.
         temporary_bytes: the memory that the compiled step takes beside its arguments and results. It is None if the
             backend does not say.
@@ -34,7 +34,7 @@ class PlannedStep(NamedTuple):
     tangents: int
     backward_passes: int
     steps: float
-    at_most: bool = False
+    assumed: bool = False
     seconds: float = math.nan
     temporary_bytes: int | None = None
 
@@ -101,7 +101,7 @@ def _table(plan: Plan) -> list[str]:
     for step in sorted(cheapest.values(), key=lambda step: step.progress_seconds):
         memory = "?" if step.temporary_bytes is None else f"{step.temporary_bytes / 1e6:.4g}"
         size = "-" if step.probe_batch_size is None else str(step.probe_batch_size)
-        cost = f"{'<= ' if step.at_most else ''}{step.progress_seconds:.3g}"
+        cost = f"{step.progress_seconds:.3g}"
         rows.append((step.name, size, memory, f"{step.seconds:.3g}", cost))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
@@ -135,16 +135,15 @@ def _advice(plan: Plan) -> list[str]:
     """Returns the recommendation, when Gauss-Newton would be cheaper, and the steps that were left out."""
     best = plan.best
     size = "" if best.probe_batch_size is None else f" with probe_batch_size={best.probe_batch_size}"
-    at_most = "at most " if best.at_most else ""
-    lines = [f"Cheapest: {best.name}{size}, {at_most}{best.progress_seconds:.3g} s."]
-    others = [step for step in plan.steps if step.at_most]
-    if others and not at_most:
+    lines = [f"Cheapest: {best.name}{size}, {best.progress_seconds:.3g} s."]
+    others = [step for step in plan.steps if step.assumed]
+    if others and not best.assumed:
         other = min(others, key=lambda step: step.progress_seconds)
         lines += [
-            "This counts a Gauss-Newton step as one gradient step, but it is worth at least that. If it is worth more "
-            "than",
-            f"{other.progress_seconds / best.progress_seconds:.3g} gradient steps, {other.name} with "
-            f"probe_batch_size={other.probe_batch_size} is the cheapest.",
+            "This counts a Gauss-Newton step as one gradient step. It is worth less in the first steps, and more near "
+            "the minimum.",
+            f"If it is worth more than {other.progress_seconds / best.progress_seconds:.3g} gradient steps, "
+            f"{other.name} with probe_batch_size={other.probe_batch_size} is the cheapest.",
         ]
     return lines + (["", *reasons(plan.left_out)] if plan.left_out else [])
 

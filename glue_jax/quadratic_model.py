@@ -24,8 +24,8 @@ _FIRST_DAMPING, _LEAST_DAMPING, _MOST_DAMPING = 10.0, 3e-3, 100.0
 _MORE, _LESS, _ENOUGH = 1.5, 0.5, 0.25
 # The least damping of a coefficient that no output depends on, as a share of the mean coefficient's.
 _FLOOR = 1e-3
-# No coefficient moves farther than this in a step: not by more than a factor e against another one under a softmax, not
-# by more than a whole expert without. A small minibatch accepts a wild step now and then.
+# No coefficient moves farther than this in a step. Under a softmax, two alphas then change against each other by at
+# most a factor e^2. A small minibatch accepts a wild step now and then.
 _LONGEST = 1.0
 # The weight of a minibatch against the one after it: at first this, at step t of many t / (t + _FORGETTING).
 _LEAST_MEMORY, _FORGETTING = 0.8, 3.0
@@ -83,8 +83,12 @@ def judged(model: GaussNewtonState, fall: jax.Array) -> tuple[jax.Array, GaussNe
     predicted = -model.proposal @ (model.gradient + 0.5 * product(model.curvature, model.proposal))
     factor = jnp.where(accepted, jnp.where(fall > _ENOUGH * predicted, _LESS, 1.0), _MORE)
     damping = jnp.clip(model.damping * factor, _LEAST_DAMPING, _MOST_DAMPING)
+    # A model whose shortest steps are turned down is wrong, as after an outlier. It is forgotten.
+    wrong = ~accepted & (model.damping >= _MOST_DAMPING)
+    damping = jnp.where(wrong, _FIRST_DAMPING, damping)
     # At the first step nothing was proposed.
-    return accepted, model._replace(damping=jnp.where(model.weight > 0, damping, model.damping))
+    damping = jnp.where(model.weight > 0, damping, model.damping)
+    return accepted, model._replace(damping=damping, weight=jnp.where(wrong, 0, model.weight))
 
 
 def refined(
@@ -107,7 +111,8 @@ def refined(
         accepted: whether the next beta is the proposal.
     """
     if rows is not None:
-        # The factor makes the mean over random subspaces the whole gradient.
+        # The mean over random subspaces is then the whole gradient. The mean of the curvature is rounder than the whole
+        # curvature, which acts as damping.
         m, d = rows.shape
         gradient = d / m * product(rows.T, gradient)
         curvature = d / m * product(rows.T, product(curvature, rows))

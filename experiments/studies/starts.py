@@ -123,6 +123,11 @@ def _glue(bank: Bank, labelled: Labelled) -> Variables:
     return glue_jax.blend(bank.experts, result.alpha)
 
 
+def _glue_refreshed(bank: Bank, labelled: Labelled) -> Variables:
+    """GLUE as in the paper, and then new statistics."""
+    return bank.refreshed(_glue(bank, labelled), labelled)
+
+
 def _gauss_newton(sharing: Sharing, bank: Bank, labelled: Labelled) -> Variables:
     """Free coefficients by Gauss-Newton with BatchNorm by the minibatch, and then new statistics."""
     config, problem = bank.context.config, bank.problem(sharing)
@@ -155,6 +160,7 @@ STARTS: Mapping[str, Callable[[Bank, Labelled], Variables]] = {
     "best expert": _best_expert,
     "uniform, refreshed": _uniform,
     "GLUE (SPSA)": _glue,
+    "GLUE (SPSA), refreshed": _glue_refreshed,
     "Gauss-Newton, one vector": functools.partial(_gauss_newton, "free"),
     "Gauss-Newton, by layer": functools.partial(_gauss_newton, "free by layer"),
     SCRATCH: _scratch,

@@ -44,6 +44,7 @@ from experiments.reporting.presentation import STYLE, Report, TableCells, markdo
 from experiments.runtime.session import exit_on, process
 from experiments.runtime.stages import Stages
 from experiments.studies import frame
+from experiments.studies.budget import coefficients
 from experiments.studies.frame import slug
 from experiments.studies.starts import LEAST_VALIDATION, SCRATCH, STARTS, Bank, Labelled, labelled_images, make_bank
 from glue_jax.checks import check_counts
@@ -123,7 +124,7 @@ def measure(context: Context, parsed: Arguments, stages: Stages) -> dict[str, An
     trainer = functools.cache(functools.partial(_trainer, context))
     fields = {**context.expert_fields, **part(config, CoefficientFields, FineTuningFields)}
     fields |= {"experts": config.num_experts, "epochs": parsed.epochs, "least_steps": parsed.least_steps}
-    fields["code"] = context.code(_measure, labelled_images)
+    fields["code"] = context.code(_measure, labelled_images, _trainer, make_bank, coefficients)
     starts = [name for name in STARTS if not parsed.starts or any(word in name for word in parsed.starts)]
     bar = context.progress.stage("Sizes, starts, seeds", len(sizes) * len(starts) * len(config.seeds))
     rows = []
@@ -249,8 +250,8 @@ def present(results: Mapping[str, Any]) -> Report:
         markdown_table(*table(results)),
         "Only the n images are labelled. Some of them validate: they choose the coefficients that are kept and the "
         "number of epochs, by the lowest loss. The others are learned from. No epoch at all may be chosen. Training "
-        "from scratch then stays at fresh weights. All n images choose the best expert, and all n (at most 2,048) give "
-        "BatchNorm's statistics.",
+        "from scratch then stays at fresh weights. All n images choose the best expert. Where a start is refreshed, as "
+        "after Gauss-Newton, all n images (at most 2,048) give BatchNorm's statistics.",
         markdown_table(*_size_table(results)),
         "The experts were trained on images of the same kind, so some target images are theirs too.",
         markdown_table(

@@ -83,6 +83,8 @@ def conv_gram(
     inputs = jnp.asarray(inputs)
     *window, channels, _ = kernel_shape
     rank = len(window)
+    if not 1 <= rank <= 3:
+        raise ValueError(f"kernel_shape is {tuple(kernel_shape)}; expected [*window, in, out] with 1 to 3 window axes")
     if inputs.ndim != rank + 2 or inputs.shape[-1] != channels:
         raise ValueError(
             f"inputs have shape {inputs.shape}; expected [B, *spatial, {channels}] with {rank} spatial axes for a "

@@ -169,6 +169,10 @@ def outputs_problem():
     return stacked, outputs, loss, jnp.asarray(y, jnp.float32), loss_fn
 
 
+def _shifted(loss, shift, outputs, batch):
+    return loss(outputs - shift, batch)
+
+
 @pytest.mark.parametrize(
     ("link_fn", "m"),
     [(jax.nn.softmax, None), (glue_jax.unconstrained, None), (glue_jax.unconstrained, 2)],
@@ -179,7 +183,7 @@ def test_told_outputs_take_the_step_of_gauss_newton(link_fn, m):
     told = stepped = glue_jax.init(3, link_fn=link_fn)
     key = jax.random.key(5)
     for _ in range(6):
-        probes = glue_jax.ask_outputs(told, key, link_fn=link_fn, num_directions=m)
+        probes = glue_jax.ask_outputs(key, told, link_fn=link_fn, num_directions=m)
         assert len(probes.alpha) == 2 + (m or (3 if link_fn is glue_jax.unconstrained else 2))
         told, metrics = glue_jax.tell_outputs(probes, outputs(probes), batch, loss=loss)
         words = {"loss_fn": loss_fn, "link_fn": link_fn, "tangents": "differences", "num_directions": m}
@@ -189,11 +193,39 @@ def test_told_outputs_take_the_step_of_gauss_newton(link_fn, m):
     assert float(jnp.linalg.norm(told.beta)) > 0.1
 
 
+def test_outputs_of_the_host_are_subtracted_in_float64_and_may_be_short():
+    _, outputs, loss, batch, _ = outputs_problem()
+    alphas = []
+    for shift, dtype in ((0, np.float64), (1e5, np.float64), (0, jnp.bfloat16)):
+        state = glue_jax.init(3)
+        shifted = functools.partial(_shifted, loss, shift)
+        for _ in range(15):
+            probes = glue_jax.ask_outputs(None, state, radius=0.3 if dtype == jnp.bfloat16 else None)
+            found = [np.asarray(out + shift, dtype) for out in outputs(probes)]
+            state, _ = glue_jax.tell_outputs(probes, found, batch, loss=shifted)
+        alphas.append(glue_jax.alpha(state))
+    np.testing.assert_allclose(alphas[1], alphas[0], atol=0.01)
+    np.testing.assert_allclose(alphas[2], alphas[0], atol=0.05)
+
+
+def test_steps_of_the_host_compile_once(caplog):
+    _, outputs, loss, batch, _ = outputs_problem()
+    state = glue_jax.init(3)
+    for _ in range(2):
+        probes = glue_jax.ask_outputs(None, state)
+        state, _ = glue_jax.tell_outputs(probes, outputs(probes), batch, loss=loss)
+    with compilations(caplog) as names:
+        for _ in range(3):
+            probes = glue_jax.ask_outputs(None, state)
+            state, _ = glue_jax.tell_outputs(probes, outputs(probes), batch, loss=loss)
+    assert not names
+
+
 def test_outputs_that_could_not_be_had_do_not_end_a_run():
     _, outputs, loss, batch, _ = outputs_problem()
     state, losses = glue_jax.init(3), []
     for failed in (3, 1, 2, None, None, None, 3, None):
-        probes = glue_jax.ask_outputs(state)
+        probes = glue_jax.ask_outputs(None, state)
         found = [None if index == failed else out for index, out in enumerate(outputs(probes))]
         before, (state, metrics) = state, glue_jax.tell_outputs(probes, found, batch, loss=loss)
         losses.append(float(metrics.loss))
@@ -206,17 +238,19 @@ def test_outputs_that_could_not_be_had_do_not_end_a_run():
 
 def test_outputs_that_do_not_fit_are_refused():
     _, outputs, loss, batch, _ = outputs_problem()
-    probes = glue_jax.ask_outputs(glue_jax.init(3))
+    probes = glue_jax.ask_outputs(None, glue_jax.init(3))
     tell: Any = functools.partial(glue_jax.tell_outputs, batch=batch, loss=loss)
-    with pytest.raises(ValueError, match=r"outputs have shape \(3, 20\); expected .* m \+ 2 = 4"):
+    with pytest.raises(ValueError, match=r"outputs are float\d+\[3, 20\]; expected .* m \+ 2 = 4"):
         tell(probes, outputs(probes)[:3])
-    with pytest.raises(ValueError, match=r"outputs have shape \(4,\)"):
+    with pytest.raises(ValueError, match=r"outputs are float\d+\[4\]"):
         tell(probes, np.zeros(4))
     with pytest.raises(ValueError, match=r"outputs have shapes \[\(20,\), \(19,\).* expected the same of each probe"):
         tell(probes, [out[index % 2 :] for index, out in enumerate(outputs(probes))])
     with pytest.raises(ValueError, match="outputs\\[0\\], are None"):
         tell(probes, [None, *outputs(probes)[1:]])
+    with pytest.raises(ValueError, match=r"outputs\[0\], are not finite"):
+        tell(probes, [np.full(20, np.nan), *outputs(probes)[1:]])
     with pytest.raises(TypeError, match=r"expected what glue_jax\.ask_outputs returned"):
         tell(3, outputs(probes))
     with pytest.raises(TypeError, match="without an optimizer"):
-        glue_jax.ask_outputs(glue_jax.init(3, optax.adam(0.1)))
+        glue_jax.ask_outputs(None, glue_jax.init(3, optax.adam(0.1)))

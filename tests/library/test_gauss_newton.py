@@ -301,6 +301,25 @@ def test_an_outlier_minibatch_does_not_spoil_a_run():
     assert after < 1.1 * losses[-1]
 
 
+def test_a_run_recovers_from_an_early_outlier():
+    experts, batch = regression()
+    link_fn = glue_jax.unconstrained
+    words = {"loss_fn": REGRESSION, "link_fn": link_fn}
+    outlier = {"x": 100 * batch["x"], "y": -100 * batch["y"]}
+    state, _ = steps(3, glue_jax.init(K, link_fn=link_fn), experts, batch, **words)
+    state, _ = steps(1, state, experts, outlier, **words)
+    _, metrics = steps(40, state, experts, batch, **words)
+    assert float(metrics.loss) < 0.02
+
+
+def test_tangents_do_not_depend_on_the_radius():
+    experts, batch = classification()
+    words = {"loss_fn": CLASSIFICATION, "tangents": "forward_mode"}
+    one, _ = steps(2, glue_jax.init(K), experts, batch, **words)
+    other, _ = steps(2, glue_jax.init(K), experts, batch, radius=1e-9, **words)
+    np.testing.assert_array_equal(one.beta, other.beta)
+
+
 def test_outputs_that_are_not_finite_at_a_proposal_turn_it_down_and_teach_nothing():
     experts, batch = classification()
 

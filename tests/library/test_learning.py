@@ -14,6 +14,7 @@ import glue_jax
 from glue_jax import streams
 from glue_jax.streams import ArrayBatches
 from tests.helpers import compilations
+from tests.library import helpers
 from tests.library.helpers import ADAM, DATA, EXPERTS, OPTIMIZER, learn, squared, upward
 
 STEPS = [glue_jax.spsa_step, glue_jax.forward_gradient_step, glue_jax.full_gradient_step]
@@ -480,7 +481,7 @@ def test_a_loss_that_does_not_depend_on_the_coefficients_is_told(words, reason):
     with pytest.warns(UserWarning, match=f"exactly 0 in each of the first 10 steps.*{reason}") as told:
         learn(**({"data": jnp.full(50, 3.0), "validate_every": 10} | words))
     assert len(told) == 1
-    assert told[0].filename == __file__
+    assert told[0].filename == helpers.__file__
 
 
 def test_a_gradient_that_is_zero_now_and_then_is_not_told():
