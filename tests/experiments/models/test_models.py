@@ -61,7 +61,7 @@ def test_the_vit_has_the_parameters_that_its_sizes_give():
 
 
 def test_the_vits_token_is_a_parameter_and_fixed_positions_are_none():
-    sizes = {"image_shape": (64, 64, 3), "num_classes": 10}
+    sizes = {"image_shape": (64, 64, 3), "num_classes": 10, "depth": 1}
     plain = _num_params(models.build("vit", **sizes))
     assert _num_params(models.build("vit", **sizes, pooling="token")) == plain + 192
     assert _num_params(models.build("vit", **sizes, positions="sincos")) == plain - 64 * 192

@@ -14,6 +14,9 @@ import pytest
 from experiments.runtime import checkpoints
 from experiments.runtime.stages import DamagedStageError
 
+# Where one array is damaged, orbax may fail before it waits for the task of another.
+pytestmark = pytest.mark.filterwarnings("ignore:coroutine 'Store.* was never awaited:RuntimeWarning")
+
 TREE = {"a": jnp.arange(5000.0).reshape(50, 100), "b": {"c": jnp.arange(3)}}
 
 
