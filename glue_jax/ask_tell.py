@@ -35,15 +35,16 @@ from glue_jax.types import Batch, GlueMetrics, GlueState, LinkFn, PyTree
 
 
 class Probes(NamedTuple):
-    """What `ask` wants to know the losses of, and all that `tell` needs beside them.
+    """The coefficients whose losses `tell` needs, and the rest of what it needs.
 
     Attributes:
-        alpha: of each probe, leaves `[2m, ...]`: at `beta + radius u` and `beta - radius u` of each direction in turn.
+        alpha: the coefficients of each probe, leaves `[2m, ...]`. For each direction u there are two rows: at
+            `beta + radius u`, then at `beta - radius u`.
         state: the state that was given to `ask`.
-        directions: u, of beta's structure, leaves `[m, ...]`.
-        radius: of the probes, `[]`.
-        factor: what the scale multiplies Eq. (6) by.
-        alpha_of_state: the coefficients of `state`, unperturbed.
+        directions: the directions u, of beta's structure, leaves `[m, ...]`.
+        radius: the radius of the probes, `[]`.
+        factor: the factor that the scale applies to Eq. (6): d for `unbiased`, 1 for `paper`.
+        alpha_of_state: the coefficients of `state`.
     """
 
     alpha: PyTree
@@ -64,14 +65,14 @@ def ask(
     directions: Directions | None = None,
     scale: Scale = "unbiased",
 ) -> Probes:
-    """Returns the coefficients whose losses `tell` wants: the first half of `spsa_step`.
+    """Returns the coefficients whose losses `tell` needs: the first half of `spsa_step`.
 
     Args:
         key: as for `spsa_step`, the same for every step.
-        state: of `init` or `tell`.
+        state: the state from `init` or `tell`.
         link_fn: as for `spsa_step`.
-        radius: as for `spsa_step`. A loss that is measured in few digits, or a metric that counts, wants a large one.
-        num_directions: m.
+        radius: as for `spsa_step`. A loss with few digits needs a large radius. So does a metric that counts errors.
+        num_directions: m, the number of directions.
         directions: as for `spsa_step`.
         scale: as for `spsa_step`.
 
@@ -79,8 +80,8 @@ def ask(
         The probes, for `tell`.
 
     Raises:
-        ValueError: an argument out of its range.
-        TypeError: a state or a radius that is none, coefficients that are not floating point.
+        ValueError: if an argument is out of its range.
+        TypeError: if `state` is no GlueState, if `radius` is no number, or if beta is not floating point.
 
     Examples:
         >>> import jax, optax
@@ -115,25 +116,24 @@ def ask(
 def tell(
     probes: Probes, losses: ArrayLike | Sequence[float | None], *, optimizer: optax.GradientTransformation
 ) -> tuple[GlueState, GlueMetrics]:
-    """Takes the step that the losses of the probes say: the second half of `spsa_step`.
+    """Takes the step that follows from the losses of the probes: the second half of `spsa_step`.
 
-    The losses of the host are subtracted in float64. A probe that could not be evaluated has the loss None. Its pair is
-    left out, and the other pairs decide. Where no pair is left, the state goes on to its next step unchanged, and the
-    next `ask` draws other directions.
+    The losses are subtracted in float64. A probe that could not be evaluated has the loss None. `tell` ignores the pair
+    of that probe. If no pair is left, only the step number changes, and the next `ask` draws other directions.
 
     Args:
-        probes: of `ask`.
-        losses: of the probes in their order, `[2m]`, lower is better; None for a probe that failed.
-        optimizer: of beta, the one given to `init`.
+        probes: the probes from `ask`.
+        losses: the losses in the order of `probes.alpha`, `[2m]`. Lower is better. None stands for a probe that failed.
+        optimizer: the optimizer that you gave to `init`.
 
     Returns:
         The next state, and the metrics of the state that went in, as `spsa_step` returns them. The losses of a pair
         that was left out are NaN there.
 
     Raises:
-        ValueError: losses of another shape, that are infinite or not a number, or that are no real numbers; an
-            optimizer that is not the one of `init`.
-        TypeError: probes or an optimizer that are none.
+        ValueError: if losses have another shape or are not finite real numbers, or if the optimizer is not the one of
+            `init`.
+        TypeError: if `probes` did not come from `ask`, or if `optimizer` is no optimizer.
     """
     if not isinstance(probes, Probes):
         raise TypeError(f"probes is a {type(probes).__name__}; expected the Probes that glue_jax.ask returned")
@@ -169,9 +169,8 @@ class OutputProbes(NamedTuple):
     """The coefficients whose outputs `tell_outputs` needs, and the rest of what it needs.
 
     Attributes:
-        alpha: the coefficients of each blend, leaves `[m + 2, ...]`. The first are at beta. The second are at the
-            proposed step. The others are around the proposed step, along each of the m directions. With all
-            directions, m is d.
+        alpha: the coefficients of each probe, leaves `[m + 2, ...]`. Row 0 is at beta. Row 1 is at the proposal. The
+            other rows are around the proposal, one along each of the m directions. With all directions, m is d.
         state: the state that was given to `ask_outputs`.
         radius: the length of a difference's step in beta, `[]`.
         rows: the directions, `[m, d]`, as coordinates in `glue_jax.directions.basis`. None is all directions.
@@ -203,7 +202,7 @@ def ask_outputs(
         num_directions: as for `gauss_newton_step`.
 
     Returns:
-        The probes, for `tell_outputs`. As long as nothing is proposed, the first two are the same.
+        The probes, for `tell_outputs`. Before the first proposal, the first two probes are equal.
 
     Raises:
         ValueError: if an argument is out of its range, or if the state belongs to another link.
@@ -236,14 +235,14 @@ def tell_outputs(
 ) -> tuple[GlueState, GlueMetrics]:
     """Takes the step that follows from the outputs of the probes: the second half of `gauss_newton_step`.
 
-    The outputs of the host are subtracted in float64.
+    The outputs are subtracted in float64.
 
     Args:
         probes: the probes from `ask_outputs`.
         outputs: the outputs of all probes in their order, on one minibatch. Pass arrays `[m + 2, B, ...]`, or a list of
             m + 2 outputs `[B, ...]`. In a list, None stands for a blend that could not be evaluated. If the output of a
-            direction is None, the step learns nothing new. If the output of the proposal is None, the step turns the
-            proposal down.
+            direction is None, the model ignores this minibatch, and the proposal is still judged. If the output of the
+            proposal is None, the step turns the proposal down.
         batch: the minibatch for `loss`, such as the labels.
         loss: `loss(outputs, batch) -> scalar`, the second part of an `OutputLoss`. Build it once, or each step
             compiles anew.

@@ -53,20 +53,20 @@ def calibrate(
     """Proposes a radius and a learning rate. It measures slopes along a few directions, each at all radii.
 
     If the slopes along one direction agree between neighbouring radii, neither rounding nor curvature spoils them. A
-    metric that counts has steps, which act like rounding. Step sizes for finite differences are often chosen in this
-    way. The learning rate is found as Qiskit's SPSA finds its first step. The call takes `2 R m` evaluations, 72 by
-    default.
+    metric that counts errors jumps, and the jumps act like rounding. Step sizes for finite differences are often chosen
+    in this way. The learning rate gives the first step the size `first_step`, as Qiskit's SPSA does. The call takes
+    `2 R m` evaluations, 72 by default.
 
     Args:
         key: a `jax.random.key`.
-        fun: `fun(beta) -> scalar`, the objective on one batch. If it is a metric that counts, use a large batch.
-            Rounding can hide the difference of two probes. To prevent this, blend with `glue_jax.blend(...,
-            min_dtype=jnp.float32)` inside `fun`. On an accelerator, also call it under
-            `jax.default_matmul_precision("highest")`. `spsa_step` does both.
+        fun: `fun(beta) -> scalar`, the objective on one batch. If it counts errors, use a large batch. Rounding can
+            hide the difference of two probes. To prevent this, blend with `glue_jax.blend(..., min_dtype=jnp.float32)`
+            inside `fun`. On an accelerator, also call it under `jax.default_matmul_precision("highest")`. `spsa_step`
+            does both.
         beta: the point where learning starts, any pytree of floating-point coefficients.
         radii: the radii to try, at least three, ascending.
         num_directions: m, the number of directions.
-        directions: the directions of the step, as for `spsa_gradient`.
+        directions: the directions of the step, as for `spsa_gradient`. Under a softmax pass `simplex_orthogonal`.
         first_step: the root mean square that the first step should have, in units of beta.
         step_directions: the number of directions of the steps that the learning rate is for. The learning rate assumes
             the same distribution of directions and the `unbiased` scale.

@@ -51,39 +51,40 @@ def gauss_newton_step(
 ) -> tuple[GlueState, GlueMetrics]:
     """Takes one damped Gauss-Newton step: d + 2 blended forward passes, no backward pass, no learning rate.
 
-    The minibatch first judges the step that the minibatch before it proposed. Where the loss does not grow by that
-    step, beta takes it. The minibatch then refines the model of the loss, and the model proposes the next step. So
-    `beta` lags one step behind, and the first step leaves beta where it is.
+    First, the minibatch judges the step that was proposed last time. If that step does not raise the loss on this
+    minibatch, beta takes the step. Then the minibatch refines a quadratic model of the loss, and the model proposes the
+    next step. So `beta` lags one step behind, and the first step leaves beta where it is.
 
-    There is no optimizer. `init(num_experts)` makes the state. A step holds the outputs of all d + 2 blends, and twice
-    as much for the curvature.
+    There is no optimizer. `init(num_experts)` makes the state. A step keeps the outputs of d + 2 blends in memory.
+    The curvature takes twice that memory again.
 
     Args:
         key: draws the directions of a step with `num_directions`. Without `num_directions` it is not used and may be
             None.
-        state: of `init(num_experts, link_fn=link_fn)` or the step before.
+        state: the state from `init(num_experts, link_fn=link_fn)` or from the previous step.
         experts: as for `spsa_step`.
-        batch: as for `spsa_step`. Small minibatches, of 16 to 32 examples, take the fewest passes: the model is a mean
-            over minibatches, and more steps bring it nearer. A minibatch should hold more outputs, examples times
-            classes, than there are directions.
-        loss_fn: an `OutputLoss`, deterministic as for `spsa_step`. Its `outputs_fn` is never differentiated backwards,
-            and with `differences` not at all.
+        batch: as for `spsa_step`. Minibatches of 16 to 32 examples take the fewest passes, where the default of `learn`
+            is 64. The quadratic model is a mean over minibatches, so more steps improve it. The number of outputs
+            (examples times classes) should exceed the number of directions.
+        loss_fn: an `OutputLoss`, deterministic as for `spsa_step`. Its `outputs_fn` needs no backward pass. With
+            `differences` it is not differentiated at all.
         link_fn: as for `spsa_step`. Under a softmax d is K - 1, else the number of coefficients.
         merge_fn: as for `spsa_step`.
-        tangents: how J is computed: by one-sided `differences` of the outputs, or in `forward_mode` by `jax.jvp`, at
-            about twice the time, which is right in every number format. None is `differences`, or `forward_mode`
-            where the network multiplies bfloat16 or float16 arrays by itself.
+        tangents: how the Jacobian of the outputs is computed. `differences` takes one-sided differences.
+            `forward_mode` takes `jax.jvp`, which needs about twice the time and is right in every number format. None
+            is `differences`. If the network itself multiplies bfloat16 or float16 arrays, None is `forward_mode`.
         radius: the length of a difference's step in beta, a number. None is a tenth of the radius that `spsa_step`
             takes for the link. In `forward_mode` the radius has no effect.
         num_directions: m, the number of random directions that a step looks along, at most d. Then a step takes m + 2
-            forward passes. The mean over steps fills in the other directions. Fewer directions help in the first passes
-            where d is large. All directions come to a lower loss in the end. None is all d directions.
+            forward passes. The mean over steps fills in the other directions. If d is large, fewer directions lower the
+            loss faster at first. All d directions reach a lower loss in the end. None is all d directions.
         probe_batch_size: how many of the blends go forward together; see `spsa_gradient`. In `forward_mode`, how many
             of the tangents go together; the default is all of them, which share one forward pass.
         matmul_precision: as for `spsa_step`.
 
     Returns:
-        The next state, and the metrics of the state that went in. Their `gradient_norm` is of the model's gradient.
+        The next state, and the metrics of the state that went in. Their `gradient_norm` is that of the quadratic model
+        at the next beta.
 
     Raises:
         ValueError: an argument out of its range, coefficients and experts that do not fit, a loss that is no scalar,

@@ -54,8 +54,8 @@ def plan(
     step with the exact gradient:
 
     - `full_gradient_step` has V = 0. It is the unit.
-    - `spsa_step` and `forward_gradient_step` have the V of `glue_jax.theory.relative_variance`. One direction has V = d
-      - 1, so d steps count as one. m = d orthogonal directions have V = 0.
+    - `spsa_step` and `forward_gradient_step` have the V of `glue_jax.theory.relative_variance`. One direction has
+      V = d - 1, so d steps count as one. m = d orthogonal directions have V = 0.
     - `gauss_newton_step` counts as one step with the exact gradient. That is an assumption. The step is worth less at
       first, when its damping is large. It is worth more near the minimum, because it also uses the curvature. No timing
       tells how much, since that depends on the problem. The printed plan says how much the step must be worth to be the

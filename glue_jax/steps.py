@@ -118,7 +118,7 @@ def spsa_step(
 ) -> tuple[GlueState, GlueMetrics]:
     """Takes one step of GLUE: two blended forward passes per direction, no backward pass (Eq. 3-7).
 
-    This is the paper's Config 4.
+    With `directions="sphere"` and `radius=0.01` this is the paper's Config 4.
 
     Args:
         key: a `jax.random.key`. Pass the same key at every step.
