@@ -1,7 +1,7 @@
 """Random probe directions.
 
-Every distribution has `E[u u^T] = I/d` on the space that it probes, d that space's dimension; so a probe's radius
-is the root mean square length of its step for all of them.
+Let d be the dimension of the space that is probed. Every distribution has `E[u u^T] = I/d` on that space. So the
+radius is the root mean square length of a probe's step.
 
 | name | a direction u | d |
 | --- | --- | --- |
@@ -9,11 +9,11 @@ is the root mean square length of its step for all of them.
 | `sphere` | uniform on the unit sphere: the paper's normalised Gaussian | size of beta |
 | `gaussian` | N(0, I/d) | size of beta |
 | `orthogonal` | m directions orthonormal among themselves | size of beta |
-| `simplex_orthogonal` | the same among vectors that sum to zero over the experts' axis | K - 1, or G(K - 1) |
+| `simplex_orthogonal` | the same among vectors that sum to zero over the experts' axis | K - 1; G(K - 1) for `[G, K]` |
 
-`simplex_orthogonal` leaves out the direction that a softmax does not see: its estimates are unbiased for the
-zero-sum part of a gradient, which under a softmax is all of it. Where more directions are asked for than there are
-dimensions, the orthogonal ones come in independent orthonormal blocks, the last one partial.
+`simplex_orthogonal` leaves out the direction that a softmax does not see. A gradient through a softmax sums to zero
+over the experts, so estimates along `simplex_orthogonal` directions are unbiased for it. If m > d, the orthogonal
+directions are drawn in independent blocks of d orthonormal ones. The last block may be smaller.
 """
 
 import math

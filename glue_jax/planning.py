@@ -44,14 +44,14 @@ def plan(
     """Times the steps on the device of the arrays, and says which one makes progress cheapest.
 
     The call compiles about twenty programs. This takes some minutes for a large network. For many coefficients it takes
-    longer: the plan times steps of d directions. Each step is timed as `learn`
-    runs it: with its default directions, radius and precision, one step per program. The steps take turns.
+    longer: the plan times steps of d directions. Each step is timed as `learn` runs it: with its default directions,
+    radius and precision, one step per program. The timings of the steps alternate.
 
-    The plan compares steps by their progress. Suppose that the slope g of a loss changes by at most L per unit of
-    length. Suppose that an estimate has mean g and mean squared error V ||g||^2. Then a step of length eta along the
-    estimate lowers the loss, in expectation, by at least `eta ||g||^2 - L/2 eta^2 (1 + V) ||g||^2`. The best eta gives
-    `||g||^2 / (2 L (1 + V))`, which is 1/(1 + V) of the progress with the exact gradient. So 1 + V steps count as one
-    step with the exact gradient:
+    The plan compares steps by their progress. Suppose that the gradient g of a loss is L-Lipschitz. Suppose that an
+    estimate has mean g and mean squared error V ||g||^2. Then a step of length eta along the estimate lowers the loss,
+    in expectation, by at least `eta ||g||^2 - L/2 eta^2 (1 + V) ||g||^2`. The best eta gives `||g||^2 / (2 L (1 +
+    V))`, which is 1/(1 + V) of the progress with the exact gradient. So 1 + V steps count as one step with the exact
+    gradient:
 
     - `full_gradient_step` has V = 0. It is the unit.
     - `spsa_step` and `forward_gradient_step` have the V of `glue_jax.theory.relative_variance`. One direction has
@@ -61,12 +61,12 @@ def plan(
       tells how much, since that depends on the problem. The printed plan says how much the step must be worth to be the
       cheapest.
 
-    Two things are left out. The noise of minibatches raises the error of all estimates by one factor. Each step is
+    Two things are left out. The noise of minibatches raises the error of all estimates by the same factor. Each step is
     assumed to have its best learning rate for plain gradient descent.
 
     The plan also answers Eq. (10). It measures the terms of Eq. (9) at JAX's present precision of products. The steps
     themselves choose their precision. On an accelerator SPSA and Gauss-Newton use the highest precision, which takes
-    more time there. The gradients use JAX's.
+    more time there. The other steps use JAX's default precision.
 
     Args:
         experts: stacked experts, each leaf `[K, ...]`.

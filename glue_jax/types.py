@@ -92,14 +92,14 @@ class Diagnostics(NamedTuple):
 
 
 class GlueMetrics(NamedTuple):
-    """What a step measured. Every value describes the state that the step was given, not the state that it returned.
+    """What a step measured. The values describe the state that the step was given, not the state that it returned.
 
     Attributes:
         loss: the loss on the minibatch, `[]`. `spsa_step` reports the mean loss of its probes. The other steps report
             the loss of the unperturbed blend.
         alpha: the blend's coefficients, `[K]` or any pytree.
         gradient_norm: the Euclidean norm of the estimated gradient with respect to `beta`, `[]`. `gauss_newton_step`
-            reports the norm of the gradient of its model of the loss.
+            reports the norm of the gradient of its quadratic model at the next beta.
         probe_losses: the losses `L+` and `L-` along each of m directions (Eq. 3), `[m, 2]`. Only SPSA has them; the
             other estimators give None.
         diagnostics: how good SPSA's estimate is. It is None unless the step was `spsa_step(..., diagnostics=True)`.
