@@ -164,7 +164,8 @@ def _begun(step_fn: Any, state: glue_jax.GlueState, problem: Coefficients, key: 
     def run(state: glue_jax.GlueState, batch: Batch) -> glue_jax.GlueState:
         return jax.block_until_ready(step(key, state, problem.experts, batch)[0])
 
-    return Stepper(run, state, lambda state: state.beta, functools.partial(run, state))
+    # The second step compiles anew: the state that a step returns lies where the experts lie.
+    return Stepper(run, state, lambda state: state.beta, lambda batch: run(run(state, batch), batch))
 
 
 def _losses(problem: Coefficients) -> Callable[[ArrayLike, Batch], float]:

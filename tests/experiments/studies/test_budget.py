@@ -11,6 +11,7 @@ import pytest
 import glue_jax
 from experiments.studies import budget
 from experiments.studies.ways import Coefficients, ways
+from tests.helpers import compilations
 from tests.library.helpers import CLASSIFICATION, K, classification
 
 RATES = {"spsa": 0.1, "spsa_d": 0.1, "forward": 0.1, "full": 0.1}
@@ -19,16 +20,19 @@ WAYS = ways(RATES, PAPER, optax.adam(1e-2))
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way.above < K - 1], ids=lambda way: way.name)
-def test_each_way_lowers_the_loss(way):
-    experts, data = classification()
+def test_each_way_lowers_the_loss_and_compiles_nothing_on_the_clock(way, caplog):
+    # As the experiments' images, they are bound to a device.
+    experts, data = jax.device_put(classification(), jax.devices()[0])
     merge = functools.partial(glue_jax.blend, min_dtype=jnp.float32)
     problem = Coefficients(experts, jnp.zeros(K), jax.nn.softmax, merge, CLASSIFICATION)
     assert problem.dimension == K - 1
     stepper = way.begin(problem, jax.random.key(0), 2000)
     stepper.compile(data)
     state = stepper.state
-    for _ in range(60):
-        state = stepper.step(state, data)
+    with compilations(caplog) as names:
+        for _ in range(60):
+            state = stepper.step(state, data)
+    assert not [name for name in names if "step" in name or "loss" in name]
 
     def loss(beta):
         return float(CLASSIFICATION(merge(experts, jax.nn.softmax(beta)), data))
