@@ -305,6 +305,8 @@ def _figure(results: Mapping[str, Any], sharing: str) -> Figure:
             xlabel="forward passes (dashed: as many backward)",
             ylabel="validation loss, nats",
         )
+        for formatter in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
+            formatter("{x:g}")
         right.set(xscale="log", xlabel="seconds")
         figure.legend(loc="outside lower center", ncols=3)
     return figure
