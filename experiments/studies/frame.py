@@ -1,6 +1,7 @@
 """What the studies share: the way from a command line to the experts of an experiment, and to a report."""
 
 import dataclasses
+import json
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -73,7 +74,8 @@ def run(
             "config": dataclasses.asdict(parsed.config),
             **measured,
         }
-        report = present(results)
+        # As the file holds them, so that experiments.rewrite makes the same report.
+        report = present(json.loads(json.dumps(results)))
         report.write(parsed.out_dir, results)
     report.show(parsed.out_dir, console)
     return results
