@@ -202,25 +202,38 @@ def _difference(first: Any, other: Any, *, kept: bool) -> str | None:
     return f"different {first.dtype} values{values}; {advice}"
 
 
-def _stacked(path: str, column: Sequence[Any], sharding: Any) -> jax.Array:
-    """Returns one leaf of all experts, `[K, ...]`, in its place."""
-    dtype = column[0].dtype
+def place_leaf(path: str, stacked: np.ndarray, sharding: Any) -> jax.Array:
+    """Returns one leaf of all experts, `[K, ...]`, from the host to its place, in the dtype that JAX has for it.
+
+    Raises:
+        ValueError: if JAX's dtype cannot hold an integer.
+
+    Warns:
+        UserWarning: if a leaf is float64, and JAX stores it as float32.
+    """
+    dtype = stacked.dtype
     stored = jax.dtypes.canonicalize_dtype(dtype)
-    if any(isinstance(leaf, jax.Array) for leaf in column):
-        stacked = jnp.stack(column)
-    else:
-        on_host = np.stack(column)
-        stacked = on_host.astype(stored, copy=False)
-        if jnp.issubdtype(dtype, jnp.integer) and not np.array_equal(stacked, on_host):
+    if stored != dtype:
+        converted = stacked.astype(stored)
+        if jnp.issubdtype(dtype, jnp.inexact):
+            warnings.warn(
+                f"{path} is stored as {stored}, not as {dtype}: set jax_enable_x64 to keep it, or cast the experts",
+                stacklevel=4,
+            )
+        elif not np.array_equal(converted, stacked):
             raise ValueError(
                 f"{path} has {dtype} values that JAX's {stored} does not hold; set jax_enable_x64, or drop the leaf"
             )
-    if stored != dtype and jnp.issubdtype(dtype, jnp.inexact):
-        warnings.warn(
-            f"{path} is stored as {stored}, not as {dtype}: set jax_enable_x64 to keep it, or cast the experts",
-            stacklevel=3,
-        )
+        stacked = converted
     return jnp.asarray(stacked) if sharding is None else jax.device_put(stacked, sharding)
+
+
+def _stacked(path: str, column: Sequence[Any], sharding: Any) -> jax.Array:
+    """Returns one leaf of all experts, `[K, ...]`, in its place."""
+    if not any(isinstance(leaf, jax.Array) for leaf in column):
+        return place_leaf(path, np.stack(column), sharding)
+    stacked = jnp.stack(column)
+    return stacked if sharding is None else jax.device_put(stacked, sharding)
 
 
 def _broadcast(sharding: PyTree, treedef: Any) -> list[Any]:

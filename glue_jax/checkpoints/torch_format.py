@@ -1,0 +1,82 @@
+"""Reads state dicts of PyTorch, if PyTorch is installed. No code in the file can run."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from glue_jax.checkpoints.headers import Header, library, within
+
+
+def read_header(files: Sequence[Path], subtree: str | None) -> Header:
+    """Returns what some files of PyTorch hold together."""
+    tensors, owner = {}, {}
+    for file in files:
+        for name, tensor in _load(file, subtree).items():
+            if name in owner:
+                raise ValueError(f"{name} is in {owner[name].name} and in {file.name}; expected one of them")
+            tensors[name] = jax.ShapeDtypeStruct(tuple(tensor.shape), _dtype(name, tensor))
+            owner[name] = file
+    return Header(tensors, owner, {name: name for name in tensors}, {}, functools.partial(_read, owner, subtree))
+
+
+def _read(owner: dict[str, Path], subtree: str | None, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Reads some tensors. Each file is opened once."""
+    arrays = {}
+    for file in dict.fromkeys(owner[name] for name in names):
+        state = _load(file, subtree)
+        arrays |= {name: to_numpy(state[name]) for name in names if owner[name] == file}
+    return arrays
+
+
+def to_numpy(tensor: Any) -> np.ndarray:
+    """Returns a copy of a tensor of PyTorch as a NumPy array of the same dtype, bfloat16 included."""
+    tensor = tensor.detach().cpu().contiguous()
+    torch = library("torch")
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(jnp.bfloat16).copy()
+    return tensor.numpy().copy()
+
+
+def _dtype(name: str, tensor: Any) -> Any:
+    """Returns the NumPy dtype of a tensor."""
+    torch = library("torch")
+    if tensor.is_sparse or tensor.is_quantized:
+        raise ValueError(f"{name} is a sparse or quantized tensor; expected a dense one")
+    if tensor.dtype == torch.bfloat16:
+        return jnp.bfloat16
+    try:
+        return torch.empty(0, dtype=tensor.dtype).numpy().dtype
+    except TypeError:
+        raise ValueError(f"{name} has dtype {tensor.dtype}; expected one that NumPy knows, or bfloat16") from None
+
+
+def _load(file: Path, subtree: str | None) -> dict[str, Any]:
+    """Returns the state dict of a file, whose tensors are mapped, not read."""
+    torch = library("torch", "install PyTorch to read its files, or convert them to safetensors")
+    try:
+        # Only PyTorch's zip format can be mapped.
+        with file.open("rb") as opened:
+            is_zip = opened.read(2) == b"PK"
+        loaded = torch.load(file, weights_only=True, mmap=is_zip, map_location="cpu")
+    except Exception as error:
+        if "weights_only" in str(error) or "Weights only" in str(error):
+            raise ValueError(
+                f"{file.name} holds more than tensors, and may hold code, which is not run; expected a state dict: "
+                "torch.save(model.state_dict(), path)"
+            ) from error
+        raise
+    state = within(loaded, subtree)
+    if not isinstance(state, Mapping):
+        raise ValueError(f"it holds a {type(state).__name__}; expected a state dict")
+    if wrong := sorted(str(name) for name, value in state.items() if not isinstance(value, torch.Tensor)):
+        dicts = sorted(str(name) for name, value in state.items() if isinstance(value, Mapping))
+        raise ValueError(
+            f"its entries {wrong[:5]} are no tensors; expected a state dict"
+            + (f". If the model is one of {dicts}, pass this name as the subtree" if dicts else "")
+        )
+    return dict(state)
