@@ -141,7 +141,7 @@ def open_checkpoint(path: PathLike, *, subtree: str | None = None) -> Checkpoint
 
 
 def open_checkpoints(
-    paths: PathLike | Sequence[PathLike],
+    paths: PathLike | Sequence[PathLike | Checkpoint],
     *,
     steps: Sequence[int] | None = None,
     last: int | None = None,
@@ -150,7 +150,8 @@ def open_checkpoints(
     """Opens several checkpoints, by their paths or as the steps of one training run.
 
     Args:
-        paths: the paths of the checkpoints, or the folder of one run of orbax with a folder for each step.
+        paths: the paths of the checkpoints, or the folder of one run of orbax with a folder for each step. A checkpoint
+            that is open already is taken as it is.
         steps: the steps of the run, if `paths` is the folder of a run. None is all of them.
         last: how many of the last steps of the run.
         subtree: as for `open_checkpoint`.
@@ -163,6 +164,8 @@ def open_checkpoints(
         ValueError: if `steps` or `last` is given with several paths, or both are given, or if a checkpoint is damaged.
     """
     given = [paths] if isinstance(paths, str | Path) else list(paths)
+    if any(isinstance(path, Checkpoint) for path in given):
+        return [path if isinstance(path, Checkpoint) else open_checkpoint(path, subtree=subtree) for path in given]
     if not given:
         raise ValueError("no checkpoint was given; expected at least one path")
     runs = [steps_of_run(Path(path).expanduser()) for path in given]

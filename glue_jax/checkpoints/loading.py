@@ -23,7 +23,7 @@ _MOST_DIFFERENCES = 5
 
 
 def load_experts(
-    paths: PathLike | Sequence[PathLike],
+    paths: PathLike | Sequence[PathLike | Checkpoint],
     *,
     steps: Sequence[int] | None = None,
     last: int | None = None,
@@ -38,8 +38,8 @@ def load_experts(
     call needs memory for the stacked experts, for 32 MB of each expert, and for the largest tensor of all experts.
 
     Args:
-        paths: the paths of K checkpoints (`open_checkpoint` lists the formats), or the folder of one training run of
-            orbax.
+        paths: the paths of K checkpoints (`open_checkpoint` lists the formats), open checkpoints, or the folder of one
+            training run of orbax.
         steps: the steps of the run. None is all steps.
         last: how many of the last steps of the run.
         subtree: the part of each checkpoint that is the model, such as `"params"`.

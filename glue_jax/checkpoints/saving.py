@@ -144,7 +144,8 @@ def save_blend(
         for name in names:
             given, dtype = np.asarray(leaves[name]), like.tensors[name].dtype
             check_finite("params", {name: given})
-            arrays[name] = given.astype(dtype)
+            with np.errstate(over="ignore"):
+                arrays[name] = given.astype(dtype)
             if jnp.issubdtype(dtype, jnp.inexact):
                 check_finite(f"params, rounded to {np.dtype(dtype)},", {name: arrays[name]})
             elif not np.array_equal(arrays[name], given):
@@ -230,23 +231,30 @@ def _copy_side_files(like: Checkpoint, folder: Path) -> None:
             shutil.copyfile(file, folder / file.name)
 
 
+def check_place(out: Path, num_bytes: int, overwrite: bool) -> None:
+    """Refuses a place where a result cannot be written.
+
+    Raises:
+        OSError: if `out` exists and may not be replaced, if its folder does not exist, or if the disk has no room for
+            so many bytes.
+    """
+    if out.exists() and not overwrite:
+        raise FileExistsError(f"{out} exists; expected a new path, or overwrite")
+    if not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"the folder of {out} does not exist")
+    needed, free = num_bytes + _SPARE_BYTES, shutil.disk_usage(out.absolute().parent).free
+    if needed > free:
+        raise OSError(f"no space left for {out}: it needs {needed:,} bytes, and {free:,} are free")
+
+
 @contextlib.contextmanager
 def aside(out: Path, num_bytes: int, overwrite: bool) -> Iterator[Path]:
     """Gives a place beside `out`, and renames what was written there to `out` at the end. Removes it after an error.
 
     Raises:
-        OSError: before any work, if `out` exists and may not be replaced, if its folder does not exist, or if the disk
-            has no room for so many bytes.
+        OSError: as `check_place`, before any work.
     """
-    if out.exists() and not overwrite:
-        raise FileExistsError(f"{out} exists; expected a new path, or the wish to overwrite it")
-    if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"the folder of {out} does not exist")
-    free = shutil.disk_usage(out.absolute().parent).free
-    if num_bytes + _SPARE_BYTES > free:
-        raise OSError(
-            errno.ENOSPC, f"no space left: {num_bytes + _SPARE_BYTES:,} bytes are needed, {free:,} are free", str(out)
-        )
+    check_place(out, num_bytes, overwrite)
     place, old = (out.with_name(f".{out.name}.{word}") for word in ("partial", "old"))
     # What a killed process left.
     _remove(place)
@@ -260,6 +268,8 @@ def aside(out: Path, num_bytes: int, overwrite: bool) -> Iterator[Path]:
         _remove(place)
         if out.exists():
             _remove(old)
+        elif old.exists():
+            old.rename(out)
 
 
 def _remove(path: Path) -> None:

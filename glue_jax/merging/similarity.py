@@ -2,12 +2,13 @@
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from glue_jax.blending import blend
 from glue_jax.checks import as_number, as_numbers, check_callable, check_counts
@@ -15,6 +16,9 @@ from glue_jax.experts import num_experts
 from glue_jax.merging.groups import Groups
 from glue_jax.paths import by_path, leaf_paths
 from glue_jax.types import Params
+
+# Weights of each expert that are compared at once, 8 MB in float64.
+_PORTION = 2**20
 
 
 class Similarity(NamedTuple):
@@ -63,18 +67,38 @@ def weight_similarity(experts: Params, groups: Groups | None = None, *, origin: 
     if origin is not None and jax.tree.map(np.shape, origin) != jax.tree.map(lambda leaf: np.shape(leaf)[1:], experts):
         raise ValueError("origin does not fit; expected the structure and the shapes of one expert")
     starts = [None] * count if origin is None else jax.tree.leaves(origin)
+    leaves = zip(rows, by_path(experts).items(), starts, strict=True)
+    weights = ((row, as_numbers(f"experts at {path}", leaf), start) for row, (path, leaf), start in leaves)
+    return similarity_of_leaves(names, k, weights, has_origin=origin is not None)
+
+
+def similarity_of_leaves(
+    names: tuple[str, ...], k: int, leaves: Iterable[tuple[int, np.ndarray, ArrayLike | None]], *, has_origin: bool
+) -> Similarity:
+    """Compares experts leaf by leaf, so that the leaves need not be in memory together.
+
+    Args:
+        names: the names of the G groups.
+        k: the number of experts.
+        leaves: for each leaf the row of its group, the weights of all experts `[K, ...]`, and the origin's `[...]` or
+            None.
+        has_origin: whether there is an origin.
+    """
     inner, moved = np.zeros((2, len(names), k, k))
     length = np.zeros(len(names))
-    for row, (path, leaf), start in zip(rows, by_path(experts).items(), starts, strict=True):
-        weights = as_numbers(f"experts at {path}", leaf).reshape(k, -1)
-        inner[row] += weights @ weights.T
-        centre = weights.mean(axis=0) if start is None else np.asarray(start, np.float64).ravel()
-        length[row] += centre @ centre
-        weights -= centre
-        moved[row] += weights @ weights.T
+    for row, leaf, start in leaves:
+        flat = leaf.reshape(k, -1)
+        origin = None if start is None else np.ravel(start)
+        for begin in range(0, flat.shape[1], _PORTION):
+            weights = flat[:, begin : begin + _PORTION].astype(np.float64, copy=False)
+            inner[row] += weights @ weights.T
+            centre = weights.mean(axis=0) if origin is None else np.float64(origin[begin : begin + _PORTION])
+            length[row] += centre @ centre
+            differences = weights - centre
+            moved[row] += differences @ differences.T
     with np.errstate(invalid="ignore", divide="ignore"):
         distances = np.sqrt(np.diagonal(moved, axis1=1, axis2=2) / length[:, None])
-    return Similarity(names, _cosine(inner), distances, None if origin is None else _cosine(moved))
+    return Similarity(names, _cosine(inner), distances, _cosine(moved) if has_origin else None)
 
 
 def loss_barriers(

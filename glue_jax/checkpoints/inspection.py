@@ -1,0 +1,84 @@
+"""`inspect_experts`: do experts in files fit together, and are they related?"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from glue_jax.checkpoints.formats import Checkpoint
+from glue_jax.checkpoints.loading import check_alike, read_alike
+from glue_jax.merging.groups import by_layer
+from glue_jax.merging.similarity import Similarity, similarity_of_leaves
+from glue_jax.paths import by_path, check_finite
+
+KERNELS = "all kernels"
+"""The name of the group of all tensors with two or more axes."""
+
+# Smaller differences between mean cosines make no outlier.
+_LEAST_GAP = 0.01
+
+
+def inspect_experts(checkpoints: Sequence[Checkpoint], take_first: str | Sequence[str] = ()) -> Similarity:
+    """Compares experts by their weights, a few tensors at a time.
+
+    Args:
+        checkpoints: at least two experts from `open_checkpoints`.
+        take_first: as for `load_experts`.
+
+    Returns:
+        The similarity of each layer, and at the end that of all kernels together, under the name `all kernels`. A layer
+        is a kernel with its bias, or a norm. A kernel is a tensor with two or more axes.
+
+    Raises:
+        ValueError: if there is one expert only, or if the experts do not fit together.
+    """
+    if len(checkpoints) < 2:
+        raise ValueError(f"{len(checkpoints)} expert was given; expected at least two to compare")
+    kept, k, first = check_alike(checkpoints, take_first), len(checkpoints), checkpoints[0]
+    floating = {name: tensor for name, tensor in first.tensors.items() if jnp.issubdtype(tensor.dtype, jnp.floating)}
+    if not any(len(tensor.shape) > 1 for tensor in floating.values()):
+        raise ValueError(f"{first.path} has no kernel, a floating-point tensor with two or more axes, to compare")
+    layers = _layers(floating)
+    names = (*dict.fromkeys(layers.values()), KERNELS)
+
+    def leaves() -> Iterator[tuple[int, np.ndarray, None]]:
+        for portion in first.portions(floating):
+            columns = {name: np.empty((k, *floating[name].shape), floating[name].dtype) for name in portion}
+            for index, arrays in enumerate(read_alike(checkpoints, portion, kept)):
+                check_finite(str(checkpoints[index].path), arrays)
+                for name, array in arrays.items():
+                    columns[name][index] = array
+            for name in portion:
+                weights = columns.pop(name)
+                yield names.index(layers[name]), weights, None
+                if weights.ndim > 2:
+                    yield len(names) - 1, weights, None
+
+    return similarity_of_leaves(names, k, leaves(), has_origin=False)
+
+
+def outlier(cosine: np.ndarray) -> int | None:
+    """Returns the expert that is far from the others, or None.
+
+    An expert is far if its mean cosine to the others is lower than the next one's by more than all the others differ.
+
+    Args:
+        cosine: the cosines between K experts, `[K, K]`.
+    """
+    k = len(cosine)
+    if k < 3:
+        return None
+    mean = (cosine.sum(axis=1) - np.diagonal(cosine)) / (k - 1)
+    lowest, *others = np.argsort(mean)
+    spread = mean[others[-1]] - mean[others[0]]
+    return int(lowest) if mean[others[0]] - mean[lowest] > max(spread, _LEAST_GAP) else None
+
+
+def _layers(tensors: Mapping[str, object]) -> dict[str, str]:
+    """Returns the layer of each tensor, by its name."""
+    try:
+        groups = by_layer(dict(tensors))
+    except ValueError:
+        # No name contains a layer.
+        return {name: name for name in tensors}
+    return {name: groups.names[row] for name, row in by_path(groups.rows).items()}

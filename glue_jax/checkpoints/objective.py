@@ -1,0 +1,171 @@
+"""The objective file of `glue-jax learn`: Python that says what the blend is for."""
+
+import functools
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from glue_jax.checkpoints.torch_modules import ModuleFunctions, module_functions
+from glue_jax.objectives import OutputLoss
+from glue_jax.types import LossFn, Params
+
+_WAYS = ("module", "outputs", "loss_fn", "evaluate")
+_NAMES = (*_WAYS, "loss", "load_data", "load_validation_data", "validation_fn", "statistics_fn", "rename")
+
+
+class ObjectiveError(ValueError):
+    """A function of the objective file raised, or returned something that cannot be used."""
+
+
+class Objective(NamedTuple):
+    """What `build_prior` needs of an objective file.
+
+    Attributes:
+        data: the target data, a pytree of arrays `[N, ...]`. None with `evaluate`.
+        validation_data: arrays `[M, ...]` that choose among candidates. None holds out a part of `data`.
+        loss_fn: the loss. None with `evaluate`.
+        validation_fn: what is validated. None is the loss.
+        evaluate: the function on the host. None with data.
+        statistics_fn: BatchNorm's statistics of a batch. None refreshes nothing.
+        collection: the pattern of the paths of the statistics.
+        mean: the pattern of the paths of means.
+        var: the pattern of the paths of variances.
+        rename: as for `load_experts`.
+    """
+
+    data: Any
+    validation_data: Any
+    loss_fn: LossFn | None
+    validation_fn: LossFn | None
+    evaluate: Callable[[Params], float | None] | None
+    statistics_fn: Callable[..., Any] | None
+    collection: str
+    mean: str
+    var: str
+    rename: Callable[[str], str] | None
+
+
+def load_objective(path: Path) -> Objective:
+    """Runs an objective file, and checks what it defines.
+
+    The file defines one of
+
+    - `module()`, which returns a PyTorch module, with `load_data() -> (inputs, labels)`. `loss(outputs, batch)` is the
+      cross-entropy of integer labels, or the squared error of others, unless the file defines it.
+    - `outputs(params, batch)` and `loss(outputs, batch)`, with `load_data()`.
+    - `loss_fn(params, batch)`, with `load_data()`.
+    - `evaluate(params) -> number`.
+
+    It may define `load_validation_data()`, `validation_fn(params, batch)`, `statistics_fn(params, batch)` for Flax, and
+    `rename(name)` too.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ObjectiveError: if the file raises, or if it does not define what is needed.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; expected a Python file with the objective")
+    defined = _run(path)
+    ways = [name for name in _WAYS if name in defined]
+    if len(ways) != 1:
+        raise ObjectiveError(
+            f"{path} defines {' and '.join(ways) or 'none'} of {', '.join(_WAYS)}; expected one of them"
+        )
+    (way,) = ways
+    for needed, of in (("loss", ("outputs",)), ("load_data", ("module", "outputs", "loss_fn"))):
+        if way in of and needed not in defined:
+            raise ObjectiveError(f"{path} defines {way}, but no {needed}")
+    if way == "evaluate":
+        if extra := sorted({"load_data", "load_validation_data", "validation_fn"} & defined.keys()):
+            raise ObjectiveError(f"{path} defines evaluate and {extra}; expected evaluate to load what it needs itself")
+        return Objective(None, None, None, None, defined["evaluate"], None, "", "", "", defined.get("rename"))
+    data = _arrays(path, "load_data", defined)
+    validation = _arrays(path, "load_validation_data", defined) if "load_validation_data" in defined else None
+    if way == "module":
+        functions = module_functions(defined["module"]())
+        if not isinstance(data, tuple) or len(data) != 2:
+            raise ObjectiveError(
+                f"{path}: load_data returned a {type(data).__name__}; expected a tuple (inputs, labels)"
+            )
+        loss_fn = OutputLoss(functools.partial(_outputs, functions), defined.get("loss", _default_loss))
+        statistics_fn, patterns = functions.statistics_fn, ("", r"running_mean$", r"running_var$")
+    else:
+        loss_fn = OutputLoss(defined["outputs"], defined["loss"]) if way == "outputs" else defined["loss_fn"]
+        statistics_fn, patterns = defined.get("statistics_fn"), ("^batch_stats/", "mean$", "var$")
+    return Objective(
+        data, validation, loss_fn, defined.get("validation_fn"), None, statistics_fn, *patterns, defined.get("rename")
+    )
+
+
+def _run(path: Path) -> dict[str, Callable[..., Any]]:
+    """Runs the file. Returns its functions that have a meaning here; an error in one of them names file and line."""
+    spec = importlib.util.spec_from_file_location("glue_objective", path)
+    if spec is None or spec.loader is None:
+        raise ObjectiveError(f"{path} is no Python file; expected the ending .py")
+    module = importlib.util.module_from_spec(spec)
+    # The file may import modules that lie beside it.
+    sys.path.insert(0, str(path.parent.absolute()))
+    _guarded(path, "the file", functools.partial(spec.loader.exec_module, module))()
+    defined = {name: getattr(module, name) for name in _NAMES if hasattr(module, name)}
+    for name, function in defined.items():
+        if not callable(function):
+            raise ObjectiveError(f"{path}: {name} is {function!r}; expected a function")
+    return {name: _guarded(path, name, function) for name, function in defined.items()}
+
+
+def _guarded(path: Path, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function whose errors name the file and the line."""
+
+    @functools.wraps(function)
+    def guarded(*values: Any) -> Any:
+        try:
+            return function(*values)
+        except (Exception, SystemExit) as error:
+            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+            line = f", line {lines[-1]}" if lines else ""
+            text = next(iter(str(error).splitlines()), "")
+            raise ObjectiveError(f"{path}{line}: {name} raised {type(error).__name__}: {text}") from error
+
+    return guarded
+
+
+def _arrays(path: Path, name: str, defined: dict[str, Callable[..., Any]]) -> Any:
+    """Returns what a loading function returns, as arrays."""
+    loaded = defined[name]()
+    leaves = jax.tree.leaves(loaded)
+    if not leaves:
+        raise ObjectiveError(f"{path}: {name} returned {loaded!r}; expected arrays [N, ...]")
+    try:
+        arrays = jax.tree.map(np.asarray, loaded)
+    except Exception as error:
+        # An array of another library that NumPy cannot read.
+        raise ObjectiveError(f"{path}: {name} returned what is no array ({error}); expected arrays [N, ...]") from error
+    for array in jax.tree.leaves(arrays):
+        if array.dtype == object or not array.ndim:
+            raise ObjectiveError(f"{path}: {name} returned {array.dtype} {list(array.shape)}; expected arrays [N, ...]")
+    return arrays
+
+
+def _outputs(functions: ModuleFunctions, params: Params, batch: Any) -> Any:
+    """Returns the outputs of a PyTorch module for `(inputs, labels)`."""
+    return functions.outputs_fn(params, {"x": batch[0]})
+
+
+def _default_loss(outputs: jax.Array, batch: Any) -> jax.Array:
+    """Returns the cross-entropy of integer labels, or the squared error of other targets."""
+    labels = batch[1]
+    if jnp.issubdtype(labels.dtype, jnp.integer):
+        return optax.softmax_cross_entropy_with_integer_labels(outputs.astype(jnp.float32), labels).mean()
+    if outputs.shape != labels.shape:
+        raise ObjectiveError(
+            f"outputs have shape {outputs.shape}, targets have shape {labels.shape}; expected one shape"
+        )
+    return jnp.mean((outputs - labels) ** 2)

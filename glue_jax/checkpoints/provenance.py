@@ -1,0 +1,191 @@
+"""Where a blend comes from: `glue.json`, a model card, and the recipe for mergekit."""
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import glue_jax
+from glue_jax.checkpoints.formats import Checkpoint, PathLike, open_checkpoint
+from glue_jax.checkpoints.loading import Rename
+from glue_jax.checkpoints.saving import PROVENANCE_KEY
+from glue_jax.merging.groups import Groups
+from glue_jax.paths import by_path
+
+RECORD, CARD, RECIPE = "glue.json", "README.md", "mergekit.yaml"
+"""The names of the three files beside a blend."""
+
+_VERSIONED = ("jax", "numpy", "safetensors", "orbax-checkpoint")
+
+
+class Coefficients(NamedTuple):
+    """The coefficients of K experts, for each of G groups of tensors.
+
+    Attributes:
+        names: the names of the groups.
+        alpha: the coefficients, float64 `[G, K]`.
+        rows: the number of the group of each tensor, by the tensor's name.
+    """
+
+    names: tuple[str, ...]
+    alpha: np.ndarray
+    rows: Mapping[str, int]
+
+    def of(self, name: str) -> np.ndarray:
+        """Returns the coefficients of one tensor, `[K]`."""
+        return self.alpha[self.rows[name]]
+
+
+def coefficients_for(
+    names: Iterable[str], alpha: Any, groups: Groups | None = None, rename: Rename | None = None
+) -> Coefficients:
+    """Returns coefficients for tensors.
+
+    Args:
+        names: the names of the tensors in the experts' files.
+        alpha: the coefficients, `[K]`, or `[G, K]` with groups.
+        groups: the groups of the tree that `load_experts` returns. None is one group of all tensors.
+        rename: the function that `load_experts` was given.
+    """
+    alpha = np.atleast_2d(np.asarray(alpha, np.float64))
+    if groups is None:
+        return Coefficients(("all",), alpha, dict.fromkeys(names, 0))
+    rows = by_path(groups.rows)
+    return Coefficients(groups.names, alpha, {name: rows[rename(name) if rename else name] for name in names})
+
+
+def read_coefficients(path: PathLike, checkpoint: Checkpoint) -> Coefficients:
+    """Reads the coefficients of an earlier blend, for experts with the same tensors.
+
+    Args:
+        path: a `glue.json`, the folder of a blend, or a blend in one safetensors file.
+        checkpoint: one of the experts that will be blended.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is no record of a blend, or if a tensor has no coefficients in it.
+    """
+    path = Path(path).expanduser()
+    try:
+        if path.suffix == ".safetensors":
+            text = json.loads(open_checkpoint(path).metadata[PROVENANCE_KEY])[RECORD]
+        else:
+            text = (path / RECORD if path.is_dir() else path).read_text()
+        groups = json.loads(text)["groups"]
+        alpha = np.array([group["alpha"] for group in groups], np.float64)
+        rows = {name: row for row, group in enumerate(groups) for name in group["tensors"]}
+        names = tuple(group["name"] for group in groups)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is no record of a blend ({type(error).__name__}: {error}); expected a {RECORD}"
+        ) from error
+    if missing := [name for name in checkpoint.tensors if name not in rows]:
+        raise ValueError(f"{path} has no coefficients for {missing[:5]}; expected those of every tensor of the experts")
+    return Coefficients(names, alpha, rows)
+
+
+def record(
+    checkpoints: Sequence[Checkpoint], coefficients: Coefficients, learned: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Returns what `glue.json` holds: the experts with their hashes, the coefficients, how they were found, versions.
+
+    Args:
+        checkpoints: the experts.
+        coefficients: the coefficients of the blend.
+        learned: what is known of the learning, such as the estimator, the seed, the passes and the losses. None if the
+            coefficients were given.
+    """
+    tensors: dict[int, list[str]] = {}
+    for name in checkpoints[0].tensors:
+        tensors.setdefault(coefficients.rows[name], []).append(name)
+    return {
+        "experts": [
+            {"path": str(one.path.absolute()), "format": one.format, "sha256": one.sha256()} for one in checkpoints
+        ],
+        "groups": [
+            {"name": coefficients.names[row], "alpha": coefficients.alpha[row].tolist(), "tensors": names}
+            for row, names in sorted(tensors.items())
+        ],
+        "learned": dict(learned) if learned else None,
+        "versions": {"glue_jax": glue_jax.__version__, "python": platform.python_version()} | _versions(),
+    }
+
+
+def side_files(checkpoints: Sequence[Checkpoint], made: Mapping[str, Any], report: str = "") -> dict[str, str]:
+    """Returns the texts of the files beside a blend, by the names of the files.
+
+    Args:
+        checkpoints: the experts.
+        made: what `record` returned.
+        report: Markdown for the model card, such as the report of `build_prior`.
+    """
+    files = {RECORD: json.dumps(made, indent=2) + "\n", CARD: _card(checkpoints, made, report)}
+    return files | ({RECIPE: mergekit_recipe(checkpoints, made)} if _mergekit_makes(checkpoints, made) else {})
+
+
+def mergekit_recipe(checkpoints: Sequence[Checkpoint], made: Mapping[str, Any]) -> str:
+    """Returns the recipe, in YAML, by which `mergekit-yaml` makes the same blend.
+
+    mergekit takes the first filter that is a part of the tensor's name. So a longer name comes before its own parts.
+    """
+    groups = made["groups"]
+    # The largest group needs no filters.
+    *filtered, rest = sorted(groups, key=lambda group: len(group["tensors"]))
+    pairs = [(name, group) for group in filtered for name in group["tensors"]]
+    # A name of the largest group that contains another group's name needs a filter too.
+    pairs += [(name, rest) for name in rest["tensors"] if any(other in name for other, _ in pairs)]
+    pairs.sort(key=lambda pair: -len(pair[0]))
+    lines = ["merge_method: linear", "models:"]
+    for index, checkpoint in enumerate(checkpoints):
+        lines += [f"  - model: {json.dumps(str(checkpoint.path.absolute()))}", "    parameters:"]
+        values = [f"{{filter: {json.dumps(name)}, value: {group['alpha'][index]!r}}}" for name, group in pairs]
+        if values:
+            lines += ["      weight:", *(f"        - {value}" for value in values)]
+            lines += [f"        - {{value: {rest['alpha'][index]!r}}}"]
+        else:
+            lines += [f"      weight: {rest['alpha'][index]!r}"]
+    dtypes = {np.dtype(tensor.dtype).name for tensor in checkpoints[0].tensors.values()}
+    lines += ["parameters:", "  normalize: false", "dtype: float32"]
+    return "\n".join([*lines, *([f"out_dtype: {dtypes.pop()}"] if len(dtypes) == 1 else [])]) + "\n"
+
+
+def _mergekit_makes(checkpoints: Sequence[Checkpoint], made: Mapping[str, Any]) -> bool:
+    """Returns whether mergekit makes the same model: from folders of Hugging Face, if it is a plain blend."""
+    is_plain = not (made["learned"] or {}).get("statistics_refreshed")
+    return is_plain and all((one.path / "config.json").is_file() and one.format != "orbax" for one in checkpoints)
+
+
+def _card(checkpoints: Sequence[Checkpoint], made: Mapping[str, Any], report: str) -> str:
+    """Returns the model card: front matter of Hugging Face, the experts, and their coefficients."""
+    groups = made["groups"]
+    shown = groups if len(groups) <= 8 else []
+    lines = ["---", "tags:", "- merge", "- glue-jax", "---", "", "# A blend of experts", ""]
+    lines += ["Each weight is the sum of the experts' weights, times the coefficients below.", ""]
+    lines += ["| expert |" + "".join(f" {group['name']} |" for group in shown), "| --- |" + " ---: |" * len(shown)]
+    for index, one in enumerate(checkpoints):
+        lines.append(f"| {one.path.name} |" + "".join(f" {group['alpha'][index]:.4f} |" for group in shown))
+    if not shown:
+        lines += ["", f"There are {len(groups)} groups of tensors. Their coefficients are in `{RECORD}`."]
+    lines += [
+        "",
+        "The coefficients were learned by `glue-jax learn`." if made["learned"] else "The coefficients were given.",
+    ]
+    lines += [f"`{RECORD}` holds the hash of each expert and all coefficients."]
+    if _mergekit_makes(checkpoints, made):
+        lines += [f"`mergekit-yaml {RECIPE} OUT` makes the same blend with mergekit."]
+    return "\n".join([*lines, "", report]).rstrip() + "\n"
+
+
+def _versions() -> dict[str, str]:
+    """Returns the versions of the libraries that a blend depends on, if they are installed."""
+    found = {}
+    for name in _VERSIONED:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,149 @@
+"""The command `glue-jax`: look at experts in files, blend them, and learn the coefficients of their blend."""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+_EXPERTS = """each a .safetensors file, a folder of Hugging Face, an orbax checkpoint, a .pt or .bin file of PyTorch, or
+a folder with a LoRA adapter of PEFT; or the folder of one training run of orbax, with a folder for each step"""
+
+_EXAMPLES = {
+    "inspect": """examples:
+  glue-jax inspect a.safetensors b.safetensors c.safetensors
+  glue-jax inspect run/ --last 5 --subtree params --picture similarity.png""",
+    "blend": """examples:
+  glue-jax blend a.pt b.pt c.pt --uniform --out blend
+  glue-jax blend model-a/ model-b/ --weights 0.3 0.7 --out blend
+  glue-jax blend a2.pt b2.pt c2.pt --weights-from blend/glue.json --out blend2""",
+    "learn": """examples:
+  glue-jax learn a.pt b.pt c.pt --objective objective.py --out blend
+
+objective.py holds load_data() and one of
+  module()                                  a PyTorch module; load_data() returns (inputs, labels)
+  outputs(params, batch) and loss(outputs, batch)     two functions of JAX
+  loss_fn(params, batch)                    one function of JAX
+  evaluate(params) -> number                anything, lower is better; load_data() is not needed""",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        arguments: the words after `glue-jax`. None is those of this process.
+
+    Returns:
+        The exit status: 0, or 1 after an error. An error is one line on stderr, and nothing is written.
+    """
+    options = _parser().parse_args(arguments)
+    # A warning of a library is no message for the user of a command.
+    warnings.simplefilter("ignore")
+    try:
+        options.run(options)
+    except KeyboardInterrupt:
+        print("glue-jax: stopped", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, ImportError, ArithmeticError, MemoryError, RuntimeError) as error:
+        text = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+        print(f"glue-jax: error: {text or type(error).__name__}", file=sys.stderr)
+        return 1
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Returns the parser of all commands."""
+    parser = _Parser(prog="glue-jax", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="inspect | blend | learn")
+
+    def command(name: str, run: Any, description: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name,
+            help=description,
+            description=description,
+            epilog=_EXAMPLES[name],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        added.set_defaults(run=run)
+        added.add_argument("experts", nargs="+", type=Path, metavar="EXPERT", help=_EXPERTS)
+        added.add_argument(
+            "--subtree", metavar="KEYS", help="the part of each checkpoint that is the model, e.g. params"
+        )
+        added.add_argument("--steps", nargs="+", type=int, metavar="STEP", help="the steps of a training run")
+        added.add_argument("--last", type=int, metavar="N", help="the last N steps of a training run")
+        added.add_argument(
+            "--take-first",
+            nargs="+",
+            default=(),
+            metavar="PATTERN",
+            help="integer tensors that may differ (regular expressions); the first expert's are kept",
+        )
+        return added
+
+    inspect = command(
+        "inspect", _inspect, "Tells whether experts fit together and are related, and who is the outlier."
+    )
+    inspect.add_argument("--picture", type=Path, metavar="FILE.png", help="draws the cosines; needs matplotlib")
+    blend = command("blend", _blend, "Blends experts with given coefficients, one tensor after another.")
+    given = blend.add_mutually_exclusive_group(required=True)
+    given.add_argument("--weights", nargs="+", type=float, metavar="W", help="one coefficient for each expert")
+    given.add_argument("--uniform", action="store_true", help="the average")
+    given.add_argument("--weights-from", type=Path, metavar="FILE", help="the glue.json of an earlier blend")
+    blend.add_argument("--any-sum", action="store_true", help="accepts coefficients whose sum is not 1")
+    learn = command("learn", _learn, "Learns the coefficients on target data, and writes the best model.")
+    learn.add_argument("--objective", type=Path, required=True, metavar="FILE.py", help="what to learn by (see below)")
+    learn.add_argument("--base", type=Path, help="the model that LoRA adapters belong to")
+    learn.add_argument(
+        "--groups", choices=("layers", "none"), default="layers", help="also learn coefficients by layer"
+    )
+    learn.add_argument("--seed", type=int, default=0, help="decides minibatches and directions")
+    learn.add_argument("--batch-size", type=int, default=64, help="examples of a minibatch")
+    learn.add_argument("--max-steps", type=int, default=1000, help="the most steps of each stage")
+    learn.add_argument("--fresh", action="store_true", help="begins anew where a run was stopped")
+    for added in (blend, learn):
+        added.add_argument("--out", type=Path, required=True, help="a new folder, or a new .safetensors file")
+        added.add_argument("--overwrite", action="store_true", help="replaces --out")
+    return parser
+
+
+def _checkpoints(options: argparse.Namespace) -> Any:
+    """Opens the experts that the options name."""
+    from glue_jax.checkpoints import open_checkpoints
+
+    paths = options.experts[0] if len(options.experts) == 1 else options.experts
+    return open_checkpoints(paths, steps=options.steps, last=options.last, subtree=options.subtree)
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    """Prints how similar the experts are."""
+    from glue_jax.checkpoints import reports
+
+    experts = _checkpoints(options)
+    found = reports.inspect_experts(experts, options.take_first)
+    print(reports.similarity_text(experts, found))
+    if options.picture:
+        reports.draw_similarity(experts, found, options.picture)
+
+
+def _blend(options: argparse.Namespace) -> None:
+    """Blends with given coefficients, and writes the blend with its provenance."""
+    from glue_jax.checkpoints import commands
+
+    experts = _checkpoints(options)
+    commands.blend(experts, options)
+
+
+def _learn(options: argparse.Namespace) -> None:
+    """Learns, and writes the best model with its provenance."""
+    from glue_jax.checkpoints import commands
+
+    commands.learn(_checkpoints(options), options)
