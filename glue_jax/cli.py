@@ -107,7 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     learn.add_argument("--seed", type=int, default=0, help="decides minibatches and directions")
     learn.add_argument("--batch-size", type=int, default=64, help="examples of a minibatch")
-    learn.add_argument("--max-steps", type=int, default=1000, help="the most steps of each stage")
+    learn.add_argument("--max-steps", type=int, default=200, help="the most steps of each of the two stages")
+    learn.add_argument("--patience", type=int, default=10, help="a stage ends after so many validations without a gain")
     learn.add_argument("--fresh", action="store_true", help="begins anew where a run was stopped")
     for added in (blend, learn):
         added.add_argument("--out", type=Path, required=True, help="a new folder, or a new .safetensors file")
@@ -125,25 +126,20 @@ def _checkpoints(options: argparse.Namespace) -> Any:
 
 def _inspect(options: argparse.Namespace) -> None:
     """Prints how similar the experts are."""
-    from glue_jax.checkpoints import reports
+    from glue_jax.checkpoints import inspect_command
 
-    experts = _checkpoints(options)
-    found = reports.inspect_experts(experts, options.take_first)
-    print(reports.similarity_text(experts, found))
-    if options.picture:
-        reports.draw_similarity(experts, found, options.picture)
+    inspect_command.run(_checkpoints(options), options)
 
 
 def _blend(options: argparse.Namespace) -> None:
     """Blends with given coefficients, and writes the blend with its provenance."""
-    from glue_jax.checkpoints import commands
+    from glue_jax.checkpoints import blend_command
 
-    experts = _checkpoints(options)
-    commands.blend(experts, options)
+    blend_command.run(_checkpoints(options), options)
 
 
 def _learn(options: argparse.Namespace) -> None:
     """Learns, and writes the best model with its provenance."""
-    from glue_jax.checkpoints import commands
+    from glue_jax.checkpoints import learn_command
 
-    commands.learn(_checkpoints(options), options)
+    learn_command.run(_checkpoints(options), options)

@@ -163,7 +163,9 @@ def _card(checkpoints: Sequence[Checkpoint], made: Mapping[str, Any], report: st
     """Returns the model card: front matter of Hugging Face, the experts, and their coefficients."""
     groups = made["groups"]
     shown = groups if len(groups) <= 8 else []
-    lines = ["---", "tags:", "- merge", "- glue-jax", "---", "", "# A blend of experts", ""]
+    is_known = (checkpoints[0].path / "config.json").is_file()
+    library = ["library_name: transformers"] if is_known else []
+    lines = ["---", *library, "tags:", "- merge", "- glue-jax", "---", "", "# A blend of experts", ""]
     lines += ["Each weight is the sum of the experts' weights, times the coefficients below.", ""]
     lines += ["| expert |" + "".join(f" {group['name']} |" for group in shown), "| --- |" + " ---: |" * len(shown)]
     for index, one in enumerate(checkpoints):

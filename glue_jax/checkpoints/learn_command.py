@@ -1,8 +1,7 @@
-"""What `glue-jax blend` and `glue-jax learn` do, from files to files."""
+"""`glue-jax learn`: learns the coefficients on target data, from files to files."""
 
 import argparse
 import hashlib
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,56 +16,13 @@ from glue_jax.checkpoints.formats import Checkpoint
 from glue_jax.checkpoints.loading import check_alike, load_experts
 from glue_jax.checkpoints.objective import Objective, load_objective
 from glue_jax.checkpoints.progress import ProgressLine
-from glue_jax.checkpoints.provenance import Coefficients, coefficients_for
-from glue_jax.checkpoints.saving import blend_files, check_place, save_blend
+from glue_jax.checkpoints.provenance import coefficients_for
+from glue_jax.checkpoints.saving import check_place, save_blend
 from glue_jax.merging.groups import Groups, by_layer, group_by_path
 from glue_jax.types import LearnResult, Params, Progress
 
-# A sum of coefficients that is farther from 1 is taken for a mistake.
-_MOST_FROM_ONE = 1e-3
 
-
-def blend(experts: Sequence[Checkpoint], options: argparse.Namespace) -> None:
-    """Blends experts with given coefficients, and writes the blend with its provenance."""
-    check_alike(experts, options.take_first)
-    coefficients = _given(experts, options)
-    check_place(options.out, experts[0].num_bytes, options.overwrite)
-    with ProgressLine("blend") as line:
-        made = provenance.record(experts, coefficients)
-        blend_files(
-            experts,
-            coefficients.of,
-            options.out,
-            take_first=options.take_first,
-            side_files=provenance.side_files(experts, made),
-            overwrite=options.overwrite,
-            on_progress=line.show,
-        )
-    print(_table(experts, coefficients))
-    print(f"written: {options.out}")
-
-
-def _given(experts: Sequence[Checkpoint], options: argparse.Namespace) -> Coefficients:
-    """Returns the coefficients that the options give, checked."""
-    k = len(experts)
-    if options.weights_from:
-        coefficients = provenance.read_coefficients(options.weights_from, experts[0])
-        if coefficients.alpha.shape[1] != k:
-            raise ValueError(
-                f"{options.weights_from} has coefficients of {coefficients.alpha.shape[1]} experts, but {k} are given"
-            )
-        return coefficients
-    weights = [1 / k] * k if options.uniform else options.weights
-    if len(weights) != k:
-        raise ValueError(f"--weights has {len(weights)} numbers, but there are {k} experts; expected one for each")
-    if not all(map(math.isfinite, weights)):
-        raise ValueError(f"--weights is {weights}; expected finite numbers")
-    if abs(sum(weights) - 1) > _MOST_FROM_ONE and not options.any_sum:
-        raise ValueError(f"--weights has the sum {sum(weights):g}; expected 1, or --any-sum if this is meant")
-    return coefficients_for(experts[0].tensors, weights)
-
-
-def learn(experts: Sequence[Checkpoint], options: argparse.Namespace) -> None:
+def run(experts: Sequence[Checkpoint], options: argparse.Namespace) -> None:
     """Learns the coefficients, and writes the best model with its provenance.
 
     The results so far are kept beside `--out`. A run that was stopped goes on from them.
@@ -169,12 +125,3 @@ def _known(path: Path, about: dict[str, Any], fresh: bool) -> tuple[dict[str, Le
             "--fresh, to begin anew"
         )
     return known, kept["seconds"]
-
-
-def _table(experts: Sequence[Checkpoint], coefficients: Coefficients) -> str:
-    """Returns the coefficients as lines of text, at most those of 20 groups."""
-    lines = []
-    for name, alpha in list(zip(coefficients.names, coefficients.alpha, strict=True))[:20]:
-        lines.append(f"coefficients of {name}:")
-        lines += [f"  {value:+.4f}  {one.path}" for value, one in zip(alpha, experts, strict=True)]
-    return "\n".join(lines)

@@ -1,0 +1,65 @@
+"""`glue-jax blend`: experts with given coefficients, from files to files."""
+
+import argparse
+import math
+from collections.abc import Sequence
+
+from glue_jax.checkpoints import provenance
+from glue_jax.checkpoints.formats import Checkpoint
+from glue_jax.checkpoints.loading import check_alike
+from glue_jax.checkpoints.progress import ProgressLine
+from glue_jax.checkpoints.provenance import Coefficients, coefficients_for
+from glue_jax.checkpoints.saving import blend_files, check_place
+
+# A sum of coefficients that is farther from 1 is taken for a mistake.
+_MOST_FROM_ONE = 1e-3
+_MOST_GROUPS = 20
+
+
+def run(experts: Sequence[Checkpoint], options: argparse.Namespace) -> None:
+    """Blends experts with given coefficients, and writes the blend with its provenance."""
+    check_alike(experts, options.take_first)
+    coefficients = _given(experts, options)
+    check_place(options.out, experts[0].num_bytes, options.overwrite)
+    with ProgressLine("blend") as line:
+        made = provenance.record(experts, coefficients)
+        blend_files(
+            experts,
+            coefficients.of,
+            options.out,
+            take_first=options.take_first,
+            side_files=provenance.side_files(experts, made),
+            overwrite=options.overwrite,
+            on_progress=line.show,
+        )
+    print(_table(experts, coefficients))
+    print(f"written: {options.out}")
+
+
+def _given(experts: Sequence[Checkpoint], options: argparse.Namespace) -> Coefficients:
+    """Returns the coefficients that the options give, checked."""
+    k = len(experts)
+    if options.weights_from:
+        coefficients = provenance.read_coefficients(options.weights_from, experts[0])
+        if coefficients.alpha.shape[1] != k:
+            raise ValueError(
+                f"{options.weights_from} has coefficients of {coefficients.alpha.shape[1]} experts, but {k} are given"
+            )
+        return coefficients
+    weights = [1 / k] * k if options.uniform else options.weights
+    if len(weights) != k:
+        raise ValueError(f"--weights has {len(weights)} numbers, but there are {k} experts; expected one for each")
+    if not all(map(math.isfinite, weights)):
+        raise ValueError(f"--weights is {weights}; expected finite numbers")
+    if abs(sum(weights) - 1) > _MOST_FROM_ONE and not options.any_sum:
+        raise ValueError(f"--weights has the sum {sum(weights):g}; expected 1, or --any-sum if this is meant")
+    return coefficients_for(experts[0].tensors, weights)
+
+
+def _table(experts: Sequence[Checkpoint], coefficients: Coefficients) -> str:
+    """Returns the coefficients as lines of text, at most those of the first groups."""
+    lines = []
+    for name, alpha in list(zip(coefficients.names, coefficients.alpha, strict=True))[:_MOST_GROUPS]:
+        lines.append(f"coefficients of {name}:")
+        lines += [f"  {value:+.4f}  {one.path}" for value, one in zip(alpha, experts, strict=True)]
+    return "\n".join(lines)
