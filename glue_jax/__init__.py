@@ -48,7 +48,7 @@ from glue_jax.starts import learn_from_starts
 from glue_jax.steps import alpha, forward_gradient_step, full_gradient_step, init, spsa_step
 from glue_jax.types import GlueMetrics, GlueState, LearnResult
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "Calibration",
