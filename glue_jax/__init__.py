@@ -44,11 +44,12 @@ from glue_jax.objectives import OutputLoss
 from glue_jax.paths import combine, partition
 from glue_jax.planning import plan
 from glue_jax.plans import Plan
+from glue_jax.priors import Prior, build_prior
 from glue_jax.starts import learn_from_starts
 from glue_jax.steps import alpha, forward_gradient_step, full_gradient_step, init, spsa_step
 from glue_jax.types import GlueMetrics, GlueState, LearnResult
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "Calibration",
@@ -59,12 +60,14 @@ __all__ = [
     "OutputLoss",
     "OutputProbes",
     "Plan",
+    "Prior",
     "Probes",
     "alpha",
     "ask",
     "ask_outputs",
     "batches",
     "blend",
+    "build_prior",
     "calibrate",
     "coefficients",
     "combine",

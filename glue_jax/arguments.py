@@ -16,7 +16,7 @@ from glue_jax.gauss_newton import check_output_loss, gauss_newton_step
 from glue_jax.streams import as_arrays, check_same_kind, check_validation_stream, is_stream
 from glue_jax.types import PyTree
 
-# The defaults of `learn`. A value that differs from them was given by the user.
+# The defaults in `learn`'s signature. A value that differs from them was given by the user.
 BATCH_SIZE, PATIENCE = 64, 10
 # The keyword arguments that `learn` itself passes to each step.
 _OWN = ("loss_fn", "optimizer", "link_fn", "merge_fn")

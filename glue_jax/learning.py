@@ -55,11 +55,11 @@ def learn(
     merge_fn: MergeFn = blend,
     validation_data: Batch | Iterable[Batch] | None = None,
     validation_fn: LossFn | None = None,
-    batch_size: int = arguments.BATCH_SIZE,
+    batch_size: int = 64,
     validation_batch_size: int | None = None,
     max_steps: int = 1000,
     validate_every: int | None = None,
-    patience: int | None = arguments.PATIENCE,
+    patience: int | None = 10,
     steps_per_call: int | None = None,
     callback: Callable[[Progress], bool | None] | None = None,
 ) -> LearnResult:
@@ -105,13 +105,13 @@ def learn(
             batch of a loader is weighted by its size. None validates nothing.
         validation_fn: `validation_fn(params, batch) -> scalar`, the mean over a batch. Lower is better. None is
             `loss_fn`.
-        batch_size: the number of examples in a minibatch of arrays, 64 by default.
+        batch_size: the number of examples in a minibatch of arrays.
         validation_batch_size: the number of examples in a validation batch of arrays. None is `batch_size`. The last
             batch may be smaller; it is weighted by its size.
         max_steps: the largest number of steps in this call.
         validate_every: the number of steps between two validations, and between two callbacks. None is 5 for
             `gauss_newton_step` and 50 for other steps.
-        patience: the run stops after this many validations without a new best value, 10 by default. None runs all
+        patience: the run stops after this many validations without a new best value. None runs all
             `max_steps`.
         steps_per_call: the largest number of steps in one call of a compiled program. None is 1 if the data lies on a
             CPU, because XLA:CPU runs the backward pass of a convolution many times slower in a loop. None is also 1 for

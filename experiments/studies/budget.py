@@ -1,11 +1,11 @@
-"""How many forward passes, and how many seconds, each way takes to good coefficients.
+"""How many forward passes, seconds and FLOPs each way takes to good coefficients.
 
     pip install -e '.[experiments,bench]'
     python -m experiments.studies.budget
     python -m experiments.studies.budget --experiment cifar10 --passes 128000
 
 Each way learns the same coefficients from the same target images, and is measured on validation and test images as it
-goes. Passes and seconds are those of learning alone, without compilation and without what is measured.
+goes. Passes, seconds and FLOPs are those of learning alone, without compilation and without what is measured.
 
 Experts are read from `--run-dir`, where the experiment's own command keeps them (give it the same options); those that
 are missing are trained. Each way's curve is kept, so a run goes on where it was stopped.
@@ -14,7 +14,7 @@ are missing are trained. Each way's curve is kept, so a run goes on where it was
 import dataclasses
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -58,6 +58,13 @@ _POINTS = 25
 # The time of a backward pass over the time of a forward pass, at least. Ways with backward passes take fewer steps.
 _BACKWARD = 3
 _MOST_IMAGES = 1000
+# What a way takes, and how a table shows it.
+_TAKEN: Mapping[str, Callable[[float], str]] = {
+    "forward": "{:,.0f}".format,
+    "backward": "{:,.0f}".format,
+    "learning_seconds": "{:,.1f}".format,
+    "flops": lambda count: f"{count / 1e12:.3g} T" if count >= 1e12 else f"{count / 1e9:.3g} G",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,8 +109,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
     Returns:
         The results: `title`, `command`, `machine`, `config`, and `curves`. A curve is of one sharing, way and seed. It
-        has `sharing`, `dimension`, `way`, `seed`, and lists over points: `forward` and `backward` passes,
-        `learning_seconds`, `validation_loss` and `test_loss` (cross-entropy, nats).
+        has `sharing`, `dimension`, `way`, `seed`, and lists over points: `forward` and `backward` passes, `flops` of
+        the compiled steps (for the ways that have some), `learning_seconds`, `validation_loss` and `test_loss`
+        (cross-entropy, nats).
     """
     return frame.run(
         Arguments,
@@ -210,12 +218,14 @@ def _curve(context: Context, problem: Coefficients, way: Way, seed: int, passes:
     points = {0, *np.geomspace(1, num_steps, _POINTS).round().astype(int).tolist()}
     stepper = way.begin(problem, key, num_steps)
     stepper.compile(take(target, rows[0]))
+    flops = stepper.flops and stepper.flops(take(target, rows[0]))
     state, seconds, curve = stepper.state, 0.0, []
     for taken in range(num_steps + 1):
         if taken in points:
             found = evaluate(stepper.beta(state)) if taken else evaluate(problem.beta)
             done = {"forward": taken * per_step, "backward": taken * way.backward * size, "learning_seconds": seconds}
-            curve.append({**done, **found})
+            counted = {} if flops is None else {"flops": taken * flops}
+            curve.append({**done, **counted, **found})
         if taken < num_steps:
             batch = take(target, rows[taken])
             begin = time.perf_counter()
@@ -225,13 +235,13 @@ def _curve(context: Context, problem: Coefficients, way: Way, seed: int, passes:
 
 
 def reached(curve: Mapping[str, Any], loss: float) -> dict[str, float] | None:
-    """Returns passes and seconds at the first point whose validation loss is at most `loss`; None if there is none."""
+    """Returns what it took to the first point with a validation loss of at most `loss`; None if there is none."""
     there = np.flatnonzero(np.array(curve["validation_loss"]) <= loss)
-    return {name: curve[name][there[0]] for name in ("forward", "backward", "learning_seconds")} if there.size else None
+    return {name: curve[name][there[0]] for name in _TAKEN if name in curve} if there.size else None
 
 
 def table(results: Mapping[str, Any], sharing: str) -> tuple[list[str], list[list[str]]]:
-    """Returns a row for each way: passes and seconds to within `TOLERANCE` of each seed's best validation loss."""
+    """Returns a row for each way: what it took to within `TOLERANCE` of each seed's best validation loss."""
     curves = [curve for curve in results["curves"] if curve["sharing"] == sharing]
     seeds = sorted({curve["seed"] for curve in curves})
     best = {seed: min(min(c["validation_loss"]) for c in curves if c["seed"] == seed) for seed in seeds}
@@ -241,9 +251,9 @@ def table(results: Mapping[str, Any], sharing: str) -> tuple[list[str], list[lis
         found = [reached(curve, (1 + TOLERANCE) * best[curve["seed"]]) for curve in own]
         there = [point for point in found if point is not None]
         row = [way, f"{len(there)} of {len(own)}"]
-        for name, digits in (("forward", 0), ("backward", 0), ("learning_seconds", 1)):
-            values = [point[name] for point in there]
-            row.append(f"{np.mean(values):,.{digits}f}" if len(there) == len(own) else "-")
+        for name, form in _TAKEN.items():
+            values = [point[name] for point in there if name in point]
+            row.append(form(float(np.mean(values))) if len(values) == len(own) else "-")
         for name in ("validation_loss", "test_loss"):
             lasts = [c[name][int(np.argmin(c["validation_loss"]))] for c in own]
             row.append(spread(np.array(lasts), 3))
@@ -254,6 +264,7 @@ def table(results: Mapping[str, Any], sharing: str) -> tuple[list[str], list[lis
         "forward passes",
         "backward passes",
         "seconds",
+        f"FLOPs to {100 * TOLERANCE:g} %",
         "best validation loss",
         "its test loss",
     ]
@@ -276,8 +287,9 @@ def _markdown(results: Mapping[str, Any]) -> str:
         "Forward passes are of one model on one image. Seconds are of learning alone: compilation and what is measured "
         "on the way are left out. *There* is within 1 % of the lowest validation loss that any way reaches with the "
         "same seed. The first point there counts, and neighbouring points are up to a third apart. A tangent counts as "
-        "one forward pass, though it takes about the time of two forward passes. Figures are means over the seeds; '-' "
-        "where a seed does not get there.",
+        "one forward pass, though it takes about the time of two forward passes. FLOPs are those that XLA counts in "
+        "the compiled step, times the steps. Figures are means over the seeds; '-' where a seed does not get there, or "
+        "where FLOPs were not counted.",
     ]
     for sharing in dict.fromkeys(curve["sharing"] for curve in results["curves"]):
         d = next(curve["dimension"] for curve in results["curves"] if curve["sharing"] == sharing)

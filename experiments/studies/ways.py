@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -15,6 +14,8 @@ from jax.typing import ArrayLike
 
 import glue_jax
 from experiments.models.network import Variables
+from experiments.studies.cost.programs import flops
+from glue_jax.arguments import bare
 from glue_jax.directions import dimension
 from glue_jax.links import directions_of
 from glue_jax.types import Batch, LinkFn, MergeFn
@@ -23,6 +24,8 @@ from glue_jax.types import Batch, LinkFn, MergeFn
 _LAST_RATE = 0.02
 # Of Gauss-Newton along random directions, where there are more.
 _SOME = 16
+# At least as many as any step has probes.
+_ALL_PROBES = 2**30
 
 
 class Coefficients(NamedTuple):
@@ -56,12 +59,14 @@ class Stepper(NamedTuple):
         state: before the first step.
         beta: from a state to the coefficients that it would give.
         compile: compiles what a step runs, and changes nothing.
+        flops: the floating-point operations of a step's compiled program. None: the step is no such program.
     """
 
     step: Callable[[Any, Batch], Any]
     state: Any
     beta: Callable[[Any], Any]
     compile: Callable[[Batch], Any]
+    flops: Callable[[Batch], float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +128,6 @@ def ways(rates: Mapping[str, float], paper_step: Callable[..., Any] | None, pape
             above=_SOME,
         ),
         Way("CMA-ES", _cma, cma_population, batch_size=256),
-        Way("NGOpt", _nevergrad, lambda d: 1),
     ]
 
 
@@ -164,8 +168,14 @@ def _begun(step_fn: Any, state: glue_jax.GlueState, problem: Coefficients, key: 
     def run(state: glue_jax.GlueState, batch: Batch) -> glue_jax.GlueState:
         return jax.block_until_ready(step(key, state, problem.experts, batch)[0])
 
+    def count(batch: Batch) -> float:
+        # XLA counts a loop's body once, so the counted program has all probes vmapped.
+        vmapped = {} if bare(step_fn) is glue_jax.full_gradient_step else {"probe_batch_size": _ALL_PROBES}
+        counted = jax.jit(functools.partial(step_fn, **words, **vmapped))
+        return flops(counted.lower(key, state, problem.experts, batch).compile())
+
     # The second step compiles anew: the state that a step returns lies where the experts lie.
-    return Stepper(run, state, lambda state: state.beta, lambda batch: run(run(state, batch), batch))
+    return Stepper(run, state, lambda state: state.beta, lambda batch: run(run(state, batch), batch), count)
 
 
 def _losses(problem: Coefficients) -> Callable[[ArrayLike, Batch], float]:
@@ -198,36 +208,6 @@ def _cma(problem: Coefficients, key: jax.Array, num_steps: int) -> Stepper:
         return unravel(jnp.asarray(state.mean, jnp.float32))
 
     return Stepper(step, strategy, beta, functools.partial(loss, flat))
-
-
-def _nevergrad(problem: Coefficients, key: jax.Array, num_steps: int) -> Stepper:
-    """Nevergrad's NGOpt, which chooses an algorithm by the dimension and the budget.
-
-    With NumPy 2.4, nevergrad 1.0.12 raises a TypeError where it chooses its meta-model, as for 500 steps of ten
-    coefficients. For 2000 steps it chooses CMA-ES.
-    """
-    import nevergrad
-
-    loss, (flat, unravel) = _losses(problem), ravel_pytree(problem.beta)
-    parametrization = nevergrad.p.Array(init=np.asarray(flat, np.float64))
-    if directions_of(problem.link_fn) != "simplex_orthogonal":
-        parametrization.set_mutation(sigma=0.1)
-    parametrization.random_state.seed(int(jax.random.randint(key, (), 1, 2**31 - 1)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        optimizer = nevergrad.optimizers.NGOpt(parametrization, budget=num_steps)
-
-    def step(state: Any, batch: Batch) -> Any:
-        candidate = state.ask()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            state.tell(candidate, loss(candidate.value, batch))
-        return state
-
-    def beta(state: Any) -> Any:
-        return unravel(jnp.asarray(state.provide_recommendation().value, jnp.float32))
-
-    return Stepper(step, optimizer, beta, functools.partial(loss, flat))
 
 
 def _num_experts(problem: Coefficients) -> int:

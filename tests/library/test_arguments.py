@@ -1,6 +1,7 @@
 """What `learn` refuses, before any work."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -145,5 +146,7 @@ def test_a_validation_function_of_its_own_may_want_other_data():
 
 
 def test_the_defaults_are_those_that_are_not_taken_for_given():
+    defaults = {name: parameter.default for name, parameter in inspect.signature(glue_jax.learn).parameters.items()}
+    assert (defaults["batch_size"], defaults["patience"]) == (arguments.BATCH_SIZE, arguments.PATIENCE)
     assert int(learn(patience=arguments.PATIENCE).state.step) == 20
     assert int(learn(patience=None, optimizer=OPTIMIZER).state.step) == 20

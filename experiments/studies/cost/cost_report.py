@@ -10,6 +10,12 @@ from experiments.studies.cost.cost_figure import draw
 Rows = Sequence[Mapping[str, Any]]
 
 _SETTING = {"network": "{network}", "batch": "{batch_size}", "K": "{num_experts}", "m": "{num_directions}"}
+_TIMES = {
+    **_SETTING,
+    "T_full, ms": "{ms[full_step]}",
+    "T_SPSA, ms": "{ms[spsa_step]}",
+    "SPSA / full": "{times[spsa_over_full]:.3f}",
+}
 
 
 def present(results: Mapping[str, Any]) -> Report:
@@ -125,10 +131,7 @@ def _markdown(results: Mapping[str, Any], k: int) -> str:
 def _time_table(rows: Rows) -> TableCells:
     """Measured times, compared with Eq. (9) and (10)."""
     columns = {
-        **_SETTING,
-        "T_full, ms": "{ms[full_step]}",
-        "T_SPSA, ms": "{ms[spsa_step]}",
-        "SPSA / full": "{times[spsa_over_full]:.3f}",
+        **_TIMES,
         "T_full by (9)": "{by_9[full_step]}",
         "measured / T_full by (9)": "{times[over_predicted][full_step]:.2f}",
         "T_SPSA by (9)": "{by_9[spsa_step]}",
@@ -145,14 +148,7 @@ def _time_table(rows: Rows) -> TableCells:
 
 def _short_table(rows: Rows) -> TableCells:
     """The columns of `_time_table` that fit a terminal."""
-    columns = {
-        **_SETTING,
-        "full, ms": "{ms[full_step]}",
-        "SPSA, ms": "{ms[spsa_step]}",
-        "SPSA / full": "{times[spsa_over_full]:.3f}",
-        "SPSA / Eq. (9)": "{times[over_predicted][spsa_step]:.2f}",
-    }
-    return table_of(_timed(rows), columns)
+    return table_of(_timed(rows), {**_TIMES, "T_SPSA / Eq. (9)": "{times[over_predicted][spsa_step]:.2f}"})
 
 
 def _excess_table(rows: Rows) -> TableCells:

@@ -19,12 +19,20 @@ PAPER = functools.partial(glue_jax.spsa_step, radius=1e-2, directions="sphere")
 WAYS = ways(RATES, PAPER, optax.adam(1e-2))
 
 
-@pytest.mark.parametrize("way", [way for way in WAYS if way.above < K - 1], ids=lambda way: way.name)
-def test_each_way_lowers_the_loss_and_compiles_nothing_on_the_clock(way, caplog):
+SMALL_WAYS = [way for way in WAYS if way.above < K - 1]
+
+
+@pytest.fixture
+def problem_and_data():
     # As the experiments' images, they are bound to a device.
     experts, data = jax.device_put(classification(), jax.devices()[0])
     merge = functools.partial(glue_jax.blend, min_dtype=jnp.float32)
-    problem = Coefficients(experts, jnp.zeros(K), jax.nn.softmax, merge, CLASSIFICATION)
+    return Coefficients(experts, jnp.zeros(K), jax.nn.softmax, merge, CLASSIFICATION), data
+
+
+@pytest.mark.parametrize("way", SMALL_WAYS, ids=lambda way: way.name)
+def test_each_way_lowers_the_loss_and_compiles_nothing_on_the_clock(way, problem_and_data, caplog):
+    problem, data = problem_and_data
     assert problem.dimension == K - 1
     stepper = way.begin(problem, jax.random.key(0), 2000)
     stepper.compile(data)
@@ -35,9 +43,23 @@ def test_each_way_lowers_the_loss_and_compiles_nothing_on_the_clock(way, caplog)
     assert not [name for name in names if "step" in name or "loss" in name]
 
     def loss(beta):
-        return float(CLASSIFICATION(merge(experts, jax.nn.softmax(beta)), data))
+        return float(CLASSIFICATION(problem.merge_fn(problem.experts, jax.nn.softmax(beta)), data))
 
     assert loss(stepper.beta(state)) < loss(problem.beta) - 1e-3
+
+
+@pytest.mark.parametrize("way", SMALL_WAYS, ids=lambda way: way.name)
+def test_a_steps_flops_are_those_of_all_its_passes(way, problem_and_data):
+    problem, data = problem_and_data
+    flops = way.begin(problem, jax.random.key(0), 2000).flops
+    if way.name == "CMA-ES":
+        assert flops is None
+        return
+    # The network's two products, of one model on all examples.
+    of_products = 2 * len(data["y"]) * sum(leaf[0].size for leaf in problem.experts.values())
+    assert flops is not None
+    passes = way.forward(K - 1) + way.backward
+    assert 1 <= flops(data) / (passes * of_products) < 3
 
 
 def test_what_a_step_of_each_way_takes():
@@ -53,7 +75,6 @@ def test_what_a_step_of_each_way_takes():
         "Gauss-Newton, tangents": (11, 0),
         "Gauss-Newton, differences, m = 16": (18, 0),
         "CMA-ES": (10, 0),
-        "NGOpt": (1, 0),
     }
 
 
@@ -67,6 +88,7 @@ def curve(way, seed, losses):
         "forward": points,
         "backward": [0] * len(points),
         "learning_seconds": [index / 1000 for index in points],
+        "flops": [1e7 * index for index in points],
         "validation_loss": losses,
         "test_loss": [loss + 1 for loss in losses],
     }
@@ -79,14 +101,19 @@ def test_there_is_within_one_percent_of_each_seeds_best():
         curve("a", 1, [3.0, 1.0, 1.5]),
         curve("b", 1, [3.0, 2.0, 1.1]),
     ]
-    assert budget.reached(curves[0], 2.02) == {"forward": 100, "backward": 0, "learning_seconds": 0.1}
+    taken = {"forward": 100, "backward": 0, "learning_seconds": 0.1, "flops": 1e9}
+    assert budget.reached(curves[0], 2.02) == taken
     assert budget.reached(curves[1], 2.0) is None
     head, rows = budget.table({"curves": curves}, "softmax")
-    assert len(head) == len(rows[0]) == 7
-    assert rows[0][:5] == ["a", "2 of 2", "100", "0", "0.1"]
-    assert rows[1][:5] == ["b", "1 of 2", "-", "-", "-"]
+    assert len(head) == len(rows[0]) == 8
+    assert rows[0][:6] == ["a", "2 of 2", "100", "0", "0.1", "1 G"]
+    assert rows[1][:6] == ["b", "1 of 2", "-", "-", "-", "-"]
     # The test loss where validation is best.
-    assert rows[0][6].startswith("2.500")
+    assert rows[0][7].startswith("2.500")
+    # Older results, and ways without a compiled step, have no FLOPs.
+    for found in curves:
+        del found["flops"]
+    assert budget.table({"curves": curves}, "softmax")[1][0][:6] == ["a", "2 of 2", "100", "0", "0.1", "-"]
 
 
 def test_the_command_keeps_its_curves_and_reports_them(tmp_path, capsys):
@@ -105,6 +132,8 @@ def test_the_command_keeps_its_curves_and_reports_them(tmp_path, capsys):
         assert (np.diff(seconds) > 0).all()
         assert found["forward"][-1] <= 3000
         assert len(found["validation_loss"]) == len(found["forward"])
+        assert found["flops"][0] == 0
+        assert (np.diff(found["flops"]) > 0).all()
     again = budget.main(words)
     assert again["curves"] == results["curves"]
     report = (tmp_path / "out" / "report.md").read_text()

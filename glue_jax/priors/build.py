@@ -1,0 +1,335 @@
+"""`build_prior`: one model from K experts in one call, and a report that says why it is this one."""
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from glue_jax import arguments
+from glue_jax.blending import blend
+from glue_jax.checks import check_callable, check_counts
+from glue_jax.coefficients import uniform
+from glue_jax.experts import num_experts
+from glue_jax.links import unconstrained
+from glue_jax.merging.alignment import Permutations, align_experts
+from glue_jax.merging.groups import Groups, by_layer, group_by_path
+from glue_jax.merging.permutation_specs import Layout, PermutationSpec
+from glue_jax.objectives import OutputLoss
+from glue_jax.paths import check_finite
+from glue_jax.priors import report as reporting
+from glue_jax.priors.from_calls import FromCalls
+from glue_jax.priors.from_data import FromData, Statistics, from_data
+from glue_jax.priors.report import Candidate, Relation
+from glue_jax.priors.stages import Stage
+from glue_jax.types import Batch, LearnResult, LossFn, MergeFn, Params, Progress, PyTree
+
+# The key is folded with these numbers, so that no two uses share random numbers.
+_HELD_OUT, _REFRESHED, _LEARNED = range(3)
+LEARNED, BY_GROUP = "learned", "learned by group"
+"""The names of the stages, and of their candidates."""
+
+
+class Prior(NamedTuple):
+    """The result of `build_prior`.
+
+    Attributes:
+        params: the model, in the experts' dtypes.
+        alpha: its coefficients, float32 `[K]`, or `[G, K]` if they were learned by group.
+        groups: the names of the G groups, or None if `alpha` is `[K]`.
+        chosen: the name of the chosen candidate.
+        candidates: all candidates. Those of the K experts come first.
+        similarity: how each expert is related to the others.
+        permutations: the permutations of each expert, if the model is a blend of aligned experts: `permute` applies
+            them. None if the experts were not aligned.
+        stages: the result of each stage by its name, as `known` takes them.
+        report: what was done and why, Markdown.
+    """
+
+    params: Params
+    alpha: jax.Array
+    groups: tuple[str, ...] | None
+    chosen: str
+    candidates: tuple[Candidate, ...]
+    similarity: tuple[Relation, ...]
+    permutations: list[Permutations] | None
+    stages: Mapping[str, LearnResult]
+    report: str
+
+
+def build_prior(
+    key: jax.Array,
+    experts: Params,
+    data: Batch | None = None,
+    *,
+    loss_fn: LossFn | None = None,
+    validation_data: Batch | None = None,
+    validation_fn: LossFn | None = None,
+    evaluate: Callable[[Params], float | None] | None = None,
+    spec: PermutationSpec | None = None,
+    statistics_fn: Callable[[Params, Batch], PyTree] | None = None,
+    collection: str = "^batch_stats/",
+    mean: str = "mean$",
+    var: str = "var$",
+    groups: Groups | Literal["layers"] | None = "layers",
+    merge_fn: MergeFn = blend,
+    max_steps: int = 200,
+    batch_size: int | None = None,
+    patience: int | None = arguments.PATIENCE,
+    on_progress: Callable[[str, Progress], object] | None = None,
+    known: Mapping[str, LearnResult] | None = None,
+) -> Prior:
+    """Builds one model from K experts: it aligns, learns, refreshes and validates, and keeps the best candidate.
+
+    The candidates are each expert alone, the uniform average, and what two stages learn:
+
+    - `learned`: K coefficients under a softmax, from the uniform average on.
+    - `learned by group`: free coefficients for each group, from the first stage's coefficients on.
+
+    Both stages take forward passes alone: Gauss-Newton if `loss_fn` is an `OutputLoss`, otherwise SPSA with Adam. The
+    candidate with the lowest validation value is chosen. So the validation data flatter it: judge it on other data.
+
+    Args:
+        key: a `jax.random.key`. The same key and arguments give the same result.
+        experts: stacked experts, each leaf `[K, ...]`, K at least 2.
+        data: the target data: arrays `[N, ...]`, in a pytree.
+        loss_fn: `loss_fn(params, batch) -> scalar`, the mean over a batch, which learning lowers.
+        validation_data: arrays `[M, ...]` that choose. None holds out a fifth of `data` for this, the last rows after a
+            permutation by the key.
+        validation_fn: `validation_fn(params, batch) -> scalar`, the mean over a batch, such as the error rate. Lower is
+            better. None is `loss_fn`.
+        evaluate: a function on the host in place of `data` and `loss_fn`: `evaluate(params) -> float`, lower is better.
+            JAX does not trace it. If it returns None or raises, the blend cannot be evaluated, and learning goes on
+            without it. There is one stage, by `ask` and `tell`.
+        spec: which units may be permuted. If an expert is unrelated to the others, the experts are aligned. The
+            alignment is kept if it lowers the value of the uniform average. None aligns nothing.
+        statistics_fn: `statistics_fn(params, batch)`, BatchNorm's statistics of a batch of `data`, as for
+            `refresh_statistics`. The statistics of each candidate are refreshed on at most 2048 examples. While the
+            coefficients are learned, a model has the statistics of the minibatch. None refreshes nothing.
+        collection: as for `refresh_statistics`.
+        mean: as for `refresh_statistics`.
+        var: as for `refresh_statistics`.
+        groups: the groups of the second stage. `layers` is `by_layer`, or a group for each leaf if no path names a
+            layer. The second stage is left out if this is None, or if `layers` meets a `merge_fn` without a keyword
+            `groups`.
+        merge_fn: `merge_fn(experts, alpha) -> params`.
+        max_steps: the largest number of steps of a stage.
+        batch_size: the number of examples in a minibatch. None is 64, or all if there are fewer.
+        patience: a stage ends after this many validations without a new best value. None takes all steps.
+        on_progress: `on_progress(stage, progress)`, called after every 5 steps, or with `evaluate` after each step.
+            `progress.result` can be kept, for `known`.
+        known: results of stages of an earlier call with the same arguments. Learning goes on from them as if it had
+            never stopped.
+
+    Returns:
+        The model, its coefficients, all candidates, and the report.
+
+    Raises:
+        ValueError: before any work, if an argument is out of its range, if arguments do not go together, if a result in
+            `known` belongs to another stage, or if weights are infinite or NaN.
+        ValueError: if no expert and no average of them has a finite value.
+        ValueError: if aligned experts compute something else, because the spec is wrong.
+        TypeError: if an argument has the wrong type.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> import glue_jax
+        >>> experts = glue_jax.stack_experts([{"w": jnp.array([0.0, 2.0])}, {"w": jnp.array([1.0, 0.0])}])
+        >>> x = jax.random.normal(jax.random.key(0), (200, 2))
+        >>> loss_fn = glue_jax.OutputLoss(
+        ...     lambda params, batch: batch["x"] @ params["w"], lambda out, batch: jnp.mean((out - batch["y"]) ** 2)
+        ... )
+        >>> data = {"x": x, "y": x @ jnp.array([0.25, 1.5])}
+        >>> prior = glue_jax.build_prior(jax.random.key(1), experts, data, loss_fn=loss_fn)
+        >>> bool(jnp.abs(prior.params["w"] - jnp.array([0.25, 1.5])).max() < 0.01)
+        True
+    """
+    known = {} if known is None else known
+    arguments.check_key_and_trees(key, experts, data, validation_data)
+    k = num_experts(experts)
+    if k < 2:
+        raise ValueError(f"experts has K = {k}; expected at least 2 experts")
+    check_finite("experts", experts, stacked=True)
+    experts = jax.tree.map(jnp.asarray, experts)
+    check_counts(max_steps=max_steps, **({} if patience is None else {"patience": patience}))
+    check_callable(merge_fn=merge_fn, **({} if on_progress is None else {"on_progress": on_progress}))
+    if spec is not None:
+        Layout(spec, jax.tree.map(lambda leaf: leaf[0], experts))
+    given: dict[str, Any] = {
+        "data": data,
+        "loss_fn": loss_fn,
+        "validation_data": validation_data,
+        "validation_fn": validation_fn,
+        "batch_size": batch_size,
+        "statistics": None if statistics_fn is None else Statistics(statistics_fn, collection, mean, var),
+    }
+    if evaluate is None:
+        source = from_data(jax.random.fold_in(key, _HELD_OUT), **given, max_steps=max_steps, patience=patience)
+    else:
+        _check_alone(evaluate, {**given, "groups": None if groups == "layers" else groups})
+        source = FromCalls(evaluate=evaluate, max_steps=max_steps, patience=patience)
+    found = _groups(groups, experts, merge_fn) if evaluate is None else None
+    stages = [Stage(LEARNED, (k,), jax.nn.softmax, merge_fn)]
+    if found is not None:
+        stages.append(Stage(BY_GROUP, (len(found.names), k), unconstrained, _by_group(merge_fn, found)))
+    _check_known(known, stages, source)
+    similarity = reporting.relations(experts)
+    candidates: list[Candidate] = []
+
+    def model(experts: Params, alpha: jax.Array) -> Params:
+        params = stages[alpha.ndim - 1].merge_fn(experts, alpha)
+        return source.finished(jax.random.fold_in(key, _REFRESHED), params)
+
+    def judge(name: str, experts: Params, alpha: jax.Array, passes: int = 0, note: str | None = None) -> Candidate:
+        value = source.value(model(experts, alpha))
+        passes += source.passes_of_value
+        candidates.append(Candidate(name, alpha, value, passes, statistics_fn is not None, note))
+        return candidates[-1]
+
+    for index in range(k):
+        judge(f"expert {index}", experts, jnp.zeros(k).at[index].set(1))
+    average = judge("uniform average", experts, uniform(k))
+    permutations, alignment = None, _not_aligned(spec, similarity)
+    if spec is not None and alignment is None:
+        aligned = align_experts(experts, spec, reference=None, check_fn=_check_fn(source, merge_fn))
+        after = judge("aligned average", aligned.experts, uniform(k))
+        is_better = _order(after) < _order(average)
+        if is_better:
+            experts, permutations = jax.tree.map(jnp.asarray, aligned.experts), aligned.permutations
+        alignment = (
+            f"Aligning the experts takes the value of their uniform average from {average.value:.4g} to "
+            f"{after.value:.4g}, so {'the aligned experts' if is_better else 'the experts as they were'} are blended."
+        )
+    if not any(math.isfinite(each.value) for each in candidates):
+        values = [each.value for each in candidates]
+        raise ValueError(
+            f"the experts and their average have the values {values}; expected a finite number from "
+            f"{source.name_of_value}"
+        ) from source.failure
+    results, words = {}, []
+    for number, stage in enumerate(stages):
+        start = known.get(stage.name) or stage.first_state(
+            results[LEARNED].alpha if number else None, source.optimizer(stage)
+        )
+        result, note = source.learned(
+            jax.random.fold_in(key, _LEARNED + number),
+            experts,
+            stage,
+            start,
+            functools.partial(_tell, on_progress, stage.name),
+        )
+        results[stage.name] = result
+        judge(stage.name, experts, result.alpha, source.passes(stage, result), note)
+        words.append(
+            f"{stage.name.capitalize()}: {' x '.join(map(str, stage.shape))} "
+            f"{'free coefficients' if number else 'coefficients under a softmax'} in {source.describe(result)}."
+            + (f" Learning ended early: {note}." if note else "")
+        )
+    if groups == "layers" and evaluate is None and found is None:
+        words.append("Nothing was learned by group, because merge_fn takes no `groups`.")
+    chosen = min(candidates, key=_order)
+    report = reporting.write(
+        candidates, chosen, similarity, alignment=alignment or "", learning=words, validation=source.validation
+    )
+    return Prior(
+        params=model(experts, chosen.alpha),
+        alpha=chosen.alpha,
+        groups=found.names if found is not None and chosen.alpha.ndim > 1 else None,
+        chosen=chosen.name,
+        candidates=tuple(candidates),
+        similarity=similarity,
+        permutations=permutations,
+        stages=results,
+        report=report,
+    )
+
+
+def _check_alone(evaluate: Any, given: dict[str, Any]) -> None:
+    """Refuses what is not used beside `evaluate`."""
+    check_callable(evaluate=evaluate)
+    if beside := [name for name, argument in given.items() if argument is not None]:
+        raise ValueError(f"evaluate was given together with {', '.join(beside)}; expected evaluate without them")
+
+
+def _groups(groups: Any, experts: Params, merge_fn: MergeFn) -> Groups | None:
+    """Returns the groups of the second stage, checked. None leaves the stage out."""
+    if groups is None or (isinstance(groups, str) and groups == "layers" and not _takes_groups(merge_fn)):
+        return None
+    if groups == "layers":
+        try:
+            return by_layer(experts)
+        except ValueError:
+            return group_by_path(experts, lambda path: path or "all")
+    if not isinstance(groups, Groups):
+        raise TypeError(f"groups is {groups!r}; expected 'layers', None, or the Groups that group_by_path returns")
+    if not _takes_groups(merge_fn):
+        raise ValueError("groups was given, but merge_fn has no keyword groups; expected one, as glue_jax.blend has")
+    shape = len(groups.names), num_experts(experts)
+    jax.eval_shape(_by_group(merge_fn, groups), experts, jax.ShapeDtypeStruct(shape, jnp.float32))
+    return groups
+
+
+def _by_group(merge_fn: Any, groups: Groups) -> MergeFn:
+    """Returns the merge of coefficients `[G, K]`."""
+    return functools.partial(merge_fn, groups=groups.rows)
+
+
+def _takes_groups(merge_fn: MergeFn) -> bool:
+    """Returns whether a merge has a keyword `groups` that is still free."""
+    parameter = inspect.signature(merge_fn).parameters.get("groups")
+    return parameter is not None and parameter.default is None
+
+
+def _check_known(known: Any, stages: list[Stage], source: FromData | FromCalls) -> None:
+    """Refuses results that belong to no stage of this call."""
+    if not isinstance(known, Mapping):
+        raise TypeError(f"known is a {type(known).__name__}; expected a mapping from a stage's name to its LearnResult")
+    by_name = {stage.name: stage for stage in stages}
+    for name, result in known.items():
+        if name not in by_name:
+            raise ValueError(f"known holds the stage {name!r}; expected stages of this call, {list(by_name)}")
+        if not isinstance(result, LearnResult):
+            raise TypeError(f"known[{name!r}] is a {type(result).__name__}; expected a LearnResult")
+        stage = by_name[name]
+        expected, found = (
+            [jnp.shape(leaf) for leaf in jax.tree.leaves(state)]
+            for state in (stage.first_state(None, source.optimizer(stage)), result.state)
+        )
+        if expected != found:
+            raise ValueError(
+                f"known[{name!r}] belongs to another call: its state has the shapes {found}; expected {expected}"
+            )
+
+
+def _not_aligned(spec: PermutationSpec | None, similarity: Sequence[Relation]) -> str | None:
+    """Says why experts are not aligned. None if they are to be aligned."""
+    if all(each.related for each in similarity):
+        return None if spec is None else "So they were not aligned."
+    if spec is None:
+        return (
+            "No spec was given, so the experts were not aligned. If they come from separate initialisations, pass a "
+            "PermutationSpec as spec (glue_jax.merging.chain_spec writes one)."
+        )
+    return None
+
+
+def _check_fn(source: FromData | FromCalls, merge_fn: MergeFn) -> Callable[[Params], PyTree] | None:
+    """Returns a function from an expert to its outputs, which finds a wrong spec. None if there are no outputs."""
+    if merge_fn is not blend or not isinstance(source, FromData) or not isinstance(source.loss_fn, OutputLoss):
+        return None
+    outputs_fn, batch = source.loss_fn.outputs_fn, jax.tree.map(lambda leaf: leaf[: source.batch_size], source.data)
+    return jax.jit(lambda params: outputs_fn(params, batch))
+
+
+def _order(candidate: Candidate) -> float:
+    """Returns the value by which candidates are compared: one that is not finite comes last."""
+    return candidate.value if math.isfinite(candidate.value) else math.inf
+
+
+def _tell(on_progress: Callable[[str, Progress], object] | None, stage: str, progress: Progress) -> None:
+    """Calls `on_progress`. What it returns means nothing."""
+    if on_progress is not None:
+        on_progress(stage, progress)
