@@ -171,20 +171,21 @@ def _write(
             leaves = tensors_of(list(like.tensors))
             orbax_format.save(place, jax.tree.map(leaves.__getitem__, like.structure))
         elif out.suffix == ".safetensors":
-            _save_file(place, tensors_of(list(like.tensors)), like, json.dumps(side_files) if side_files else None)
+            save_file(place, tensors_of(list(like.tensors)), like, json.dumps(side_files) if side_files else None)
         else:
             place.mkdir()
             for name, names in _files(like).items():
-                _save_file(place / name, tensors_of(names), like)
+                save_file(place / name, tensors_of(names), like)
             _write_index(place, like)
-            _copy_side_files(like, place)
+            if like.path.is_dir():
+                copy_side_files(like.path, place)
         if place.is_dir():
             for name, text in side_files.items():
                 (place / name).write_text(text)
     return out
 
 
-def _save_file(path: Path, arrays: dict[str, np.ndarray], like: Checkpoint, provenance: str | None = None) -> None:
+def save_file(path: Path, arrays: dict[str, np.ndarray], like: Checkpoint, provenance: str | None = None) -> None:
     """Writes one safetensors file. Transformers wants the format in its header."""
     metadata = dict(like.metadata) | {"format": "pt"} | ({PROVENANCE_KEY: provenance} if provenance else {})
     # safetensors writes the memory of an array as it lies.
@@ -224,9 +225,9 @@ def _write_index(folder: Path, like: Checkpoint) -> None:
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _copy_side_files(like: Checkpoint, folder: Path) -> None:
+def copy_side_files(source: Path, folder: Path) -> None:
     """Copies the small files beside the weights of a folder, such as the configuration and the tokenizer."""
-    for file in sorted(like.path.iterdir()) if like.path.is_dir() else []:
+    for file in sorted(source.iterdir()):
         if file.is_file() and not file.name.endswith(_NO_SIDE_FILES) and not file.name.startswith("."):
             shutil.copyfile(file, folder / file.name)
 
