@@ -14,9 +14,6 @@ from glue_jax.paths import by_path, check_finite
 KERNELS = "all kernels"
 """The name of the group of all tensors with two or more axes."""
 
-# Smaller differences between mean cosines make no outlier.
-_LEAST_GAP = 0.01
-
 
 def inspect_experts(checkpoints: Sequence[Checkpoint], take_first: str | Sequence[str] = ()) -> Similarity:
     """Compares experts by their weights, a few tensors at a time.
@@ -55,23 +52,6 @@ def inspect_experts(checkpoints: Sequence[Checkpoint], take_first: str | Sequenc
                     yield len(names) - 1, weights, None
 
     return similarity_of_leaves(names, k, leaves(), has_origin=False)
-
-
-def outlier(cosine: np.ndarray) -> int | None:
-    """Returns the expert that is far from the others, or None.
-
-    An expert is far if its mean cosine to the others is lower than the next one's by more than all the others differ.
-
-    Args:
-        cosine: the cosines between K experts, `[K, K]`.
-    """
-    k = len(cosine)
-    if k < 3:
-        return None
-    mean = (cosine.sum(axis=1) - np.diagonal(cosine)) / (k - 1)
-    lowest, *others = np.argsort(mean)
-    spread = mean[others[-1]] - mean[others[0]]
-    return int(lowest) if mean[others[0]] - mean[lowest] > max(spread, _LEAST_GAP) else None
 
 
 def _layers(tensors: Mapping[str, object]) -> dict[str, str]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from glue_jax.checkpoints.torch_modules import ModuleFunctions, module_functions
+from glue_jax.checkpoints.torch_modules import module_functions
 from glue_jax.objectives import OutputLoss
 from glue_jax.types import LossFn, Params
 
@@ -58,8 +58,8 @@ def load_objective(path: Path) -> Objective:
 
     The file defines one of
 
-    - `module()`, which returns a PyTorch module, with `load_data() -> (inputs, labels)`. `loss(outputs, batch)` is the
-      cross-entropy of integer labels, or the squared error of others, unless the file defines it.
+    - `module()`, which returns a PyTorch module, with `load_data() -> (inputs, labels)`, or a dict whose entries are
+      arguments of the module, and `labels`. `loss(outputs, batch)` is `default_loss`, unless the file defines it.
     - `outputs(params, batch)` and `loss(outputs, batch)`, with `load_data()`.
     - `loss_fn(params, batch)`, with `load_data()`.
     - `evaluate(params) -> number`.
@@ -91,11 +91,8 @@ def load_objective(path: Path) -> Objective:
     validation = _arrays(path, "load_validation_data", defined) if "load_validation_data" in defined else None
     if way == "module":
         functions = module_functions(defined["module"]())
-        if not isinstance(data, tuple) or len(data) != 2:
-            raise ObjectiveError(
-                f"{path}: load_data returned a {type(data).__name__}; expected a tuple (inputs, labels)"
-            )
-        loss_fn = OutputLoss(functools.partial(_outputs, functions), defined.get("loss", _default_loss))
+        data, validation = (_by_name(path, each) for each in (data, validation))
+        loss_fn = OutputLoss(functions.outputs_fn, defined.get("loss", default_loss))
         statistics_fn, patterns = functions.statistics_fn, ("", r"running_mean$", r"running_var$")
     else:
         loss_fn = OutputLoss(defined["outputs"], defined["loss"]) if way == "outputs" else defined["loss_fn"]
@@ -154,18 +151,30 @@ def _arrays(path: Path, name: str, defined: dict[str, Callable[..., Any]]) -> An
     return arrays
 
 
-def _outputs(functions: ModuleFunctions, params: Params, batch: Any) -> Any:
-    """Returns the outputs of a PyTorch module for `(inputs, labels)`."""
-    return functions.outputs_fn(params, {"x": batch[0]})
+def _by_name(path: Path, data: Any) -> Any:
+    """Returns the data of a PyTorch module as a dict: inputs `x` and labels `y`, or what the file names itself."""
+    if data is None or isinstance(data, dict):
+        return data
+    if not isinstance(data, tuple | list) or len(data) != 2:
+        raise ObjectiveError(f"{path}: load_data returned a {type(data).__name__}; expected (inputs, labels) or a dict")
+    return {"x": data[0], "y": data[1]}
 
 
-def _default_loss(outputs: jax.Array, batch: Any) -> jax.Array:
-    """Returns the cross-entropy of integer labels, or the squared error of other targets."""
-    labels = batch[1]
-    if jnp.issubdtype(labels.dtype, jnp.integer):
-        return optax.softmax_cross_entropy_with_integer_labels(outputs.astype(jnp.float32), labels).mean()
-    if outputs.shape != labels.shape:
-        raise ObjectiveError(
-            f"outputs have shape {outputs.shape}, targets have shape {labels.shape}; expected one shape"
-        )
-    return jnp.mean((outputs - labels) ** 2)
+def default_loss(outputs: jax.Array, batch: Any) -> jax.Array:
+    """Returns the cross-entropy of integer labels, or the squared error of other targets, `[]`.
+
+    Args:
+        outputs: the outputs of a PyTorch module, `[B, C]` for labels.
+        batch: a dict with the labels `[B]`, or the targets, as `y` or `labels`.
+    """
+    name = next((name for name in ("y", "labels") if name in batch), None)
+    if name is None:
+        raise ObjectiveError(f"load_data returned {sorted(batch)}; expected y or labels among them, or define loss")
+    targets = batch[name]
+    if jnp.issubdtype(targets.dtype, jnp.integer):
+        if outputs.shape[:-1] != targets.shape:
+            raise ObjectiveError(f"outputs have shape {outputs.shape}, labels {targets.shape}; expected [B, C] and [B]")
+        return optax.softmax_cross_entropy_with_integer_labels(outputs.astype(jnp.float32), targets).mean()
+    if outputs.shape != targets.shape:
+        raise ObjectiveError(f"outputs have shape {outputs.shape}, targets {targets.shape}; expected one shape")
+    return jnp.mean((outputs - targets) ** 2)

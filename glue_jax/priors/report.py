@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glue_jax.experts import num_experts
 from glue_jax.merging.similarity import weight_similarity
 from glue_jax.types import Params
 
@@ -66,8 +65,12 @@ def relations(experts: Params) -> tuple[Relation, ...]:
         )
         for axes in (3, 1)
     )
-    cosine = weight_similarity(kernels if jax.tree.leaves(kernels) else floating).cosine[0]
-    k = num_experts(experts)
+    return relations_of(weight_similarity(kernels if jax.tree.leaves(kernels) else floating).cosine[0])
+
+
+def relations_of(cosine: np.ndarray) -> tuple[Relation, ...]:
+    """Returns how each of K experts is related to the others, from the cosines between them, `[K, K]`."""
+    k = len(cosine)
     others = np.median(cosine[~np.eye(k, dtype=bool)].reshape(k, k - 1), axis=1)
     return tuple(Relation(float(each), bool(each >= RELATED)) for each in others)
 
@@ -98,7 +101,7 @@ def write(
         for each, cosine in zip(candidates, cosines, strict=True)
     ]
     table = ["| model | value | cosine to the others | passes |", "| --- | ---: | ---: | ---: |", *rows]
-    sentences = [_are_related(similarity), alignment, *learning, validation, _why(candidates, chosen, k)]
+    sentences = [are_related(similarity), alignment, *learning, validation, _why(candidates, chosen, k)]
     return "\n".join([*table, "", *(f"- {sentence}" for sentence in sentences if sentence)]) + "\n"
 
 
@@ -108,7 +111,7 @@ def outliers(similarity: Sequence[Relation]) -> list[int]:
     return apart if 2 * len(apart) < len(similarity) else []
 
 
-def _are_related(similarity: Sequence[Relation]) -> str:
+def are_related(similarity: Sequence[Relation]) -> str:
     """Says whether the experts are related, and which expert is an outlier."""
     cosines = [each.cosine for each in similarity]
     if math.isnan(sum(cosines)):
