@@ -198,7 +198,7 @@ def build_prior(
         after = judge("aligned average", aligned.experts, uniform(k))
         is_better = _order(after) < _order(average)
         if is_better:
-            experts, permutations = jax.tree.map(jnp.asarray, aligned.experts), aligned.permutations
+            experts, permutations = aligned
         alignment = (
             f"Aligning the experts takes the value of their uniform average from {average.value:.4g} to "
             f"{after.value:.4g}, so {'the aligned experts' if is_better else 'the experts as they were'} are blended."
@@ -272,9 +272,15 @@ def _groups(groups: Any, experts: Params, merge_fn: MergeFn) -> Groups | None:
     return groups
 
 
-def _by_group(merge_fn: Any, groups: Groups) -> MergeFn:
-    """Returns the merge of coefficients `[G, K]`."""
-    return functools.partial(merge_fn, groups=groups.rows)
+def _by_group(merge_fn: MergeFn, groups: Groups) -> MergeFn:
+    """Returns the merge of coefficients `[G, K]`, always the same object for the same groups."""
+    return _by_rows(merge_fn, tuple(jax.tree.leaves(groups.rows)), jax.tree.structure(groups.rows))
+
+
+@functools.cache
+def _by_rows(merge_fn: Any, rows: tuple[int, ...], structure: Any) -> MergeFn:
+    """Returns the merge whose leaves have these rows."""
+    return functools.partial(merge_fn, groups=jax.tree.unflatten(structure, rows))
 
 
 def _takes_groups(merge_fn: MergeFn) -> bool:

@@ -12,12 +12,9 @@ import optax
 
 from glue_jax import arguments
 from glue_jax.batches import batched_mean, num_examples
-from glue_jax.checks import check_callable, check_counts, compiled
-from glue_jax.directions import dimension
+from glue_jax.checks import as_number, check_callable, check_counts, compiled
 from glue_jax.failures import NonFiniteLossError
-from glue_jax.gauss_newton import gauss_newton_step
 from glue_jax.learning import learn
-from glue_jax.links import directions_of
 from glue_jax.merging.batch_norm import refresh_statistics
 from glue_jax.objectives import OutputLoss
 from glue_jax.priors.stages import Stage, out_of_patience
@@ -109,7 +106,8 @@ class FromData:
 
     def value(self, params: Params) -> float:
         """Returns the validation value of a finished model."""
-        return float(_mean(params, self.validation_data, function=self.validation_fn, batch_size=self.batch_size))
+        value = _mean(params, self.validation_data, function=self.validation_fn, batch_size=self.batch_size)
+        return as_number("the value of validation_fn", value)
 
     @property
     def passes_of_value(self) -> int:
@@ -134,7 +132,7 @@ class FromData:
         if isinstance(start, LearnResult) and (taken >= self.max_steps or out_of_patience(start, self.patience)):
             return start, None
         optimizer = self.optimizer(stage)
-        step_fn = gauss_newton_step if optimizer is None else stage.spsa(self.max_steps)[0]
+        step_fn = stage.gauss_newton() if optimizer is None else stage.spsa(self.max_steps)[0]
         try:
             result = learn(
                 key,
@@ -161,9 +159,8 @@ class FromData:
     def passes(self, stage: Stage, result: LearnResult) -> int:
         """How often a model went forward on one example to learn a result."""
         history = result.history
-        of_step = dimension(result.beta, directions_of(stage.link_fn)) + 2
-        if history.metrics.probe_losses is not None:
-            of_step = history.metrics.probe_losses[0].size
+        probes = history.metrics.probe_losses
+        of_step = stage.directions + 2 if probes is None else probes[0].size
         learned = len(history.metrics.loss) * of_step * self.batch_size
         return learned + len(history.validation_values) * _length(self.validation_data)
 

@@ -27,8 +27,8 @@ class Candidate(NamedTuple):
         name: `expert i`, `uniform average`, `aligned average`, `learned` or `learned by group`.
         alpha: its coefficients, float32 `[K]`, or `[G, K]` by group.
         value: its validation value. NaN if `evaluate` could not evaluate it.
-        passes: how often one model went forward on one example to learn, refresh and validate it. With `evaluate`: how
-            often it was called.
+        passes: how often one model went forward on one example to learn, refresh and validate it. The passes of
+            `statistics_fn` for a minibatch are not counted. With `evaluate`: how often it was called.
         refreshed: whether its BatchNorm statistics were refreshed.
         note: why its learning ended early. None if it did not.
     """
