@@ -47,7 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("glue-jax: stopped", file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, ImportError, ArithmeticError, MemoryError, RuntimeError) as error:
-        text = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+        # What a user's own function raised says more than what followed from it.
+        of_user = [str(error.__cause__)] if type(error.__cause__).__name__ == "ObjectiveError" else []
+        text = "; ".join(line.strip() for line in [*str(error).splitlines(), *of_user] if line.strip())
         print(f"glue-jax: error: {text or type(error).__name__}", file=sys.stderr)
         return 1
     return 0
@@ -116,30 +118,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _checkpoints(options: argparse.Namespace) -> Any:
-    """Opens the experts that the options name."""
-    from glue_jax.checkpoints import open_checkpoints
-
-    paths = options.experts[0] if len(options.experts) == 1 else options.experts
-    return open_checkpoints(paths, steps=options.steps, last=options.last, subtree=options.subtree)
-
-
 def _inspect(options: argparse.Namespace) -> None:
     """Prints how similar the experts are."""
     from glue_jax.checkpoints import inspect_command
 
-    inspect_command.run(_checkpoints(options), options)
+    inspect_command.run(options)
 
 
 def _blend(options: argparse.Namespace) -> None:
     """Blends with given coefficients, and writes the blend with its provenance."""
     from glue_jax.checkpoints import blend_command
 
-    blend_command.run(_checkpoints(options), options)
+    blend_command.run(options)
 
 
 def _learn(options: argparse.Namespace) -> None:
     """Learns, and writes the best model with its provenance."""
     from glue_jax.checkpoints import learn_command
 
-    learn_command.run(_checkpoints(options), options)
+    learn_command.run(options)

@@ -2,9 +2,11 @@
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from glue_jax.checkpoints import provenance
+from glue_jax.checkpoints.adapters import Adapters, save_adapter
+from glue_jax.checkpoints.command_experts import open_experts
 from glue_jax.checkpoints.formats import Checkpoint
 from glue_jax.checkpoints.loading import check_alike
 from glue_jax.checkpoints.progress import ProgressLine
@@ -16,31 +18,40 @@ _MOST_FROM_ONE = 1e-3
 _MOST_GROUPS = 20
 
 
-def run(experts: Sequence[Checkpoint], options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> None:
     """Blends experts with given coefficients, and writes the blend with its provenance."""
-    check_alike(experts, options.take_first)
-    coefficients = _given(experts, options)
+    opened = open_experts(options)
+    is_adapters = isinstance(opened, Adapters)
+    experts = opened.checkpoints if is_adapters else opened
+    if not is_adapters:
+        check_alike(experts, options.take_first)
+    coefficients = _given(len(experts), opened.experts if is_adapters else experts[0].tensors, options)
     check_place(options.out, experts[0].num_bytes, options.overwrite)
-    with ProgressLine("blend") as line:
-        made = provenance.record(experts, coefficients)
-        blend_files(
-            experts,
-            coefficients.of,
-            options.out,
-            take_first=options.take_first,
-            side_files=provenance.side_files(experts, made),
-            overwrite=options.overwrite,
-            on_progress=line.show,
-        )
+    made = provenance.record(experts, coefficients)
+    side_files = provenance.side_files(experts, made)
+    if is_adapters:
+        groups = dict(coefficients.rows)
+        words = {"side_files": side_files, "overwrite": options.overwrite}
+        save_adapter(options.out, opened, coefficients.alpha, groups, **words)
+    else:
+        with ProgressLine("blend") as line:
+            blend_files(
+                experts,
+                coefficients.of,
+                options.out,
+                take_first=options.take_first,
+                side_files=side_files,
+                overwrite=options.overwrite,
+                on_progress=line.show,
+            )
     print(_table(experts, coefficients))
     print(f"written: {options.out}")
 
 
-def _given(experts: Sequence[Checkpoint], options: argparse.Namespace) -> Coefficients:
+def _given(k: int, names: Collection[str], options: argparse.Namespace) -> Coefficients:
     """Returns the coefficients that the options give, checked."""
-    k = len(experts)
     if options.weights_from:
-        coefficients = provenance.read_coefficients(options.weights_from, experts[0])
+        coefficients = provenance.read_coefficients(options.weights_from, names)
         if coefficients.alpha.shape[1] != k:
             raise ValueError(
                 f"{options.weights_from} has coefficients of {coefficients.alpha.shape[1]} experts, but {k} are given"
@@ -53,7 +64,7 @@ def _given(experts: Sequence[Checkpoint], options: argparse.Namespace) -> Coeffi
         raise ValueError(f"--weights is {weights}; expected finite numbers")
     if abs(sum(weights) - 1) > _MOST_FROM_ONE and not options.any_sum:
         raise ValueError(f"--weights has the sum {sum(weights):g}; expected 1, or --any-sum if this is meant")
-    return coefficients_for(experts[0].tensors, weights)
+    return coefficients_for(names, weights)
 
 
 def _table(experts: Sequence[Checkpoint], coefficients: Coefficients) -> str:

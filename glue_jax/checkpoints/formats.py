@@ -164,19 +164,16 @@ def open_checkpoints(
         ValueError: if `steps` or `last` is given with several paths, or both are given, or if a checkpoint is damaged.
     """
     given = [paths] if isinstance(paths, str | Path) else list(paths)
-    if any(isinstance(path, Checkpoint) for path in given):
-        return [path if isinstance(path, Checkpoint) else open_checkpoint(path, subtree=subtree) for path in given]
     if not given:
         raise ValueError("no checkpoint was given; expected at least one path")
-    runs = [steps_of_run(Path(path).expanduser()) for path in given]
-    if len(given) > 1 or not runs[0]:
+    run = {} if isinstance(given[0], Checkpoint) else steps_of_run(Path(given[0]).expanduser())
+    if len(given) > 1 or not run:
         if steps is not None or last is not None:
             raise ValueError(
                 "steps and last choose checkpoints of one run, but "
                 + (f"{len(given)} paths were given" if len(given) > 1 else f"{given[0]} has no folder for a step")
             )
-        return [open_checkpoint(path, subtree=subtree) for path in given]
-    run = runs[0]
+        return [path if isinstance(path, Checkpoint) else open_checkpoint(path, subtree=subtree) for path in given]
     if steps is not None and last is not None:
         raise ValueError("steps and last were both given; expected one of them")
     if last is not None and not 1 <= last <= len(run):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from glue_jax.checkpoints.adapters import Adapters
+from glue_jax.checkpoints.command_experts import open_experts
 from glue_jax.checkpoints.formats import Checkpoint
 from glue_jax.checkpoints.headers import library
 from glue_jax.checkpoints.inspection import inspect_experts
@@ -15,8 +17,12 @@ from glue_jax.priors.report import are_related, outliers, relations_of
 _MOST_LAYERS = 12
 
 
-def run(experts: Sequence[Checkpoint], options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> None:
     """Prints how similar the experts are, and draws it if asked."""
+    experts = open_experts(options)
+    if isinstance(experts, Adapters):
+        print(_adapters(experts))
+        return
     if options.picture and options.picture.suffix != ".png":
         raise ValueError(f"--picture is {options.picture}; expected the ending .png")
     found = inspect_experts(experts, options.take_first)
@@ -32,7 +38,7 @@ def describe(experts: Sequence[Checkpoint], found: Similarity) -> str:
     apart = outliers(relations)
     dtypes = sorted({np.dtype(tensor.dtype).name for tensor in first.tensors.values()})
     lines = [
-        f"{len(experts)} experts fit together: {len(first.tensors)} tensors, {first.num_bytes / 1e6:,.1f} MB each, "
+        f"{len(experts)} experts fit together: {len(first.tensors)} tensors, {first.num_bytes:,} bytes each, "
         f"{', '.join(dtypes)}",
         "",
         "cosine: the median cosine of an expert's kernels to those of the others",
@@ -53,6 +59,18 @@ def describe(experts: Sequence[Checkpoint], found: Similarity) -> str:
     return "\n".join(lines)
 
 
+def _adapters(adapters: Adapters) -> str:
+    """Returns the adapters as lines of text: their base, and their ranks."""
+    lines = [f"{len(adapters.configs)} adapters fit together, of the base {adapters.base}", "", " ranks  adapter"]
+    for index, one in enumerate(adapters.checkpoints):
+        ranks = sorted({ranks[index] for ranks in adapters.ranks.values()} - {0})
+        lines.append(f"{','.join(map(str, ranks)):>6}  {index} {one.path.parent}")
+    largest = max(map(sum, adapters.ranks.values()))
+    return "\n".join(
+        [*lines, "", f"Their blend has at most the rank {largest} in each of {len(adapters.ranks)} modules."]
+    )
+
+
 def draw(experts: Sequence[Checkpoint], found: Similarity, path: Path) -> None:
     """Draws the cosines between the experts, and the lowest cosine of each layer."""
     library("matplotlib", "pip install matplotlib").use("Agg")
@@ -68,6 +86,6 @@ def draw(experts: Sequence[Checkpoint], found: Similarity, path: Path) -> None:
     right.barh(range(len(lowest)), lowest)
     right.set_yticks(range(len(lowest)) if len(lowest) <= 40 else [], found.names[:-1] if len(lowest) <= 40 else [])
     right.invert_yaxis()
-    right.set_title("lowest cosine between two experts, by layer")
+    right.set_title("lowest cosine in each layer")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -27,7 +27,7 @@ def save(path: Path, results: Mapping[str, LearnResult], about: Mapping[str, Any
     header = {"about": about, "results": {name: _encode(result, arrays) for name, result in results.items()}}
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("wb") as file:
-        np.savez(file, **{_HEADER: np.array(json.dumps(header))}, **arrays)
+        np.savez(file, allow_pickle=False, **{_HEADER: np.array(json.dumps(header))}, **arrays)
     os.replace(partial, path)
 
 

@@ -9,32 +9,45 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 
 import glue_jax
 from glue_jax.checkpoints import kept_results, provenance
+from glue_jax.checkpoints.adapters import Adapters, add_adapter, merge_adapters, save_adapter
+from glue_jax.checkpoints.command_experts import open_experts
 from glue_jax.checkpoints.formats import Checkpoint
-from glue_jax.checkpoints.loading import check_alike, load_experts
+from glue_jax.checkpoints.loading import Rename, check_alike, load_experts, nested
 from glue_jax.checkpoints.objective import Objective, load_objective
 from glue_jax.checkpoints.progress import ProgressLine
 from glue_jax.checkpoints.provenance import coefficients_for
 from glue_jax.checkpoints.saving import check_place, save_blend
 from glue_jax.merging.groups import Groups, by_layer, group_by_path
-from glue_jax.types import LearnResult, Params, Progress
+from glue_jax.types import LearnResult, MergeFn, Params, Progress, PyTree
 
 
-def run(experts: Sequence[Checkpoint], options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> None:
     """Learns the coefficients, and writes the best model with its provenance.
 
     The results so far are kept beside `--out`. A run that was stopped goes on from them.
     """
-    check_alike(experts, options.take_first)
+    opened = open_experts(options)
+    adapters = opened if isinstance(opened, Adapters) else None
+    experts = opened.checkpoints if isinstance(opened, Adapters) else opened
+    if adapters is None:
+        check_alike(experts, options.take_first)
+    if (adapters is None) != (options.base is None):
+        raise ValueError(f"--base is {options.base}; expected the base of adapters of PEFT, and none for other experts")
     check_place(options.out, experts[0].num_bytes, options.overwrite)
     objective = load_objective(options.objective)
     kept = options.out.with_name(f"{options.out.name}.state.npz")
     about = _about(experts, objective, options)
     known, seconds = _known(kept, about, options.fresh)
-    bank = load_experts(experts, take_first=options.take_first, rename=objective.rename)
-    groups = None if options.groups == "none" or objective.evaluate else _layers(bank)
+    if adapters is None:
+        bank = load_experts(experts, take_first=options.take_first, rename=objective.rename)
+        merge_fn = glue_jax.blend
+    else:
+        bank, merge_fn = adapters.experts, _on_base(adapters, load_experts([options.base]), objective.rename)
+    groups = None if options.groups == "none" or objective.evaluate else _layers(bank, adapters is not None)
     started = time.monotonic() - seconds
     with ProgressLine("learn") as line:
 
@@ -57,14 +70,16 @@ def run(experts: Sequence[Checkpoint], options: argparse.Namespace) -> None:
             mean=objective.mean,
             var=objective.var,
             groups=groups,
+            merge_fn=merge_fn,
             max_steps=options.max_steps,
-            batch_size=options.batch_size,
+            batch_size=None if objective.evaluate else options.batch_size,
             patience=options.patience,
             on_progress=keep,
             known=dict(known),
         )
-    names = experts[0].tensors
-    coefficients = coefficients_for(names, prior.alpha, groups if prior.groups else None, objective.rename)
+    names = experts[0].tensors if adapters is None else bank
+    rename = objective.rename if adapters is None else None
+    coefficients = coefficients_for(names, prior.alpha, groups if prior.groups else None, rename)
     learned = {
         "chosen": prior.chosen,
         "values": {each.name: each.value for each in prior.candidates},
@@ -77,21 +92,33 @@ def run(experts: Sequence[Checkpoint], options: argparse.Namespace) -> None:
         "seconds": round(time.monotonic() - started, 1),
     }
     made = provenance.record(experts, coefficients, learned)
-    save_blend(
-        options.out,
-        prior.params,
-        like=experts[0],
-        rename=objective.rename,
-        side_files=provenance.side_files(experts, made, prior.report),
-        overwrite=options.overwrite,
-    )
+    words = {"side_files": provenance.side_files(experts, made, prior.report), "overwrite": options.overwrite}
+    if adapters is None:
+        save_blend(options.out, prior.params, like=experts[0], rename=rename, **words)
+    else:
+        save_adapter(options.out, adapters, coefficients.alpha, dict(coefficients.rows), **words)
     kept.unlink(missing_ok=True)
     print(prior.report)
     print(f"written: {options.out}")
 
 
-def _layers(bank: Params) -> Groups:
+def _on_base(adapters: Adapters, base: Params, rename: Rename | None) -> MergeFn:
+    """Returns the merge of adapters that adds their blend to the base, whose leaves are `[1, ...]`."""
+    weights = {name: leaf[0] for name, leaf in base.items()}
+    fan_in_fan_out = bool(adapters.configs[0].get("fan_in_fan_out"))
+
+    def merge(experts: Params, alpha: jax.Array, groups: PyTree = None, min_dtype: DTypeLike | None = None) -> Params:
+        adapter = merge_adapters(experts, alpha, groups, min_dtype=min_dtype)
+        merged = add_adapter(weights, adapter, fan_in_fan_out=fan_in_fan_out)
+        return merged if rename is None else nested((rename(name), leaf) for name, leaf in merged.items())
+
+    return merge
+
+
+def _layers(bank: Params, is_adapters: bool) -> Groups:
     """Returns a group for each layer, or for each tensor if no name contains a layer."""
+    if is_adapters:
+        return group_by_path(bank, r"^(.*)[.]lora_")
     try:
         return by_layer(bank)
     except ValueError:

@@ -121,6 +121,12 @@ def check_alike(checkpoints: Sequence[Checkpoint], take_first: str | Sequence[st
         ValueError: if the checkpoints differ in names, shapes or dtypes, or if `take_first` matches no integer tensor.
     """
     first = checkpoints[0]
+    for checkpoint in checkpoints:
+        if adapter := next((name for name in checkpoint.tensors if ".lora_" in name), None):
+            raise ValueError(
+                f"{checkpoint.path} holds {adapter}, a factor of a LoRA adapter. Averages of factors are no blend of "
+                "adapters; expected the folder of each adapter, for load_adapters"
+            )
     differences = [
         f"{other.path} against {first.path}: {text}"
         for other in checkpoints[1:]

@@ -20,6 +20,8 @@ from glue_jax.types import LossFn, Params
 _WAYS = ("module", "outputs", "loss_fn", "evaluate")
 _NAMES = (*_WAYS, "loss", "load_data", "load_validation_data", "validation_fn", "statistics_fn", "rename")
 
+_NUMBERS = ("loss", "loss_fn", "validation_fn")
+
 
 class ObjectiveError(ValueError):
     """A function of the objective file raised, or returned something that cannot be used."""
@@ -124,12 +126,16 @@ def _guarded(path: Path, name: str, function: Callable[..., Any]) -> Callable[..
     @functools.wraps(function)
     def guarded(*values: Any) -> Any:
         try:
-            return function(*values)
+            result = function(*values)
         except (Exception, SystemExit) as error:
-            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+            frames = traceback.extract_tb(error.__traceback__)
+            lines = [frame.lineno for frame in frames if Path(frame.filename).absolute() == path.absolute()]
             line = f", line {lines[-1]}" if lines else ""
             text = next(iter(str(error).splitlines()), "")
             raise ObjectiveError(f"{path}{line}: {name} raised {type(error).__name__}: {text}") from error
+        if name in _NUMBERS and not isinstance(result, jax.Array | np.ndarray | np.generic | int | float):
+            raise ObjectiveError(f"{path}: {name} returned {result!r}; expected one number")
+        return result
 
     return guarded
 

@@ -3,7 +3,7 @@
 import importlib.metadata
 import json
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,12 +58,12 @@ def coefficients_for(
     return Coefficients(groups.names, alpha, {name: rows[rename(name) if rename else name] for name in names})
 
 
-def read_coefficients(path: PathLike, checkpoint: Checkpoint) -> Coefficients:
+def read_coefficients(path: PathLike, names: Collection[str]) -> Coefficients:
     """Reads the coefficients of an earlier blend, for experts with the same tensors.
 
     Args:
         path: a `glue.json`, the folder of a blend, or a blend in one safetensors file.
-        checkpoint: one of the experts that will be blended.
+        names: the names of the tensors that will be blended.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -78,14 +78,13 @@ def read_coefficients(path: PathLike, checkpoint: Checkpoint) -> Coefficients:
         groups = json.loads(text)["groups"]
         alpha = np.array([group["alpha"] for group in groups], np.float64)
         rows = {name: row for row, group in enumerate(groups) for name in group["tensors"]}
-        names = tuple(group["name"] for group in groups)
+        labels = tuple(group["name"] for group in groups)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is no record of a blend ({type(error).__name__}: {error}); expected a {RECORD}"
-        ) from error
-    if missing := [name for name in checkpoint.tensors if name not in rows]:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} is no record of a blend ({reason}); expected a {RECORD}") from error
+    if missing := [name for name in names if name not in rows]:
         raise ValueError(f"{path} has no coefficients for {missing[:5]}; expected those of every tensor of the experts")
-    return Coefficients(names, alpha, rows)
+    return Coefficients(labels, alpha, {name: rows[name] for name in names})
 
 
 def record(
@@ -100,8 +99,8 @@ def record(
             coefficients were given.
     """
     tensors: dict[int, list[str]] = {}
-    for name in checkpoints[0].tensors:
-        tensors.setdefault(coefficients.rows[name], []).append(name)
+    for name, row in coefficients.rows.items():
+        tensors.setdefault(row, []).append(name)
     return {
         "experts": [
             {"path": str(one.path.absolute()), "format": one.format, "sha256": one.sha256()} for one in checkpoints

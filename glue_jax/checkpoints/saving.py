@@ -197,6 +197,8 @@ def save_file(path: Path, arrays: dict[str, np.ndarray], like: Checkpoint, prove
         if os.strerror(errno.ENOSPC) in str(error):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise
+    # The library gives no other user a right to read it.
+    shutil.copymode(next(iter(like.files.values())), path)
 
 
 def _files(like: Checkpoint) -> dict[str, list[str]]:

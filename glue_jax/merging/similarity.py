@@ -92,7 +92,7 @@ def similarity_of_leaves(
         for begin in range(0, flat.shape[1], _PORTION):
             weights = flat[:, begin : begin + _PORTION].astype(np.float64, copy=False)
             inner[row] += weights @ weights.T
-            centre = weights.mean(axis=0) if origin is None else np.float64(origin[begin : begin + _PORTION])
+            centre = weights.mean(axis=0) if origin is None else origin[begin : begin + _PORTION].astype(np.float64)
             length[row] += centre @ centre
             differences = weights - centre
             moved[row] += differences @ differences.T

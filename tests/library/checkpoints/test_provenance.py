@@ -58,7 +58,7 @@ def test_a_record_gives_the_same_blend_again(tmp_path, kind):
     paths = save(tmp_path)
     out = written(paths, tmp_path / ("out.safetensors" if kind == "file" else "out"))
     checkpoints = open_checkpoints(paths)
-    again = provenance.read_coefficients(out / "glue.json" if kind == "json" else out, checkpoints[0])
+    again = provenance.read_coefficients(out / "glue.json" if kind == "json" else out, checkpoints[0].tensors)
     blend_files(checkpoints, again.of, tmp_path / "again.safetensors")
     first, second = read(out), read(tmp_path / "again.safetensors")
     assert all(np.array_equal(first[name], second[name]) for name in first)
@@ -68,14 +68,14 @@ def test_a_record_gives_the_same_blend_again(tmp_path, kind):
 def test_a_file_that_is_no_record_is_refused(tmp_path, text):
     (tmp_path / "glue.json").write_text(text)
     with pytest.raises(ValueError, match=r"glue\.json is no record of a blend"):
-        provenance.read_coefficients(tmp_path / "glue.json", open_checkpoint(save(tmp_path)[0]))
+        provenance.read_coefficients(tmp_path / "glue.json", open_checkpoint(save(tmp_path)[0]).tensors)
 
 
 def test_a_record_of_another_network_is_refused(tmp_path):
     groups = [{"name": "all", "alpha": [1.0], "tensors": ["fc1.weight"]}]
     (tmp_path / "glue.json").write_text(json.dumps({"groups": groups}))
     with pytest.raises(ValueError, match="has no coefficients for"):
-        provenance.read_coefficients(tmp_path, open_checkpoint(save(tmp_path)[0]))
+        provenance.read_coefficients(tmp_path, open_checkpoint(save(tmp_path)[0]).tensors)
 
 
 def test_the_card_has_front_matter_the_coefficients_and_the_report(folders, tmp_path):

@@ -1,0 +1,29 @@
+"""The experts that the words of a command name."""
+
+import argparse
+
+from glue_jax.checkpoints.adapters import Adapters, load_adapters
+from glue_jax.checkpoints.formats import ADAPTER_CONFIG, Checkpoint, open_checkpoints
+
+
+def open_experts(options: argparse.Namespace) -> list[Checkpoint] | Adapters:
+    """Opens the experts, or reads the adapters, that the options of a command name.
+
+    Raises:
+        ValueError: if some are adapters and others are not, or if an option has no meaning for adapters.
+    """
+    paths = [path.expanduser() for path in options.experts]
+    adapters = [path for path in paths if (path / ADAPTER_CONFIG).is_file()]
+    if not adapters:
+        return open_checkpoints(
+            paths[0] if len(paths) == 1 else paths, steps=options.steps, last=options.last, subtree=options.subtree
+        )
+    if len(adapters) < len(paths):
+        other = next(path for path in paths if path not in adapters)
+        raise ValueError(f"{adapters[0]} is an adapter of PEFT and {other} is none; expected experts of one kind")
+    given = {"--subtree": options.subtree, "--steps": options.steps, "--last": options.last}
+    given["--take-first"] = options.take_first
+    for name, value in given.items():
+        if value:
+            raise ValueError(f"{name} has no meaning for adapters of PEFT; expected none")
+    return load_adapters(paths)

@@ -1,0 +1,339 @@
+"""`glue-jax`, as its user runs it: one clear line and a status for each mistake, and nothing written."""
+
+import json
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from glue_jax.checkpoints import kept_results, open_checkpoint
+from glue_jax.cli import main
+from tests.library.checkpoints.helpers import everything_in, expected, save, save_shards, weights
+
+OBJECTIVE = """
+import jax.numpy as jnp
+import numpy as np
+
+
+def load_data():
+    x = np.random.default_rng(0).normal(size=(96, 4)).astype("float32")
+    return {"x": x, "y": np.argmax(x[:, :3], axis=1)}
+
+
+def outputs(params, batch):
+    hidden = jnp.tanh(batch["x"] @ params["fc1.weight"].T + params["fc1.bias"][None])
+    return hidden @ params["fc2.weight"].T
+
+
+def loss(outputs, batch):
+    return -jnp.mean(jnp.take_along_axis(jnp.log(jnp.exp(outputs) / jnp.exp(outputs).sum(1, keepdims=True)),
+                                         batch["y"][:, None], axis=1))
+"""
+LEARN = ["--batch-size", "32", "--max-steps", "10"]
+
+
+@pytest.fixture
+def experts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "objective.py").write_text(OBJECTIVE)
+    return [path.name for path in save(tmp_path)]
+
+
+def run(capsys, *arguments):
+    """The status, and the lines on stdout and stderr."""
+    try:
+        status = main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        status = stop.code
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+def read(path):
+    opened = open_checkpoint(path)
+    return opened.read(list(opened.tensors))
+
+
+def test_inspect_names_the_outlier_and_draws(experts, tmp_path, capsys):
+    base = weights(9)
+    for seed in range(3):
+        change = weights(seed)
+        near = {name: np.asarray(value + 0.01 * change[name], value.dtype) for name, value in base.items()}
+        save_file(near, tmp_path / f"near{seed}.safetensors")
+    near = [f"near{seed}.safetensors" for seed in range(3)]
+    status, out, _ = run(capsys, "inspect", *near, experts[0], "--picture", "similarity.png")
+    assert status == 0
+    assert next(line for line in out.splitlines() if line.endswith("(outlier)")).split()[2:4] == ["3", experts[0]]
+    assert "Expert 3 is an outlier" in out
+    assert (tmp_path / "similarity.png").stat().st_size > 10_000
+
+
+def test_blend_writes_the_blend_and_where_it_comes_from(experts, tmp_path, capsys):
+    status, out, err = run(capsys, "blend", *experts, "--weights", "0.5", "-0.25", "0.75", "--out", "out")
+    assert (status, err) == (0, "")
+    assert "+0.7500  expert2.safetensors" in out
+    blend = read(tmp_path / "out")
+    assert all(np.allclose(blend[name], value, atol=1e-6) for name, value in expected([0.5, -0.25, 0.75]).items())
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.safetensors", "glue.json", "README.md"}
+    assert run(capsys, "blend", *experts, "--weights-from", "out", "--out", "again")[0] == 0
+    assert all(np.array_equal(value, read(tmp_path / "again")[name]) for name, value in blend.items())
+
+
+def test_uniform_is_the_average(experts, tmp_path, capsys):
+    assert run(capsys, "blend", *experts, "--uniform", "--out", "out.safetensors")[0] == 0
+    blend = read(tmp_path / "out.safetensors")
+    assert np.allclose(blend["fc1.weight"], expected([1 / 3] * 3)["fc1.weight"], atol=1e-6)
+
+
+@pytest.mark.parametrize("groups", ["layers", "none"])
+def test_learn_writes_the_best_model_and_why_it_is_the_best(experts, tmp_path, capsys, groups):
+    arguments = ["learn", *experts, "--objective", "objective.py", "--out", "out", "--groups", groups, *LEARN]
+    status, out, _ = run(capsys, *arguments)
+    assert status == 0
+    made = json.loads((tmp_path / "out/glue.json").read_text())
+    values = made["learned"]["values"]
+    assert values[made["learned"]["chosen"]] == min(values.values()) < values["uniform average"]
+    assert ("learned by group" in values) == (groups == "layers")
+    assert made["learned"]["chosen"] in out
+    alpha = {name: group["alpha"] for group in made["groups"] for name in group["tensors"]}
+    states = [weights(seed) for seed in range(3)]
+    wanted = sum(a * state["fc1.weight"] for a, state in zip(alpha["fc1.weight"], states, strict=True))
+    assert np.allclose(read(tmp_path / "out")["fc1.weight"], wanted, atol=1e-5)
+    assert not (tmp_path / "out.state.npz").exists()
+
+
+def test_learn_takes_a_number_that_python_computes(experts, tmp_path, capsys):
+    (tmp_path / "objective.py").write_text(
+        "import numpy as np\ncalls = []\n\n\ndef evaluate(params):\n    calls.append(0)\n"
+        "    if len(calls) == 12:\n        raise RuntimeError('the server is down')\n"
+        "    return float(np.square(np.asarray(params['fc1.weight'])).sum())\n"
+    )
+    status, _, _ = run(capsys, "learn", *experts, "--objective", "objective.py", "--out", "out", "--max-steps", "8")
+    assert status == 0
+    values = json.loads((tmp_path / "out/glue.json").read_text())["learned"]["values"]
+    assert values["learned"] <= values["uniform average"]
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3, 4])
+def test_a_stopped_run_goes_on_to_the_same_bits(experts, tmp_path, capsys, monkeypatch, stop_after):
+    arguments = ["learn", *experts, "--objective", "objective.py", *LEARN, "--out"]
+    assert run(capsys, *arguments, "whole")[0] == 0
+    calls, save_results = [], kept_results.save
+
+    def stopping(*values):
+        save_results(*values)
+        calls.append(0)
+        if len(calls) == stop_after:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(kept_results, "save", stopping)
+    status, _, err = run(capsys, *arguments, "parts")
+    assert (status, err) == (130, "glue-jax: stopped\n")
+    assert not (tmp_path / "parts").exists()
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert run(capsys, *arguments, "parts")[0] == 0
+    whole, parts = (json.loads((tmp_path / name / "glue.json").read_text()) for name in ("whole", "parts"))
+    assert whole["groups"] == parts["groups"]
+    assert whole["learned"]["values"] == parts["learned"]["values"]
+    assert (tmp_path / "whole/model.safetensors").read_bytes() == (tmp_path / "parts/model.safetensors").read_bytes()
+
+
+def test_a_stopped_run_of_another_objective_is_not_continued(experts, tmp_path, capsys, monkeypatch):
+    arguments = ["learn", *experts, "--objective", "objective.py", *LEARN, "--out", "out"]
+
+    def stop(*values):
+        save_results(*values)
+        raise KeyboardInterrupt
+
+    save_results = kept_results.save
+    monkeypatch.setattr(kept_results, "save", stop)
+    assert run(capsys, *arguments)[0] == 130
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "objective.py").write_text(OBJECTIVE.replace("default_rng(0)", "default_rng(1)"))
+    status, _, err = run(capsys, *arguments)
+    assert status == 1
+    assert "of a stopped run with other objective and data; expected the same" in err
+    assert run(capsys, *arguments, "--fresh")[0] == 0
+
+
+def nan(folder):
+    state = weights(1)
+    state["fc1.bias"][2] = np.nan
+    save_file(state, folder / "expert1.safetensors")
+
+
+def truncate(folder):
+    path = folder / "expert1.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def other_shape(folder):
+    save_file(weights(1) | {"fc2.weight": np.ones((100, 8), np.float32)}, folder / "expert1.safetensors")
+
+
+def other_dtype(folder):
+    save_file(weights(1, jnp.bfloat16), folder / "expert1.safetensors")
+
+
+def unknown_tensor(folder):
+    save_file(weights(1) | {"fc3.weight": np.ones(2, np.float32)}, folder / "expert1.safetensors")
+
+
+def missing_tensor(folder):
+    state = weights(1)
+    del state["fc1.bias"]
+    save_file(state, folder / "expert1.safetensors")
+
+
+def other_integers(folder):
+    for seed in range(3):
+        save_file(weights(seed) | {"ids": np.arange(3) + seed}, folder / f"expert{seed}.safetensors")
+
+
+def no_index(folder):
+    (save_shards(folder / "expert1", 1) / "model.safetensors.index.json").unlink()
+
+
+def lost_shard(folder):
+    (save_shards(folder / "expert1", 1) / "model-00002-of-00002.safetensors").unlink()
+
+
+def lora(folder):
+    save_file({"a.lora_A.weight": np.ones((2, 3), np.float32)}, folder / "expert1.safetensors")
+
+
+def adapter(folder):
+    (folder / "expert1").mkdir()
+    (folder / "expert1/adapter_config.json").write_text("{}")
+
+
+def objective(text):
+    return lambda folder: (folder / "objective.py").write_text(text)
+
+
+E1, E = "expert1.safetensors", ["expert0.safetensors", "expert1.safetensors", "expert2.safetensors"]
+BLEND, UNIFORM = ["blend", *E, "--out", "out"], ["blend", *E, "--uniform", "--out", "out"]
+LEARNS = ["learn", *E, "--objective", "objective.py", "--out", "out", *LEARN]
+FOLDER = ["blend", E[0], "expert1", "--uniform", "--out", "out"]
+DATA = "import numpy as np\ndef load_data(): return {'x': np.ones((40, 4), 'f')}\n"
+MISTAKES = {
+    "no such file": (
+        None,
+        ["blend", "no.safetensors", E1, "--uniform", "--out", "out"],
+        "no.safetensors does not exist",
+    ),
+    "no such ending": (None, ["blend", "objective.py", E1, "--uniform", "--out", "out"], "has the ending '.py'"),
+    "truncated": (truncate, UNIFORM, "expert1.safetensors is no readable checkpoint"),
+    "NaN": (nan, UNIFORM, "expert1.safetensors holds nan at fc1.bias"),
+    "NaN, inspected": (nan, ["inspect", *E], "expert1.safetensors holds nan at fc1.bias"),
+    "other shape": (other_shape, UNIFORM, "fc2.weight has shape (100, 8) against (3, 8)"),
+    "other dtype": (other_dtype, UNIFORM, "has dtype bfloat16 against float32"),
+    "unknown tensor": (unknown_tensor, UNIFORM, "fc3.weight is unknown to the first"),
+    "missing tensor": (missing_tensor, LEARNS, "fc1.bias is missing"),
+    "other integers": (other_integers, UNIFORM, "has other values at ids"),
+    "take-first": (None, [*UNIFORM, "--take-first", "fc1"], "take_first has 'fc1', which matches"),
+    "no index": (no_index, FOLDER, "has 2 files *.safetensors and no index"),
+    "lost shard": (lost_shard, FOLDER, "lacks ['model-00002-of-00002.safetensors']"),
+    "factors of LoRA": (lora, UNIFORM, "a factor of a LoRA adapter"),
+    "an adapter and a model": (adapter, FOLDER, "is an adapter of PEFT and expert0.safetensors is none"),
+    "no coefficients": (None, BLEND, "one of the arguments --weights --uniform --weights-from is required"),
+    "two coefficients": (None, [*BLEND, "--weights", "0.5", "0.5"], "--weights has 2 numbers, but there are 3 experts"),
+    "a word": (None, [*BLEND, "--weights", "0.5", "half", "0"], "invalid float value: 'half'"),
+    "a sum of 0.9": (None, [*BLEND, "--weights", "0.3", "0.3", "0.3"], "--weights has the sum 0.9; expected 1"),
+    "NaN as a coefficient": (None, [*BLEND, "--weights", "nan", "0", "1"], "--weights is [nan, 0.0, 1.0]"),
+    "no record": (None, [*BLEND, "--weights-from", "objective.py"], "objective.py is no record of a blend"),
+    "out exists": (lambda folder: (folder / "out").mkdir(), UNIFORM, "out exists; expected a new path"),
+    "no folder for out": (None, ["blend", *E, "--uniform", "--out", "no/out"], "the folder of no/out does not exist"),
+    "full disk": (None, UNIFORM, "no space left for out"),
+    "one expert": (None, ["inspect", E1], "1 expert was given; expected at least two"),
+    "a picture of text": (None, ["inspect", *E, "--picture", "a.txt"], "--picture is a.txt; expected the ending .png"),
+    "steps of files": (None, [*UNIFORM, "--last", "2"], "steps and last choose checkpoints of one run"),
+    "subtree of a flat file": (None, [*UNIFORM, "--subtree", "params"], "a safetensors file is flat"),
+    "no objective": (lambda folder: (folder / "objective.py").unlink(), LEARNS, "objective.py does not exist"),
+    "wrong Python": (objective("def"), LEARNS, "raised SyntaxError"),
+    "an error in load_data": (
+        objective("def loss_fn(p, b): ...\ndef load_data():\n    return {}['x']"),
+        LEARNS,
+        "objective.py, line 3: load_data raised KeyError: 'x'",
+    ),
+    "an error in the loss": (
+        objective(DATA + "def loss_fn(params, batch):\n    return batch['z']"),
+        LEARNS,
+        "objective.py, line 4: loss_fn raised KeyError: 'z'",
+    ),
+    "nothing to learn by": (objective("a = 3"), LEARNS, "defines none of module, outputs, loss_fn, evaluate"),
+    "two things to learn by": (
+        objective("def loss_fn(): ...\ndef evaluate(): ..."),
+        LEARNS,
+        "defines loss_fn and evaluate of",
+    ),
+    "outputs without a loss": (objective(DATA + "def outputs(params, batch): ..."), LEARNS, "but no loss"),
+    "no data": (objective("def loss_fn(params, batch): ..."), LEARNS, "but no load_data"),
+    "a number as data": (
+        objective("def loss_fn(params, batch): ...\ndef load_data(): return 3"),
+        LEARNS,
+        "load_data returned int64 []; expected arrays [N, ...]",
+    ),
+    "a loss that is no number": (
+        objective(DATA + "def loss_fn(params, batch): return 'low'"),
+        LEARNS,
+        "loss_fn returned 'low'; expected",
+    ),
+    "a loss that is NaN": (
+        objective(DATA + "def loss_fn(params, batch): return batch['x'].sum() * float('nan')"),
+        LEARNS,
+        "expected a finite number",
+    ),
+    "a function that is none": (objective("evaluate = 3"), LEARNS, "evaluate is 3; expected a function"),
+    "no server": (objective("def evaluate(params): raise OSError('no server')"), LEARNS, "no server"),
+    "a base without adapters": (None, [*LEARNS, "--base", E1], "expected the base of adapters of PEFT"),
+    "a negative number of steps": (None, [*LEARNS, "--max-steps", "-3"], "max_steps is -3"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_clear_line_and_writes_nothing(experts, tmp_path, capsys, monkeypatch, mistake):
+    prepare, arguments, message = MISTAKES[mistake]
+    if prepare:
+        prepare(tmp_path)
+    if mistake == "full disk":
+        monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10}))
+    before = everything_in(tmp_path)
+    status, out, err = run(capsys, *arguments)
+    assert status in (1, 2)
+    assert out == ""
+    assert message in err
+    assert len(err.splitlines()) == 1, err
+    after = {name: content for name, content in everything_in(tmp_path).items() if "__pycache__" not in name}
+    assert after == before
+
+
+def test_code_in_a_pickle_is_not_run(tmp_path, capsys, monkeypatch):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install 'glue_jax[foreign]'")
+    monkeypatch.chdir(tmp_path)
+    torch.save({"w": _Touch(str(tmp_path / "ran"))}, tmp_path / "a.pt")
+    status, _, err = run(capsys, "blend", "a.pt", "a.pt", "--uniform", "--out", "out")
+    assert (status, len(err.splitlines())) == (1, 1)
+    assert "may hold code, which is not run" in err
+    assert not (tmp_path / "ran").exists()
+
+
+class _Touch:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_the_module_is_the_command_and_its_help_has_examples():
+    shown = subprocess.run(
+        [sys.executable, "-m", "glue_jax", "learn", "--help"], check=True, capture_output=True, text=True
+    ).stdout
+    assert "usage: glue-jax learn" in shown
+    assert "glue-jax learn a.pt b.pt c.pt --objective objective.py --out blend" in shown
