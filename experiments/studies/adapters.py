@@ -1,4 +1,4 @@
-"""What learned coefficients are worth for LoRA adapters, on a small transformer in bfloat16. It takes a minute.
+"""What learned coefficients are worth for LoRA adapters, on a small transformer in bfloat16.
 
     python -m experiments.studies.adapters
 
@@ -6,13 +6,12 @@ The base learns scikit-learn's digits in mirror writing. Each of five adapters t
 class proportions of its own. Their blend is to read all digits. The coefficients are learned on 300 target images by
 Gauss-Newton in JAX. PyTorch trains the base and the adapters. PEFT writes the adapters, and reads every blend.
 
-It needs PyTorch and PEFT: pip install torch peft.
+It takes four minutes on one CPU core. It needs PyTorch and PEFT: pip install torch peft.
 """
 
 import dataclasses
 import functools
 import json
-import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +31,7 @@ from experiments.protocol.splits import draw_splits, draw_target
 from experiments.reporting.presentation import Report, TableCells, markdown_table, page, spread
 from experiments.runtime.session import exit_on, process, session
 from experiments.runtime.stages import machine
+from experiments.studies import frame
 from glue_jax.checkpoints import (
     Adapters,
     add_adapter,
@@ -43,6 +43,7 @@ from glue_jax.checkpoints import (
 )
 from glue_jax.checkpoints.headers import library
 from glue_jax.checkpoints.torch_format import to_numpy
+from glue_jax.checks import check_counts
 
 NUM_ADAPTERS, RANK = 5, 4
 _WIDTH, _HEADS, _BLOCKS = 32, 4, 3
@@ -69,6 +70,12 @@ class Arguments:
     adapter_steps: int = 300
     learning_steps: int = 100
 
+    def __post_init__(self) -> None:
+        """Refuses values out of their range, by a ValueError with the field, its value, and what was expected."""
+        if not self.seeds:
+            raise ValueError("seeds is empty; expected at least one seed")
+        check_counts(base_steps=self.base_steps, adapter_steps=self.adapter_steps, learning_steps=self.learning_steps)
+
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Measures, from a command line (None is the process's) to the report.
@@ -78,8 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         nats and `accuracies`.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
-    parsed = tyro.cli(Arguments, prog="python -m experiments.studies.adapters", description=__doc__, args=words)
-    command = shlex.join(["python", "-m", "experiments.studies.adapters", *words])
+    with exit_on(ValueError):
+        parsed = tyro.cli(Arguments, prog="python -m experiments.studies.adapters", description=__doc__, args=words)
+    command = frame.command_line("studies.adapters", words)
     console = Console(markup=False)
     with exit_on(ImportError):
         torch, peft = (library(name, "pip install torch peft") for name in ("torch", "peft"))
