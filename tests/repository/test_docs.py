@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import glue_jax
 
@@ -103,11 +104,15 @@ def test_the_whole_way_lifts_the_blend_above_every_expert(aligned):
     assert jnp.mean(logits.argmax(axis=1) == validation["y"]) > max(accuracies)
 
 
-def test_the_lora_factors_are_those_of_the_averaged_product():
+def test_the_written_adapter_is_the_sum_of_the_products():
     namespace = _run(ROOT / "docs" / "my-experts.md")
-    stacked, adapter = namespace["stacked"], namespace["adapter"]
-    products = jnp.einsum("k,kir,kro->io", namespace["result"].alpha, stacked["a"], stacked["b"])
-    np.testing.assert_allclose(adapter["a"] @ adapter["b"], products, atol=1e-5)
+    a, b = (f"base_model.model.layer.lora_{factor}.weight" for factor in "AB")
+    folders = [*namespace["paths"], namespace["folder"] / "blend"]
+    *parts, blend = (load_file(folder / "adapter_model.safetensors") for folder in folders)
+    # Each of the three has the scaling 2.
+    products = [2 * part[b] @ part[a] for part in parts]
+    expected = np.tensordot(namespace["result"].alpha, products, axes=1)
+    np.testing.assert_allclose(blend[b] @ blend[a], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import glue_jax
+from glue_jax.blending import merge_for_learning
 from glue_jax.checkpoints import (
     adapter_configs,
     add_adapter,
@@ -119,7 +120,7 @@ def folder(tmp_path):
     return plain_adapter(tmp_path / "adapter")
 
 
-def plain_adapter(path, module="layer", rank=2, inner=3, outer=4, dtype=np.float32, **entries):
+def plain_adapter(path, module="layer", rank=2, inner=3, outer=4, dtype="float32", **entries):
     path.mkdir()
     random = np.random.default_rng(0)
     factors = {
@@ -218,7 +219,7 @@ def test_one_adapter_with_coefficient_one_stays_the_same_function(written, tmp_p
 def test_a_learned_merge_keeps_float32_and_has_the_product_of_the_written_one(written, tmp_path):
     dtype, model, paths, _ = written
     adapters = load_adapters(paths)
-    learned = glue_jax.blending.merge_for_learning(merge_adapters)
+    learned = merge_for_learning(merge_adapters)
     merged = jax.jit(learned)(adapters.experts, jnp.asarray(ALPHA, jnp.float32))
     assert {leaf.dtype for leaf in merged.values()} == {jnp.dtype("float32")}
     out = save_adapter(tmp_path / "blend", adapters, ALPHA)
@@ -374,7 +375,7 @@ def test_adapters_of_different_bases_are_refused_and_the_caller_may_know_better(
         load_adapters([folder, other])
 
 
-@pytest.mark.parametrize("words", [{"inner": 5}, {"outer": 5}, {"dtype": np.float16}])
+@pytest.mark.parametrize("words", [{"inner": 5}, {"outer": 5}, {"dtype": "float16"}])
 def test_adapters_that_change_other_weights_are_refused(words, folder, tmp_path):
     with pytest.raises(ValueError, match=r"lora_[AB].weight, but .* expected the same dtype"):
         load_adapters([folder, plain_adapter(tmp_path / "other", **words)])
@@ -408,7 +409,7 @@ def test_a_factor_that_is_not_finite_is_refused(folder):
 
 
 def test_a_blend_that_does_not_fit_its_dtype_leaves_nothing(tmp_path):
-    adapters = load_adapters([plain_adapter(tmp_path / "short", dtype=np.float16)])
+    adapters = load_adapters([plain_adapter(tmp_path / "short", dtype="float16")])
     with pytest.raises(ValueError, match=r"inf at base_model.model.layer.lora_B.weight"):
         save_adapter(tmp_path / "blend", adapters, [1e6])
     assert not (tmp_path / "blend").exists()

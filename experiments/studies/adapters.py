@@ -1,0 +1,360 @@
+"""What learned coefficients are worth for LoRA adapters, on a small transformer in bfloat16.
+
+    python -m experiments.studies.adapters
+
+The base learns scikit-learn's digits in mirror writing. Each of five adapters then learns 200 digits as they are, with
+class proportions of its own. Their blend is to read all digits. The coefficients are learned on 300 target images by
+Gauss-Newton in JAX. PyTorch trains the base and the adapters. PEFT writes the adapters, and reads every blend.
+
+It takes four minutes on one CPU core. It needs PyTorch and PEFT: pip install torch peft.
+"""
+
+import dataclasses
+import functools
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from rich.console import Console
+
+import glue_jax
+from experiments.protocol import data
+from experiments.protocol.splits import draw_splits, draw_target
+from experiments.reporting.presentation import Report, TableCells, markdown_table, page, spread
+from experiments.runtime.session import exit_on, process, session
+from experiments.runtime.stages import machine
+from experiments.studies import frame
+from glue_jax.checkpoints import (
+    Adapters,
+    add_adapter,
+    blend_files,
+    load_adapters,
+    merge_adapters,
+    open_checkpoints,
+    save_adapter,
+)
+from glue_jax.checkpoints.headers import library
+from glue_jax.checkpoints.torch_format import to_numpy
+from glue_jax.checks import check_counts
+
+NUM_ADAPTERS, RANK = 5, 4
+_WIDTH, _HEADS, _BLOCKS = 32, 4, 3
+_TARGETS = ["query", "key", "value", "project", "up", "down", "head"]
+_VALIDATION, _TARGET, _EXAMPLES, _CONCENTRATION = 150, 300, 200, 0.5
+_BATCH = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """What a command line says.
+
+    Attributes:
+        out_dir: the folder of the report.
+        seeds: of the draws of images, the base, the adapters and the minibatches.
+        base_steps: the steps of Adam that the base takes, with rate 1e-3.
+        adapter_steps: the steps of Adam that each adapter takes, with rate 3e-3.
+        learning_steps: the largest number of steps of Gauss-Newton.
+    """
+
+    out_dir: Path = Path("runs/adapters")
+    seeds: tuple[int, ...] = (0, 1, 2)
+    base_steps: int = 1000
+    adapter_steps: int = 300
+    learning_steps: int = 100
+
+    def __post_init__(self) -> None:
+        """Refuses values out of their range, by a ValueError with the field, its value, and what was expected."""
+        if not self.seeds:
+            raise ValueError("seeds is empty; expected at least one seed")
+        check_counts(base_steps=self.base_steps, adapter_steps=self.adapter_steps, learning_steps=self.learning_steps)
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measures, from a command line (None is the process's) to the report.
+
+    Returns:
+        The results: `title`, `command`, `machine`, `config`, and `rows`, each with `adapter`, and, by seed, `losses` in
+        nats and `accuracies`.
+    """
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    with exit_on(ValueError):
+        parsed = tyro.cli(Arguments, prog="python -m experiments.studies.adapters", description=__doc__, args=words)
+    command = frame.command_line("studies.adapters", words)
+    console = Console(markup=False)
+    with exit_on(ImportError):
+        torch, peft = (library(name, "pip install torch peft") for name in ("torch", "peft"))
+    with session(parsed.out_dir, console, command) as progress:
+        bar = progress.stage("Adapters", len(parsed.seeds))
+        found: dict[str, list[tuple[float, float]]] = {}
+        for seed in parsed.seeds:
+            for name, measured in measure(parsed, seed).items():
+                found.setdefault(name, []).append(measured)
+            bar.advance()
+        results = {
+            "title": "Blends of LoRA adapters",
+            "command": command,
+            "machine": f"{machine()}, PyTorch {torch.__version__}, PEFT {peft.__version__}",
+            "config": {**dataclasses.asdict(parsed), "out_dir": str(parsed.out_dir)},
+            "rows": [
+                {"adapter": name, "losses": [loss for loss, _ in each], "accuracies": [right for _, right in each]}
+                for name, each in found.items()
+            ],
+        }
+        report = present(json.loads(json.dumps(results)))
+        report.write(parsed.out_dir, results)
+    report.show(parsed.out_dir, console)
+    return results
+
+
+def measure(parsed: Arguments, seed: int) -> dict[str, tuple[float, float]]:
+    """Trains the base and the adapters of one seed, and blends them.
+
+    Returns:
+        The loss in nats and the accuracy on the test images, by the name of the adapter.
+    """
+    dataset = data.load("digits")
+    labels = dataset.train.labels
+    splits = draw_splits(
+        labels,
+        seed=seed,
+        num_validation=_VALIDATION,
+        num_experts=NUM_ADAPTERS,
+        num_examples=_EXAMPLES,
+        concentration=_CONCENTRATION,
+    )
+    images = {"train": patches(dataset.train.images), "test": patches(dataset.test.images)}
+    mirrored = patches(dataset.train.images[:, :, ::-1])
+
+    def part(indices: np.ndarray) -> dict[str, np.ndarray]:
+        return {"x": images["train"][indices], "y": labels[indices]}
+
+    validation, test = part(splits.validation), {"x": images["test"], "y": dataset.test.labels}
+    base = trained_base({"x": mirrored[splits.rest], "y": labels[splits.rest]}, parsed.base_steps, seed)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        paths = [
+            write_adapter(base, part(indices), parsed.adapter_steps, NUM_ADAPTERS * seed + index, folder / str(index))
+            for index, indices in enumerate(splits.experts)
+        ]
+        adapters, uniform = load_adapters(paths), np.full(NUM_ADAPTERS, 1 / NUM_ADAPTERS)
+        best = min(paths, key=lambda path: tested(base, path, validation)[0])
+        learned = functools.partial(
+            learn, base, adapters, part(draw_target(splits.rest, seed=seed, num_target=_TARGET)), validation, seed
+        )
+        layers = glue_jax.merging.group_by_path(adapters.experts, r"blocks\.\d+|head")
+        blends = {
+            "none, the base": None,
+            "best adapter by validation": best,
+            "average of A and average of B": blend_files(open_checkpoints(paths), uniform.tolist(), folder / "apart"),
+            "average of the products": save_adapter(folder / "uniform", adapters, uniform),
+            "learned coefficients": save_adapter(
+                folder / "learned", adapters, learned(parsed.learning_steps, merge_adapters, None)
+            ),
+            "learned coefficients by layer": save_adapter(
+                folder / "layers",
+                adapters,
+                learned(
+                    parsed.learning_steps,
+                    functools.partial(merge_adapters, groups=layers.rows),
+                    jnp.tile(uniform, (len(layers.names), 1)),
+                ),
+                layers.rows,
+            ),
+        }
+        return {name: tested(base, path, test) for name, path in blends.items()}
+
+
+def learn(
+    base: Any,
+    adapters: Adapters,
+    target: Mapping[str, np.ndarray],
+    validation: Mapping[str, np.ndarray],
+    seed: int,
+    max_steps: int,
+    merge_fn: Callable[..., Any],
+    beta: jax.Array | None,
+) -> jax.Array:
+    """Returns free coefficients from Gauss-Newton, `[K]` or by layer, learned in float32 from the average's."""
+    weights = {name: jnp.asarray(to_numpy(tensor), jnp.float32) for name, tensor in base.state_dict().items()}
+    loss_fn = glue_jax.OutputLoss(
+        lambda adapter, batch: outputs(add_adapter(weights, adapter), batch["x"]),
+        lambda logits, batch: optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean(),
+    )
+    return glue_jax.learn(
+        jax.random.key(seed),
+        adapters.experts,
+        dict(target),
+        loss_fn=loss_fn,
+        state=None if beta is None else glue_jax.init(NUM_ADAPTERS, beta=beta, link_fn=glue_jax.unconstrained),
+        step_fn=glue_jax.gauss_newton_step,
+        link_fn=glue_jax.unconstrained,
+        merge_fn=merge_fn,
+        validation_data=dict(validation),
+        batch_size=_BATCH,
+        max_steps=max_steps,
+    ).alpha
+
+
+def patches(images: np.ndarray) -> np.ndarray:
+    """Returns images as 16 patches of 2 x 2 pixels between -1 and 1, float32 `[N, 16, 4]`."""
+    split = images.reshape(-1, 4, 2, 4, 2).transpose(0, 1, 3, 2, 4).reshape(-1, 16, 4)
+    return split.astype(np.float32) / 127.5 - 1
+
+
+def network(torch: Any) -> Any:
+    """Returns a transformer of PyTorch with new weights, which maps patches `[B, 16, 4]` to logits `[B, 10]`."""
+    nn = torch.nn
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name in ("query", "key", "value", "project"):
+                setattr(self, name, nn.Linear(_WIDTH, _WIDTH))
+            self.up, self.down = nn.Linear(_WIDTH, 2 * _WIDTH), nn.Linear(2 * _WIDTH, _WIDTH)
+            self.norm1, self.norm2 = nn.LayerNorm(_WIDTH), nn.LayerNorm(_WIDTH)
+
+        def forward(self, x: Any) -> Any:
+            y = self.norm1(x)
+            heads = (
+                layer(y).unflatten(-1, (_HEADS, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)
+            )
+            x = x + self.project(nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
+            return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
+
+    class Transformer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Linear(4, _WIDTH), nn.Linear(_WIDTH, 10)
+            self.position = nn.Parameter(0.1 * torch.randn(16, _WIDTH))
+            self.blocks = nn.ModuleList(Block() for _ in range(_BLOCKS))
+            self.norm = nn.LayerNorm(_WIDTH)
+
+        def forward(self, x: Any) -> Any:
+            x = self.embed(x.to(self.position.dtype)) + self.position
+            for block in self.blocks:
+                x = block(x)
+            return self.head(self.norm(x).mean(1))
+
+    return Transformer()
+
+
+def outputs(weights: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
+    """Returns the logits `[B, 10]` of patches `[B, 16, 4]`: `network` in JAX, on the weights of its state dict."""
+
+    def linear(name: str, x: jax.Array) -> jax.Array:
+        return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"][*[None] * (x.ndim - 1)]
+
+    def norm(name: str, x: jax.Array) -> jax.Array:
+        standard = jax.nn.standardize(x, axis=-1, epsilon=1e-5)
+        return standard * weights[f"{name}.weight"][None, None] + weights[f"{name}.bias"][None, None]
+
+    x = linear("embed", x) + weights["position"][None]
+    for block in (f"blocks.{index}" for index in range(_BLOCKS)):
+        y = norm(f"{block}.norm1", x)
+        query, key, value = (
+            linear(f"{block}.{name}", y).reshape(*y.shape[:2], _HEADS, -1) for name in ("query", "key", "value")
+        )
+        attended = jax.nn.dot_product_attention(query, key, value)
+        x = x + linear(f"{block}.project", attended.reshape(x.shape))
+        hidden = linear(f"{block}.up", norm(f"{block}.norm2", x))
+        x = x + linear(f"{block}.down", jax.nn.gelu(hidden, approximate=False))
+    return linear("head", norm("norm", x).mean(1))
+
+
+def trained_base(examples: Mapping[str, np.ndarray], steps: int, seed: int) -> Any:
+    """Returns a transformer of PyTorch that was trained in float32, in bfloat16."""
+    torch = library("torch")
+    torch.manual_seed(seed)
+    model = network(torch)
+    _train(torch, model, examples, steps, 1e-3)
+    return model.to(torch.bfloat16)
+
+
+def write_adapter(base: Any, examples: Mapping[str, np.ndarray], steps: int, seed: int, folder: Path) -> Path:
+    """Trains an adapter by PEFT, and writes it in bfloat16.
+
+    Returns:
+        The folder.
+    """
+    torch, peft = library("torch"), library("peft")
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=_TARGETS)
+    model = peft.get_peft_model(_copy(base), config)
+    _train(torch, model, examples, steps, 3e-3)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def tested(base: Any, adapter: Path | None, examples: Mapping[str, np.ndarray]) -> tuple[float, float]:
+    """Returns the loss in nats and the accuracy of the base with an adapter, which PEFT reads and applies."""
+    torch, peft = library("torch"), library("peft")
+    model = _copy(base)
+    if adapter is not None:
+        model = peft.PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False)
+    with torch.no_grad():
+        logits = model.eval()(torch.from_numpy(examples["x"])).float()
+    labels = torch.from_numpy(examples["y"]).long()
+    return float(torch.nn.functional.cross_entropy(logits, labels)), float((logits.argmax(1) == labels).float().mean())
+
+
+def _train(torch: Any, model: Any, examples: Mapping[str, np.ndarray], steps: int, rate: float) -> None:
+    """Trains what may be trained in a model by Adam."""
+    optimizer = torch.optim.Adam([tensor for tensor in model.parameters() if tensor.requires_grad], lr=rate)
+    x, y = torch.from_numpy(examples["x"]), torch.from_numpy(examples["y"]).long()
+    for chosen in _minibatches(torch, len(x), steps):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(x[chosen]).float(), y[chosen]).backward()
+        optimizer.step()
+
+
+def _minibatches(torch: Any, count: int, steps: int) -> Iterator[Any]:
+    """Yields the indices of minibatches, drawn with replacement."""
+    for _ in range(steps):
+        yield torch.randint(count, (_BATCH,))
+
+
+def _copy(base: Any) -> Any:
+    """Returns a copy of a transformer, which PEFT may change."""
+    torch = library("torch")
+    model = network(torch).to(torch.bfloat16)
+    model.load_state_dict(base.state_dict())
+    return model
+
+
+def present(results: Mapping[str, Any]) -> Report:
+    """Returns all that is shown of the results of `main`."""
+    table = _table(results)
+    return Report(
+        page(
+            results,
+            f"A transformer in bfloat16 reads digits in mirror writing. {NUM_ADAPTERS} LoRA adapters of rank {RANK} "
+            f"each learned {_EXAMPLES} digits as they are, with class proportions of their own. The learned "
+            f"coefficients are free. Gauss-Newton learned them on {_TARGET} target images. Loss (in nats) and accuracy "
+            "are those of PEFT, in bfloat16, on the test images: means and standard deviations of "
+            f"{len(results['config']['seeds'])} seeds.",
+            markdown_table(*table),
+        ),
+        {},
+        {"Test loss and accuracy": table},
+    )
+
+
+def _table(results: Mapping[str, Any]) -> TableCells:
+    """Returns a row for each adapter."""
+    return ["adapter", "test loss", "test accuracy, %"], [
+        [row["adapter"], spread(np.array(row["losses"]), 3), spread(100 * np.array(row["accuracies"]), 1)]
+        for row in results["rows"]
+    ]
+
+
+if __name__ == "__main__":
+    with process():
+        main()
