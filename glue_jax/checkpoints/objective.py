@@ -18,7 +18,8 @@ from glue_jax.objectives import OutputLoss
 from glue_jax.types import LossFn, Params
 
 _WAYS = ("module", "outputs", "loss_fn", "evaluate")
-_NAMES = (*_WAYS, "loss", "load_data", "load_validation_data", "validation_fn", "statistics_fn", "rename")
+FUNCTIONS = (*_WAYS, "loss", "load_data", "load_validation_data", "validation_fn", "statistics_fn", "rename")
+"""The names of the functions of an objective file that have a meaning."""
 
 _NUMBERS = ("loss", "loss_fn", "validation_fn")
 
@@ -113,7 +114,7 @@ def _run(path: Path) -> dict[str, Callable[..., Any]]:
     # The file may import modules that lie beside it.
     sys.path.insert(0, str(path.parent.absolute()))
     _guarded(path, "the file", functools.partial(spec.loader.exec_module, module))()
-    defined = {name: getattr(module, name) for name in _NAMES if hasattr(module, name)}
+    defined = {name: getattr(module, name) for name in FUNCTIONS if hasattr(module, name)}
     for name, function in defined.items():
         if not callable(function):
             raise ObjectiveError(f"{path}: {name} is {function!r}; expected a function")

@@ -24,11 +24,12 @@ class ProgressLine:
         if self._first is None:
             # What an earlier run did took no time in this one.
             self._first, self._started = done, now
-        if now - self._shown < (_ON_TERMINAL if self._is_terminal else _IN_FILE):
+        # One moment alone says nothing about the speed.
+        if done == self._first or now - self._shown < (_ON_TERMINAL if self._is_terminal else _IN_FILE):
             return
         self._shown = now
-        left = (now - self._started) / max(done - self._first, 1) * (total - done)
-        text = f"{self._name}: {done / total:.0%}, at most {left / 60:.0f} min {left % 60:.0f} s left"
+        minutes, seconds = divmod(round((now - self._started) / (done - self._first) * (total - done)), 60)
+        text = f"{self._name}: {done / total:.0%}, at most {minutes} min {seconds} s left"
         print(f"\r{text}\033[K" if self._is_terminal else text, end="" if self._is_terminal else "\n", file=sys.stderr)
 
     def __enter__(self) -> "ProgressLine":

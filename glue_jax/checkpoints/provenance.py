@@ -165,7 +165,10 @@ def _card(checkpoints: Sequence[Checkpoint], made: Mapping[str, Any], report: st
     is_known = (checkpoints[0].path / "config.json").is_file()
     library = ["library_name: transformers"] if is_known else []
     lines = ["---", *library, "tags:", "- merge", "- glue-jax", "---", "", "# A blend of experts", ""]
-    lines += ["Each weight is the sum of the experts' weights, times the coefficients below.", ""]
+    lines += ["Each weight is the sum of the experts' weights, times the coefficients below."]
+    if (made["learned"] or {}).get("statistics_refreshed"):
+        lines += ["BatchNorm's running statistics were measured on the target data."]
+    lines += [""]
     lines += ["| expert |" + "".join(f" {group['name']} |" for group in shown), "| --- |" + " ---: |" * len(shown)]
     for index, one in enumerate(checkpoints):
         lines.append(f"| {one.path.name} |" + "".join(f" {group['alpha'][index]:.4f} |" for group in shown))

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 import glue_jax
+from glue_jax import checkpoints
+from glue_jax.checkpoints import objective
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -49,10 +50,10 @@ def _with_code():
     return [path for path in PAGES if _blocks(path)]
 
 
-# The other two are run by the tests below.
+# The others are run by the tests below, and by test_my_experts.py.
 @pytest.mark.parametrize(
     "path",
-    [path for path in _with_code() if path.stem not in ("getting-started", "collapsed-blends", "README")],
+    [path for path in _with_code() if path.stem not in ("getting-started", "collapsed-blends", "my-experts", "README")],
     ids=lambda path: path.stem,
 )
 def test_the_code_of_a_page_runs(path):
@@ -104,17 +105,6 @@ def test_the_whole_way_lifts_the_blend_above_every_expert(aligned):
     assert jnp.mean(logits.argmax(axis=1) == validation["y"]) > max(accuracies)
 
 
-def test_the_written_adapter_is_the_sum_of_the_products():
-    namespace = _run(ROOT / "docs" / "my-experts.md")
-    a, b = (f"base_model.model.layer.lora_{factor}.weight" for factor in "AB")
-    folders = [*namespace["paths"], namespace["folder"] / "blend"]
-    *parts, blend = (load_file(folder / "adapter_model.safetensors") for folder in folders)
-    # Each of the three has the scaling 2.
-    products = [2 * part[b] @ part[a] for part in parts]
-    expected = np.tensordot(namespace["result"].alpha, products, axes=1)
-    np.testing.assert_allclose(blend[b] @ blend[a], expected, atol=1e-5)
-
-
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_every_link_to_a_file_leads_to_one(path):
     links = re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", path.read_text())
@@ -135,6 +125,17 @@ def test_every_name_of_the_package_is_on_an_api_page():
 def test_every_public_name_of_a_module_is_on_an_api_page(name):
     missing = {f"glue_jax.{name}.{each}" for each in _public_names(getattr(glue_jax, name))} - DOCUMENTED
     assert not missing
+
+
+def test_every_public_name_of_the_package_of_files_is_on_an_api_page():
+    # `import glue_jax` does not import it.
+    assert {f"glue_jax.checkpoints.{name}" for name in checkpoints.__all__} <= DOCUMENTED
+
+
+def test_the_page_of_files_names_every_function_of_an_objective_file():
+    text = (ROOT / "docs" / "api" / "checkpoints.md").read_text()
+    shown = set(re.findall(r"^\| `(\w+)\(", text, re.MULTILINE))
+    assert shown == set(objective.FUNCTIONS)
 
 
 def test_every_documented_name_is_there():

@@ -85,6 +85,12 @@ def test_the_card_has_front_matter_the_coefficients_and_the_report(folders, tmp_
     assert card.endswith("| model | value |\n")
 
 
+def test_the_card_says_whether_statistics_are_no_sum(folders, tmp_path):
+    sentence = "BatchNorm's running statistics were measured on the target data."
+    assert sentence in (written(folders, tmp_path / "a", {"statistics_refreshed": True}) / "README.md").read_text()
+    assert sentence not in (written(folders, tmp_path / "b") / "README.md").read_text()
+
+
 def test_there_is_a_recipe_only_for_what_mergekit_makes(folders, tmp_path):
     assert (written(folders, tmp_path / "a") / "mergekit.yaml").exists()
     assert not (written(folders, tmp_path / "b", {"statistics_refreshed": True}) / "mergekit.yaml").exists()
