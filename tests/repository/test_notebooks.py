@@ -74,6 +74,19 @@ def test_the_quickstart_runs_from_a_clean_kernel(tmp_path):
         assert re.search(rf"^\| {model} \| \d+\.\d \| \d\.\d{{3}} \|$", priors, re.MULTILINE)
 
 
+def test_your_own_experts_runs_from_a_clean_kernel(tmp_path):
+    notebook = _execute(_read("your_own_experts"), tmp_path)
+    assert {cell: len(shown) for cell, shown in _shown(notebook, "image/png").items()} == {"figure": 1}
+    printed = {
+        cell.id: "".join(output.text for output in cell.outputs if output.get("name") == "stdout")
+        for cell in _code(notebook)
+    }
+    assert "The experts are related" in printed["inspect"]
+    rows = re.findall(r"^\| \**([a-z ]+\d?)\** \| ([\d.]+) ", printed["learn"], re.MULTILINE)
+    values = {name: float(value) for name, value in rows}
+    assert values["learned"] < values["uniform average"] < min(values[f"expert {number}"] for number in range(5))
+
+
 def test_the_paper_runs_from_a_clean_kernel_and_shows_committed_runs_and_the_users(tmp_path):
     committed = {
         path.parent.name: json.loads(path.read_text()) for path in (ROOT / "experiments/results").glob("*/results.json")
@@ -141,7 +154,7 @@ def test_an_experiment_that_fails_says_how_it_ended(run_experiment, capsys):
 
 
 def test_the_notebooks_are_these():
-    assert [path.stem for path in FILES] == ["paper", "quickstart"]
+    assert [path.stem for path in FILES] == ["paper", "quickstart", "your_own_experts"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -174,9 +187,9 @@ def test_a_notebook_names_the_one_public_address(path):
 
 
 def test_the_notebooks_install_alike():
-    first, second = (_read(path.stem).cells[1] for path in FILES)
-    assert first.id == second.id == "install"
-    assert first.source == second.source
+    cells = [_read(path.stem).cells[1] for path in FILES]
+    assert {cell.id for cell in cells} == {"install"}
+    assert len({cell.source for cell in cells}) == 1
 
 
 @pytest.fixture
