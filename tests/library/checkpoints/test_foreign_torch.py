@@ -110,6 +110,7 @@ def mean_loss(logits, batch):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_blend_of_modules_is_learned_in_jax_and_as_accurate_in_pytorch(digits, dtype, tmp_path):
     functions = functions_of(Net())
+    assert functions.statistics_fn is not None
     stacked = load_experts(digits.paths)
     if dtype == "bfloat16":
         is_weight = {name: "running" not in name and "tracked" not in name for name in stacked}
@@ -124,25 +125,25 @@ def test_a_blend_of_modules_is_learned_in_jax_and_as_accurate_in_pytorch(digits,
         link_fn=glue_jax.unconstrained,
         validation_data=digits.validation,
         validation_batch_size=100,
-        batch_size=100,
-        max_steps=15,
+        batch_size=50,
+        max_steps=10,
     )
     blended = glue_jax.merging.refresh_statistics(
         glue_jax.blend(bank, result.alpha), [digits.target], jax.jit(functions.statistics_fn), collection=""
     )
     path = save_blend(tmp_path / "blend.safetensors", blended, like=digits.paths[0])
     logits, accuracy = in_torch(path, digits.test)
-    ours = jax.jit(functions.outputs_fn)(blended, digits.test)
+    ours = np.asarray(jax.jit(functions.outputs_fn)(blended, digits.test))
     np.testing.assert_allclose(ours, logits, rtol=1e-3, atol=1e-3)
-    assert np.mean(jnp.argmax(ours, axis=1) == digits.test["y"]) == accuracy
+    assert np.mean(ours.argmax(axis=1) == digits.test["y"]) == accuracy
     assert accuracy > max(in_torch(each, digits.test)[1] for each in digits.paths) + 0.05
 
 
 def test_a_blend_is_learned_by_ask_and_tell_where_the_model_stays_in_pytorch(digits, tmp_path):
-    stacked, network = load_experts(digits.paths), Net().eval()
+    stacked, network, blend = load_experts(digits.paths), Net().eval(), jax.jit(glue_jax.blend)
 
     def loss(alpha):
-        blended = glue_jax.blend(stacked, alpha)
+        blended = blend(stacked, alpha)
         network.load_state_dict({name: torch.from_numpy(np.array(leaf)) for name, leaf in blended.items()})
         with torch.no_grad():
             logits = network(torch.from_numpy(digits.target["x"]))
@@ -156,8 +157,7 @@ def test_a_blend_is_learned_by_ask_and_tell_where_the_model_stays_in_pytorch(dig
         probes = glue_jax.ask(key, state, **options)
         state, _ = glue_jax.tell(probes, [loss(alpha) for alpha in np.asarray(probes.alpha)], optimizer=optimizer)
     after = loss(glue_jax.alpha(state))
-    print(before, after)
-    assert after < 0.9 * before
+    assert after < before - 0.05
     path = save_blend(
         tmp_path / "blend.safetensors", glue_jax.blend(stacked, glue_jax.alpha(state)), like=digits.paths[0]
     )
@@ -165,7 +165,7 @@ def test_a_blend_is_learned_by_ask_and_tell_where_the_model_stays_in_pytorch(dig
     with torch.no_grad():
         in_place = network(torch.from_numpy(digits.test["x"])).numpy()
     np.testing.assert_allclose(logits, in_place, rtol=1e-5, atol=1e-5)
-    print(accuracy, [in_torch(each, digits.test)[1] for each in digits.paths])
+    assert accuracy == np.mean(in_place.argmax(axis=1) == digits.test["y"])
 
 
 def test_the_functions_compute_what_the_module_computes(digits):
@@ -173,6 +173,7 @@ def test_the_functions_compute_what_the_module_computes(digits):
     network.load_state_dict(safetensors_torch.load_file(digits.paths[0]))
     network.train()
     functions = functions_of(network)
+    assert functions.statistics_fn is not None
     expert = jax.tree.map(lambda leaf: leaf[0], load_experts(digits.paths))
     np.testing.assert_allclose(
         jax.jit(functions.outputs_fn)(expert, data), in_torch(digits.paths[0], data)[0], rtol=1e-4, atol=1e-5
@@ -195,19 +196,17 @@ def test_the_functions_compute_what_the_module_computes(digits):
 
 def test_the_functions_are_vmapped_and_differentiated(digits):
     functions, stacked = functions_of(Net()), load_experts(digits.paths)
-    losses = []
+    data = {name: array[:20] for name, array in digits.target.items()}
     for function in (functions.outputs_fn, functions.minibatch_fn):
 
         def loss(alpha, function=function):
-            return mean_loss(function(glue_jax.blend(stacked, alpha), digits.target), digits.target)
+            return mean_loss(function(glue_jax.blend(stacked, alpha), data), data)
 
         alphas = jnp.eye(NUM_EXPERTS)[:2] * 0.6 + 0.08
-        np.testing.assert_allclose(jax.jit(jax.vmap(loss))(alphas), [loss(alpha) for alpha in alphas], rtol=1e-4)
-        gradient = jax.jit(jax.grad(loss))(alphas[0])
-        _, slope = jax.jvp(loss, (alphas[0],), (alphas[1],))
+        value, gradient = jax.jit(jax.value_and_grad(loss))(alphas[0])
+        np.testing.assert_allclose(jax.jit(jax.vmap(loss))(alphas)[0], value, rtol=1e-4)
+        _, slope = jax.jit(lambda at, along, loss=loss: jax.jvp(loss, (at,), (along,)))(*alphas)
         np.testing.assert_allclose(slope, gradient @ alphas[1], rtol=1e-3)
-        losses.append(loss(alphas[0]))
-    assert losses[1] < losses[0]
 
 
 def test_attention_and_a_tied_weight_are_computed():
@@ -218,11 +217,14 @@ def test_attention_and_a_tied_weight_are_computed():
     expert = {name: leaf.numpy() for name, leaf in network.state_dict().items()}
     data = {"words": words.numpy(), "mask": mask.numpy(), "labels": np.zeros(3)}
     functions = functions_of(network)
-    assert functions.minibatch_fn is functions.statistics_fn is None
+    assert functions.statistics_fn is None
+    assert functions.minibatch_fn is functions.outputs_fn
     expected = network.eval()(words, mask)["logits"].detach().numpy()
-    np.testing.assert_allclose(jax.jit(functions.outputs_fn)(expert, data)[~mask.numpy()], expected[~mask.numpy()], atol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(functions.outputs_fn)(expert, data)[~mask.numpy()], expected[~mask.numpy()], atol=1e-5
+    )
     del expert["out.weight"]
-    found = functions_of(network, inputs=("words", "mask")).outputs_fn(expert, data)
+    found = jax.jit(functions_of(network, inputs=("words", "mask")).minibatch_fn)(expert, data)
     np.testing.assert_allclose(found[~mask.numpy()], expected[~mask.numpy()], atol=1e-5)
 
 
