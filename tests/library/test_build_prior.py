@@ -223,7 +223,7 @@ def test_related_experts_are_not_aligned():
     assert all(each.related for each in found.similarity)
     assert "aligned average" not in values(found)
     assert "The experts are related" in found.report
-    assert "So they were not aligned" in found.report
+    assert "Related experts need no alignment, so none was tried" in found.report
 
 
 def test_a_spec_that_does_not_describe_the_network_is_refused():
@@ -265,6 +265,7 @@ def test_statistics_are_refreshed_before_a_candidate_is_validated():
     experts = {**BANK, "batch_stats": {"mean": jnp.full((4, 16), 100.0), "var": jnp.ones((4, 16))}}
     found = build(experts, data, loss_fn=NORMED, validation_data=data, statistics_fn=statistics_fn)
     assert all(each.refreshed for each in found.candidates)
+    assert "BatchNorm's statistics of each model were refreshed on 160 examples of the data." in found.report
     chex.assert_trees_all_close(found.params["batch_stats"], statistics_fn(found.params, data), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(values(found)[found.chosen], NORMED(found.params, data), rtol=1e-4)
     # The loss runs the network in evaluation mode, and is learned with the statistics of minibatches all the same.
