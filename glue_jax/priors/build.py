@@ -3,7 +3,7 @@
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -192,8 +192,9 @@ def build_prior(
     for index in range(k):
         judge(f"expert {index}", experts, jnp.zeros(k).at[index].set(1))
     average = judge("uniform average", experts, uniform(k))
-    permutations, alignment = None, _not_aligned(spec, similarity)
-    if spec is not None and alignment is None:
+    are_related = all(each.related for each in similarity)
+    permutations, alignment = None, _not_aligned(spec, are_related)
+    if spec is not None and not are_related:
         aligned = align_experts(experts, spec, reference=None, check_fn=_check_fn(source, merge_fn))
         after = judge("aligned average", aligned.experts, uniform(k))
         is_better = _order(after) < _order(average)
@@ -232,7 +233,7 @@ def build_prior(
         words.append("Nothing was learned by group, because merge_fn takes no `groups`.")
     chosen = min(candidates, key=_order)
     report = reporting.write(
-        candidates, chosen, similarity, alignment=alignment or "", learning=words, validation=source.validation
+        candidates, chosen, similarity, alignment=alignment, learning=words, validation=source.validation
     )
     return Prior(
         params=model(experts, chosen.alpha),
@@ -310,16 +311,14 @@ def _check_known(known: Any, stages: list[Stage], source: FromData | FromCalls) 
             )
 
 
-def _not_aligned(spec: PermutationSpec | None, similarity: Sequence[Relation]) -> str | None:
-    """Says why experts are not aligned. None if they are to be aligned."""
-    if all(each.related for each in similarity):
-        return None if spec is None else "So they were not aligned."
-    if spec is None:
-        return (
-            "No spec was given, so the experts were not aligned. If they come from separate initialisations, pass a "
-            "PermutationSpec as spec (glue_jax.merging.chain_spec writes one)."
-        )
-    return None
+def _not_aligned(spec: PermutationSpec | None, are_related: bool) -> str:
+    """Says why the experts are not aligned."""
+    if are_related:
+        return "" if spec is None else "Related experts need no alignment, so none was tried."
+    return (
+        "No spec was given, so the experts were not aligned. If they come from separate initialisations, pass a "
+        "PermutationSpec as spec (glue_jax.merging.chain_spec writes one)."
+    )
 
 
 def _check_fn(source: FromData | FromCalls, merge_fn: MergeFn) -> Callable[[Params], PyTree] | None:
