@@ -1,0 +1,354 @@
+"""What to do with the last checkpoints of one training run? Test accuracy and loss of several ways to blend them.
+
+    python -m experiments.studies.last_checkpoints
+    python -m experiments.studies.last_checkpoints --experiment cifar10 --expert-examples 6000 --expert-epochs 30 \
+        --target-examples 2000 --alpha-batch-size 128
+
+A network is trained once for each seed, at a constant learning rate. orbax writes a checkpoint after each of the last
+`--num-experts` epochs. `glue_jax.checkpoints.load_experts` reads them as experts. Their coefficients are learned on
+`--target-examples` images that the network was not trained on, or on its training images. They are compared with the
+last checkpoint, with the uniform average of the last k checkpoints, and with moving averages of the weights. The
+validation images choose k, the moving average, and the step at which learning ends.
+
+Every blend gets BatchNorm's statistics from training images. The coefficients are learned with BatchNorm by the
+minibatch. Training and each way are kept, so a run goes on where it was stopped.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+
+import glue_jax
+from experiments.models.network import Variables
+from experiments.protocol.coefficients import coefficients_key
+from experiments.protocol.config import CoefficientFields, FineTuningFields, part
+from experiments.protocol.context import Context, take
+from experiments.protocol.data import Examples
+from experiments.protocol.presets import ExpertArguments
+from experiments.protocol.splits import Indices
+from experiments.reporting.presentation import Report, TableCells, markdown_table, page, spread
+from experiments.runtime.session import process
+from experiments.runtime.sources import functions_in
+from experiments.runtime.stages import Stages
+from experiments.studies import frame
+from experiments.studies.budget import Sharing, coefficients
+from experiments.studies.frame import slug
+from experiments.studies.numerics import drawn_together
+from experiments.studies.training_run import Images, draw_images, load_average, load_models, train_run
+
+_REFRESH_BATCH, _REFRESH_BATCHES = 256, 8
+_VALIDATION_BATCH = 250
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments(ExpertArguments):
+    """What a command line says.
+
+    `expert-examples`, `expert-epochs` and the other fields of experts are those of the one run. `concentration` and
+    `initialization` have no effect, and `run-dir` has none.
+
+    Attributes:
+        decays: of the moving averages of the parameters, for each step of training.
+        ways: the ways whose names contain one of these words. None given: all ways.
+    """
+
+    decays: tuple[float, ...] = (0.99, 0.997, 0.999)
+    ways: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuses values out of their range, by a ValueError with the field, its value, and what was expected."""
+        if not self.decays or len(set(self.decays)) < len(self.decays) or not all(0 < d < 1 for d in self.decays):
+            raise ValueError(f"decays are {self.decays}; expected at least one, each between 0 and 1 and given once")
+        for word in self.ways:
+            if not any(word in name for name in WAYS):
+                raise ValueError(f"ways has {word!r}; expected part of one of {list(WAYS)}")
+        if self.config.num_experts > self.config.expert_epochs:
+            raise ValueError(
+                f"num_experts is {self.config.num_experts}, and expert_epochs is {self.config.expert_epochs}; expected "
+                "a checkpoint for at most each epoch"
+            )
+
+
+class Run(NamedTuple):
+    """A training run that is done, and what every way may use.
+
+    Attributes:
+        context: of `experiments.protocol.context.prepare`.
+        seed: of the run.
+        images: of the seed.
+        models: the last K models, stacked, each leaf `[K, ...]`.
+        averages: the moving averages of the parameters, by decay.
+        problem: from what has coefficients of its own to what is learned.
+        statistics: BatchNorm's statistics of a minibatch, jitted.
+    """
+
+    context: Context
+    seed: int
+    images: Images
+    models: Variables
+    averages: Mapping[float, Any]
+    problem: Callable[[Sharing], Any]
+    statistics: Callable[[Variables, jax.Array], Any]
+
+    def model(self, index: int) -> Variables:
+        """One of the last K models."""
+        return jax.tree.map(lambda leaf: leaf[index], self.models)
+
+    def examples(self, rows: Indices) -> Examples:
+        """Some images of the training split, with their labels."""
+        return take(self.context.train, rows)
+
+    def refreshed(self, variables: Variables) -> Variables:
+        """A model with BatchNorm's statistics estimated on training images."""
+        images = self.examples(self.images.training[: _REFRESH_BATCH * _REFRESH_BATCHES]).images
+        batches = [images[at : at + _REFRESH_BATCH] for at in range(0, len(images), _REFRESH_BATCH)]
+        return glue_jax.merging.refresh_statistics(variables, batches, self.statistics)
+
+
+class Choice(NamedTuple):
+    """What a way returns.
+
+    Attributes:
+        variables: the model.
+        chosen: what was chosen, for the report.
+        alpha: the coefficients of the K models, `[K]`; None if it is no blend of them.
+    """
+
+    variables: Variables
+    chosen: str
+    alpha: Any = None
+
+
+def _last(run: Run) -> Choice:
+    """The last checkpoint as it is."""
+    return Choice(run.model(-1), "-")
+
+
+def _last_refreshed(run: Run) -> Choice:
+    """The last checkpoint with new statistics."""
+    return Choice(run.refreshed(run.model(-1)), "-")
+
+
+def _best(run: Run) -> Choice:
+    """The checkpoint with the lowest validation loss, as it is."""
+    count = run.context.config.num_experts
+    return _lowest(run, {f"{count - at} from the end": Choice(run.model(at), "") for at in reversed(range(count))})
+
+
+def _uniform(run: Run) -> Choice:
+    """The uniform average of the last k."""
+    candidates, count = {}, run.context.config.num_experts
+    for k in range(2, count + 1):
+        alpha = np.repeat([0.0, 1 / k], [count - k, k]).astype(np.float32)
+        candidates[f"k = {k}"] = Choice(run.refreshed(glue_jax.blend(run.models, alpha)), "", alpha)
+    return _lowest(run, candidates)
+
+
+def _moving_average(run: Run) -> Choice:
+    """The moving average of the parameters at the end of training."""
+    candidates = {}
+    for decay, params in run.averages.items():
+        candidates[f"decay {decay}"] = Choice(run.refreshed({**run.model(-1), "params": params}), "")
+    return _lowest(run, candidates)
+
+
+def _lowest(run: Run, candidates: Mapping[str, Choice]) -> Choice:
+    """The candidate with the lowest validation loss."""
+    validation = run.context.validation
+    losses = {name: run.context.evaluate(each.variables, validation)["loss"] for name, each in candidates.items()}
+    chosen = min(losses, key=losses.__getitem__)
+    return candidates[chosen]._replace(chosen=chosen)
+
+
+def _learned(link: Literal["softmax", "free", "free by layer"], learn_on: str, run: Run) -> Choice:
+    """Coefficients by Gauss-Newton with BatchNorm by the minibatch, and then new statistics."""
+    context = run.context
+    config, problem = context.config, run.problem("free by layer" if link == "free by layer" else "free")
+    if link == "softmax":
+        problem = problem._replace(link_fn=jax.nn.softmax, beta=0 * problem.beta)
+    rows = run.images.training if learn_on == "training" else run.images.held_out
+    with jax.default_matmul_precision(config.matmul_precision):
+        result = glue_jax.learn(
+            coefficients_key(run.seed),
+            problem.experts,
+            run.examples(rows),
+            loss_fn=problem.loss_fn,
+            state=glue_jax.init(config.num_experts, beta=problem.beta, link_fn=problem.link_fn),
+            step_fn=glue_jax.gauss_newton_step,
+            link_fn=problem.link_fn,
+            merge_fn=problem.merge_fn,
+            validation_data=context.validation,
+            batch_size=min(config.alpha_batch_size, len(rows)),
+            validation_batch_size=min(_VALIDATION_BATCH, len(context.validation.labels)),
+            max_steps=config.alpha_steps,
+            patience=config.patience,
+        )
+    variables = run.refreshed(problem.merge_fn(problem.experts, result.alpha))
+    history, alpha = result.history, np.asarray(result.alpha, np.float64)
+    step = history.validation_steps[np.argmin(history.validation_values)]
+    return Choice(variables, f"step {step}", alpha if alpha.ndim == 1 else alpha.mean(axis=0))
+
+
+WAYS: Mapping[str, Callable[[Run], Choice]] = {
+    "last checkpoint": _last,
+    "last checkpoint, refreshed": _last_refreshed,
+    "best checkpoint": _best,
+    "uniform average of the last k": _uniform,
+    "moving average": _moving_average,
+    "learned, softmax": functools.partial(_learned, "softmax", "held out"),
+    "learned, free": functools.partial(_learned, "free", "held out"),
+    "learned, free by layer": functools.partial(_learned, "free by layer", "held out"),
+    "learned, softmax, on training images": functools.partial(_learned, "softmax", "training"),
+    "learned, free, on training images": functools.partial(_learned, "free", "training"),
+}
+"""By name: from a run to a model."""
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Trains and measures, from a command line (None is the process's) to the report.
+
+    Returns:
+        The results: `title`, `command`, `machine`, `config`, and what `measure` returns.
+    """
+    return frame.run(
+        Arguments,
+        "studies.last_checkpoints",
+        __doc__ or "",
+        arguments,
+        title="The last checkpoints of one training run",
+        rows="rows",
+        measure=measure,
+        present=present,
+        plan=lambda context, parsed: f"training runs: {len(context.config.seeds)}",
+    )
+
+
+def measure(context: Context, parsed: Arguments, stages: Stages) -> dict[str, Any]:
+    """Trains and measures what is not kept yet.
+
+    Returns:
+        `data`, the data set's name; `decays`; `distances`, of the checkpoints from their mean over the mean's length, a
+        root mean square for each seed; `training_loss` by epoch of each seed; and `rows`, one for each way and seed:
+        `way`, `seed`, `chosen`, `alpha` (`[K]` or None; a mean over layers), `accuracy` and `loss` on the test images
+        (a fraction and nats), `validation_loss`, `seconds`, `machine`.
+
+    Raises:
+        ValueError: more images asked for than there are.
+        FloatingPointError: a training loss that is infinite or not a number.
+        DamagedStageError: a checkpoint that is not what was written.
+    """
+    config, decays = context.config, list(parsed.decays)
+    settings = {**context.expert_fields, "experts": config.num_experts, "decays": decays}
+    settings["target_examples"] = config.target_examples
+    training = {**settings, "code": context.code(draw_images, train_run, has_steps=False)}
+    images = {seed: draw_images(context, seed) for seed in config.seeds}
+    bar = context.progress.stage("Epochs", len(config.seeds) * config.expert_epochs)
+    trained: dict[int, tuple[Path, dict[str, Any]]] = {}
+    for seed in config.seeds:
+        key = f"training/seed{seed}", {**training, "seed": seed}
+        folder, done = stages.path(*key), stages.read(*key)
+        if done is None or not folder.is_dir():
+            done = stages.write(*key, train_run(context, images[seed], seed, decays, folder, bar))
+            context.progress.say(f"seed {seed}: training loss {done['training_loss'][-1]:.3f} in the last epoch")
+        else:
+            bar.skip(config.expert_epochs)
+        trained[seed] = folder, done
+    ways = [name for name in WAYS if not parsed.ways or any(word in name for word in parsed.ways)]
+    bar = context.progress.stage("Seeds, ways", len(config.seeds) * len(ways))
+    statistics = jax.jit(context.problem.minibatch_statistics)
+    rows, distances = [], []
+    for seed, (folder, done) in trained.items():
+        models = load_models(context, folder, done)
+        averages = {decay: load_average(context, folder, decay) for decay in decays}
+        problem = functools.cache(functools.partial(coefficients, context, models))
+        run = Run(context, seed, images[seed], models, averages, problem, statistics)
+        distances.append(drawn_together(models, 1.0)[1])
+        for way in ways:
+            depends_on = {**settings, **part(config, CoefficientFields, FineTuningFields), "seed": seed, "way": way}
+            depends_on["training"] = done["checksums"]
+            depends_on["code"] = context.code(_measure, Run, load_models, load_average, *functions_in(WAYS[way]))
+            row = stages.run(f"ways/{slug(way)}-seed{seed}", depends_on, functools.partial(_measure, run, WAYS[way]))
+            rows.append({"way": way, "seed": seed, **row})
+            bar.advance()
+            context.progress.say(
+                f"seed {seed}, {way}: test accuracy {100 * row['accuracy']:.2f} %, loss {row['loss']:.4f} "
+                f"({row['chosen']})"
+            )
+    losses = [done["training_loss"] for _, done in trained.values()]
+    found = {"data": context.dataset.name, "decays": decays, "distances": distances, "training_loss": losses}
+    return {**found, "rows": rows}
+
+
+def _measure(run: Run, way: Callable[[Run], Choice]) -> dict[str, Any]:
+    """A way's model on the test images."""
+    choice = way(run)
+    return {
+        **run.context.evaluate(choice.variables, run.context.test),
+        "validation_loss": run.context.evaluate(choice.variables, run.context.validation)["loss"],
+        "chosen": choice.chosen,
+        "alpha": None if choice.alpha is None else np.asarray(choice.alpha).tolist(),
+    }
+
+
+def table(results: Mapping[str, Any]) -> TableCells:
+    """Returns a row for each way: test accuracy, test loss, seconds, and what validation chose for each seed."""
+    body = []
+    for way in dict.fromkeys(row["way"] for row in results["rows"]):
+        own = [row for row in results["rows"] if row["way"] == way]
+        accuracy, loss, seconds = (np.array([row[name] for row in own]) for name in ("accuracy", "loss", "seconds"))
+        chosen = ", ".join(row["chosen"] for row in own) if own[0]["chosen"] != "-" else "-"
+        body.append([way, spread(100 * accuracy, 2), spread(loss, 4), f"{seconds.mean():.0f}", chosen])
+    return ["way", "test accuracy, %", "test loss, nats", "seconds", "chosen by validation, seed by seed"], body
+
+
+def _alpha_table(results: Mapping[str, Any]) -> TableCells:
+    """The mean coefficients of each way that blends the checkpoints, the oldest first."""
+    body = []
+    for way in dict.fromkeys(row["way"] for row in results["rows"] if row["alpha"] is not None):
+        mean = np.mean([row["alpha"] for row in results["rows"] if row["way"] == way], axis=0)
+        body.append([way, *(f"{value:.2f}" for value in mean)])
+    config = results["config"]
+    first = config["expert_epochs"] - config["num_experts"] + 1
+    return ["epoch", *(str(first + at) for at in range(config["num_experts"]))], body
+
+
+def present(results: Mapping[str, Any]) -> Report:
+    """Returns all that is shown of the results of `main`."""
+    config = results["config"]
+    accounts = [
+        ["the network", config["network"]],
+        ["images it is trained on", f"{config['expert_examples']:,}"],
+        ["held-out images for the coefficients", f"{config['target_examples']:,}"],
+        ["validation images", f"{config['validation_examples']:,}"],
+        ["epochs", str(config["expert_epochs"])],
+        ["the last epoch's training loss, nats", spread(np.array([loss[-1] for loss in results["training_loss"]]), 3)],
+        ["the checkpoints' distance", spread(100 * np.array(results["distances"]), 1) + " %"],
+    ]
+    markdown = page(
+        results,
+        f"One network is trained for each seed on {results['data']}, at a constant learning rate. The last "
+        f"{config['num_experts']} epochs each leave a checkpoint. The table has the mean over seeds ± the standard "
+        "deviation. Seconds are of choosing or learning, and of the evaluation.",
+        markdown_table(*table(results)),
+        "The validation images choose by the lowest loss: the checkpoint, k, the decay of the moving average (of "
+        f"{', '.join(map(str, results['decays']))} a step), or the step of learning. Every blend has new BatchNorm "
+        "statistics from training images, and so has a *refreshed* model. Learned coefficients are found by "
+        "Gauss-Newton with BatchNorm by the minibatch. *Free* is without a softmax. Only the learned coefficients "
+        "without *on training images* have seen the held-out images.",
+        markdown_table(["of a run", "value"], accounts),
+        "The distance is that of the checkpoints' parameters from their mean, over the mean's length, a root mean "
+        "square.",
+        "The coefficients of the checkpoints, means over seeds (and over layers):",
+        markdown_table(*_alpha_table(results)),
+    )
+    return Report(markdown, {}, {results["title"]: table(results)})
+
+
+if __name__ == "__main__":
+    with process():
+        main()

@@ -1,0 +1,177 @@
+"""One training run that writes a checkpoint after each of its last epochs, for `experiments.studies.last_checkpoints`.
+
+The checkpoints are written by orbax, and read back by `glue_jax.checkpoints.load_experts`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.models.network import Variables
+from experiments.protocol.context import Context
+from experiments.protocol.splits import Indices
+from experiments.protocol.training import make_trainer
+from experiments.runtime import checkpoints
+from experiments.runtime.progress import Stage
+from experiments.runtime.stages import DamagedStageError
+from glue_jax.checkpoints import load_experts
+from glue_jax.paths import by_path, slashed
+
+MODEL, AVERAGES = "model", "averages"
+"""The parts of a checkpoint that are read: the variables, and the moving averages of the parameters by decay."""
+# A seed's key is folded with the first number. The protocol and the other studies have other numbers. The result is
+# folded with the second one. The trainer has other numbers.
+_TRAINING, _INITIALIZATION = 7, 2
+
+
+class Images(NamedTuple):
+    """The images of a seed, as rows of the training split. No image is in both.
+
+    Attributes:
+        training: what the network is trained on, `[n]`.
+        held_out: what the coefficients are learned on, `[m]`.
+    """
+
+    training: Indices
+    held_out: Indices
+
+
+class MovingAverages(NamedTuple):
+    """The state of `moving_averages`.
+
+    Attributes:
+        step: the number of steps that were taken, int32 `[]`.
+        averages: the parameters' average for each decay, by `decay_name`.
+    """
+
+    step: jax.Array
+    averages: dict[str, Any]
+
+
+def draw_images(context: Context, seed: int) -> Images:
+    """Draws the images of a seed: `expert_examples` to train on, and `target_examples` others.
+
+    Raises:
+        ValueError: fewer images than that.
+    """
+    config, rest = context.config, context.splits.rest
+    if config.expert_examples + config.target_examples > len(rest):
+        raise ValueError(
+            f"expert_examples is {config.expert_examples} and target_examples is {config.target_examples}, but there "
+            f"are {len(rest)} images to draw both from"
+        )
+    rows = np.random.default_rng([seed, 4]).permutation(rest)
+    cuts = np.cumsum([config.expert_examples, config.target_examples])
+    training, held_out, _ = np.split(rows, cuts)
+    return Images(training, held_out)
+
+
+def moving_averages(decays: Sequence[float]) -> optax.GradientTransformation:
+    """Returns a last link for `optax.chain` that keeps exponential moving averages of the parameters.
+
+    Its updates are those that come in. After step t an average is `decay * average + (1 - decay) * parameters`, where
+    the decay is at most t / (t + 9). So the first parameters are soon forgotten.
+
+    Args:
+        decays: of each average.
+    """
+
+    def init(params: Any) -> MovingAverages:
+        averages = {decay_name(decay): jax.tree.map(jnp.copy, params) for decay in decays}
+        return MovingAverages(jnp.zeros((), jnp.int32), averages)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, MovingAverages]:
+        new, step = optax.apply_updates(params, updates), state.step + 1
+        averages = {}
+        for decay in decays:
+            now = jnp.minimum(decay, step / (step + 9))
+            name = decay_name(decay)
+            averages[name] = optax.incremental_update(new, state.averages[name], 1 - now)
+        return updates, MovingAverages(step, averages)
+
+    return optax.GradientTransformation(init, update)
+
+
+def decay_name(decay: float) -> str:
+    """Returns the name of a decay in a checkpoint: 0.99 is `decay_0_99`."""
+    return f"decay_{decay}".replace(".", "_")
+
+
+def train_run(
+    context: Context, images: Images, seed: int, decays: Sequence[float], folder: Path, bar: Stage
+) -> dict[str, Any]:
+    """Trains a network at a constant learning rate, and writes a checkpoint after each of its last epochs.
+
+    Args:
+        context: of `experiments.protocol.context.prepare`. The last `num_experts` of the `expert_epochs` are kept.
+        images: of the seed.
+        seed: of the first weights, the minibatches and the augmentation.
+        decays: of the moving averages of the parameters.
+        folder: for the checkpoints. Each is a folder with the number of its epoch.
+        bar: advances by one after each epoch.
+
+    Returns:
+        `training_loss` by epoch, and `checksums` of the models by epoch.
+
+    Raises:
+        FloatingPointError: a training loss that is infinite or not a number, with its epoch.
+    """
+    config = context.config
+    adam = optax.adam(config.expert_learning_rate, b1=config.expert_b1, b2=config.expert_b2)
+    optimizer = optax.chain(adam, moving_averages(decays))
+    trainer = make_trainer(
+        context.problem, optimizer, batch_size=config.expert_batch_size, augmentation=config.augmentation
+    )
+    key = jax.random.fold_in(jax.random.key(seed), _TRAINING)
+    initial = jax.jit(context.problem.network.init)(jax.random.fold_in(key, _INITIALIZATION))
+    state = trainer.init(jax.tree.map(lambda leaf: leaf[None], initial))
+    found: dict[str, Any] = {"training_loss": [], "checksums": {}}
+    for epoch in range(config.expert_epochs):
+        state, losses = trainer.epoch(key[None], epoch, state, context.train, jnp.asarray(images.training)[None])
+        if not np.isfinite(losses).all():
+            raise FloatingPointError(f"a training loss of epoch {epoch + 1} is not finite: expected finite numbers")
+        found["training_loss"].append(float(losses.mean()))
+        if epoch >= config.expert_epochs - config.num_experts:
+            variables, (adam_state, averages) = jax.tree.map(lambda leaf: leaf[0], (state.variables, state.opt_state))
+            content = {MODEL: variables, AVERAGES: averages.averages, "optimizer": adam_state}
+            checkpoints.save(folder / str(epoch + 1), content)
+            found["checksums"][str(epoch + 1)] = checkpoints.checksum(variables)
+        bar.advance()
+    return found
+
+
+def load_models(context: Context, folder: Path, trained: dict[str, Any]) -> Variables:
+    """Returns the last `num_experts` models of a run, stacked, each leaf `[K, ...]`.
+
+    Args:
+        context: that `train_run` had.
+        folder: that `train_run` had.
+        trained: what `train_run` returned.
+
+    Raises:
+        DamagedStageError: checkpoints that are not what was written.
+    """
+    like = jax.eval_shape(context.problem.network.init, jax.random.key(0))
+    models = _keys_of(like, load_experts(folder, last=context.config.num_experts, subtree=MODEL))
+    for index, (epoch, expected) in enumerate(trained["checksums"].items()):
+        if checkpoints.checksum(jax.tree.map(lambda leaf, at=index: leaf[at], models)) != expected:
+            raise DamagedStageError(folder / epoch, "its arrays are not what was written: their checksums differ")
+    return models
+
+
+def load_average(context: Context, folder: Path, decay: float) -> Any:
+    """Returns the moving average of the parameters at the end of a run."""
+    like = jax.eval_shape(context.problem.network.init, jax.random.key(0))["params"]
+    average = load_experts(folder, last=1, subtree=f"{AVERAGES}/{decay_name(decay)}")
+    return _keys_of(like, jax.tree.map(lambda leaf: leaf[0], average))
+
+
+def _keys_of(like: Any, tree: Any) -> Any:
+    """The tree with the keys of another one. orbax makes text of the numbers of NNX's lists."""
+    leaves = by_path(tree)
+    return jax.tree_util.tree_map_with_path(lambda at, _: leaves[slashed(at)], like)
