@@ -220,7 +220,9 @@ def test_attention_and_a_tied_weight_are_computed():
     functions = functions_of(network)
     assert functions.minibatch_fn is functions.statistics_fn is None
     expected = network.eval()(words, mask)["logits"].detach().numpy()
-    np.testing.assert_allclose(jax.jit(functions.outputs_fn)(expert, data)[~mask.numpy()], expected[~mask.numpy()], atol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(functions.outputs_fn)(expert, data)[~mask.numpy()], expected[~mask.numpy()], atol=1e-5
+    )
     del expert["out.weight"]
     found = functions_of(network, inputs=("words", "mask")).outputs_fn(expert, data)
     np.testing.assert_allclose(found[~mask.numpy()], expected[~mask.numpy()], atol=1e-5)
