@@ -58,6 +58,7 @@ def read(path):
 
 
 def test_inspect_names_the_outlier_and_draws(experts, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'glue_jax[experiments]'")
     base = weights(9)
     for seed in range(3):
         change = weights(seed)
