@@ -203,6 +203,7 @@ def test_unrelated_experts_with_a_spec_are_aligned_and_the_result_improves():
     found = build(experts, data, groups=None, spec=spec)
     assert without.permutations is None
     assert "No spec was given, so the experts were not aligned" in without.report
+    assert found.similarity is not None
     assert not all(each.related for each in found.similarity)
     assert values(found)["aligned average"] < 0.6 * values(found)["uniform average"]
     assert values(found)[found.chosen] < values(without)[without.chosen]
@@ -220,6 +221,7 @@ def test_related_experts_are_not_aligned():
     experts, data = classification()
     spec = glue_jax.merging.chain_spec(jax.tree.map(lambda leaf: leaf[0], experts), LAYERS)
     found = build(experts, data, spec=spec, max_steps=5, groups=None)
+    assert found.similarity is not None
     assert all(each.related for each in found.similarity)
     assert "aligned average" not in values(found)
     assert "The experts are related" in found.report
@@ -239,6 +241,7 @@ def test_an_expert_that_is_unlike_the_others_is_named():
     rows = [base + 0.3 * rng.normal(size=base.shape) for _ in range(3)]
     experts = {"w": jnp.asarray(np.stack([*rows[:2], rng.normal(size=base.shape), rows[2]]), jnp.float32)}
     found = glue_jax.build_prior(KEY, experts, evaluate=lambda params: float(jnp.sum(params["w"])), max_steps=1)
+    assert found.similarity is not None
     assert [each.related for each in found.similarity] == [True, True, False, True]
     assert "Expert 2 is an outlier" in found.report
 
