@@ -13,6 +13,7 @@ from rich.console import Console
 
 from experiments.protocol import data
 from experiments.protocol import run as protocol
+from experiments.protocol.coefficients import make_steps
 from experiments.protocol.config import CONFIGS, Config
 from experiments.protocol.context import Context, prepare
 from experiments.protocol.estimate import describe, estimate
@@ -98,7 +99,7 @@ def _plan(context: Context) -> str:
     return (
         f"{dataset.name}, {images}; {machine()}{note}\n{describe_missing(context)}\n"
         f"training steps: {config.num_experts} experts x {expert_steps}; coefficients: "
-        f"{len(context.step_fns)} Configs x {len(config.seeds)} seeds x at most {config.alpha_steps}; fine-tuning: "
+        f"{len(make_steps(config))} Configs x {len(config.seeds)} seeds x at most {config.alpha_steps}; fine-tuning: "
         f"{len(CONFIGS)} Configs x {len(config.seeds)} seeds x {tuning_steps}"
     )
 

@@ -225,7 +225,8 @@ def place_leaf(path: str, stacked: np.ndarray, sharding: Any) -> jax.Array:
                 f"{path} has {dtype} values that JAX's {stored} does not hold; set jax_enable_x64, or drop the leaf"
             )
         stacked = converted
-    return jnp.asarray(stacked) if sharding is None else jax.device_put(stacked, sharding)
+    # Nobody else has the array, so a CPU may take it as it is.
+    return jax.device_put(stacked, sharding, may_alias=True)
 
 
 def _stacked(path: str, column: Sequence[Any], sharding: Any) -> jax.Array:

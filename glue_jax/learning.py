@@ -162,7 +162,7 @@ def learn(
     )
     experts = jax.tree.map(jnp.asarray, experts)
     run = _begin(state, experts, data, validation_data, functions, validate_every)
-    steps = _steps(key, experts, data, functions, run.step, batch_size, steps_per_call, min(validate_every, max_steps))
+    steps = _steps(key, experts, data, functions, run.step, batch_size, steps_per_call, validate_every)
     if run.out_of_patience(patience):
         warnings.warn(
             "state is a result that had run out of patience, so no step is taken: pass a larger patience, or None, or "

@@ -1,9 +1,10 @@
 """The coefficients of the paper's Configs 1 to 4 and of our Config 5.
 
-Configs 3, 4 and 5 learn theirs. They see the same minibatches.
+Configs 3, 4 and 5 learn theirs, each by its own step. They see the same minibatches.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,7 +19,6 @@ from experiments.protocol.data import Examples
 from experiments.protocol.splits import Splits
 from experiments.protocol.training import Problem, output_loss
 from experiments.runtime.progress import Stage
-from glue_jax.types import StepFn
 
 # The coefficients of at most so many steps are kept, evenly spaced.
 _MOST_ALPHAS = 201
@@ -29,6 +29,20 @@ _ONLY_OF_SPSA = ("radius", "num_directions", "directions")
 _NOT_USED = {3: _ONLY_OF_SPSA, 5: (*_ONLY_OF_SPSA, "alpha_learning_rate", "alpha_b1", "alpha_b2", "validate_every")}
 # A seed's key is folded with this number, so that no two uses share a key. Fine-tuning has another number.
 _COEFFICIENTS = 2
+
+
+@functools.cache
+def make_steps(config: Config) -> Mapping[int, Any]:
+    """Returns the steps of Configs 3, 4 and 5, by number. Equal configs share them, and so compile them once."""
+    gauss_newton = functools.partial(glue_jax.gauss_newton_step, matmul_precision=config.matmul_precision)
+    glue = functools.partial(
+        glue_jax.spsa_step,
+        radius=config.radius,
+        num_directions=config.num_directions,
+        directions=config.directions,
+        matmul_precision=config.matmul_precision,
+    )
+    return {3: glue_jax.full_gradient_step, 4: glue, 5: gauss_newton}
 
 
 def validate_every(config: Config, number: int) -> int:
@@ -49,7 +63,6 @@ def learn_coefficients(
     validation: Examples | None,
     *,
     problem: Problem,
-    step_fn: StepFn,
     optimizer: optax.GradientTransformation,
     config: Config,
     max_steps: int | None = None,
@@ -64,9 +77,8 @@ def learn_coefficients(
         target: the images to learn on.
         validation: the images that find the plateau; None: all steps are taken.
         problem: the network.
-        step_fn: the step of this Config.
         optimizer: of beta. Config 5 does not use it.
-        config: for the minibatch, the steps, the validations and the precision.
+        config: for the step, the minibatch, the number of steps, the validations and the precision.
         max_steps: the most steps; None is the config's.
         callback: of `glue_jax.learn`.
 
@@ -83,7 +95,7 @@ def learn_coefficients(
             target,
             loss_fn=output_loss(problem),
             optimizer=None if number == 5 else optimizer,
-            step_fn=step_fn,
+            step_fn=make_steps(config)[number],
             validation_data=validation,
             batch_size=config.alpha_batch_size,
             max_steps=config.alpha_steps if max_steps is None else max_steps,
@@ -134,7 +146,7 @@ def coefficients_of(
 ) -> dict[str, Any]:
     """Returns the coefficients of one Config, and how they were learned."""
     config = context.config
-    if number not in context.step_fns:
+    if number not in make_steps(config):
         return {"alpha": heuristic_coefficients(context.splits, number, measured)}
     steps_done = 0
 
@@ -151,7 +163,6 @@ def coefficients_of(
             target,
             context.validation,
             problem=context.problem,
-            step_fn=context.step_fns[number],
             optimizer=context.alpha_optimizer,
             config=config,
             callback=callback,

@@ -1,14 +1,12 @@
 """What the stages of a run share: splits, data on the device, network, trainers."""
 
-import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import optax
 
-import glue_jax
 from experiments import models
 from experiments.models.network import Variables
 from experiments.protocol.config import Config, ExpertFields, part
@@ -25,8 +23,7 @@ from glue_jax.batches import on_cpu
 _FINGERPRINT_VERSION = "0.1.0"
 # The function that makes a context; and the parts of a context that no expert depends on.
 _PREPARE = "experiments.protocol.context:prepare"
-_STEPS = ("experiments.protocol.context:make_steps", "experiments.protocol.context:glue_step")
-_NOT_OF_EXPERTS = (*_STEPS, "experiments.protocol.training:make_evaluate", "experiments.protocol.splits:draw_target")
+_NOT_OF_EXPERTS = ("experiments.protocol.training:make_evaluate", "experiments.protocol.splits:draw_target")
 
 
 class Context(NamedTuple):
@@ -44,7 +41,6 @@ class Context(NamedTuple):
         training: the trainer of the experts.
         tuning: the trainer that fine-tunes the blends.
         alpha_optimizer: the optimizer of the coefficients.
-        step_fns: the steps of Configs 3, 4 and 5.
         evaluate: `evaluate(variables, examples) -> {"loss", "accuracy"}`.
         stages: the results that are kept on disk.
         progress: what is shown meanwhile.
@@ -61,7 +57,6 @@ class Context(NamedTuple):
     training: Trainer
     tuning: Trainer
     alpha_optimizer: optax.GradientTransformation
-    step_fns: Mapping[int, Any]
     evaluate: Callable[[Variables, Examples], dict[str, float]]
     stages: Stages
     progress: ProgressBars
@@ -80,16 +75,11 @@ class Context(NamedTuple):
         fields |= {"data": self.dataset.name, "checksum": self.dataset.checksum, "version": _FINGERPRINT_VERSION}
         return {**fields, "code": self._code(leaving_out=_NOT_OF_EXPERTS)}
 
-    def code(self, *functions: Callable[..., Any], has_steps: bool = True) -> str:
-        """Returns the digest of the source of this context, of its experts, and of what is computed with them.
+    def code(self, *functions: Callable[..., Any]) -> str:
+        """Returns the digest of the source of this context, of its experts, and of what functions compute with them."""
+        return self._code(*map(name_of, functions))
 
-        Args:
-            *functions: the functions that compute with them.
-            has_steps: whether the steps that learn coefficients are part of it.
-        """
-        return self._code(*map(name_of, functions), leaving_out=() if has_steps else _STEPS)
-
-    def _code(self, *names: str, leaving_out: tuple[str, ...]) -> str:
+    def _code(self, *names: str, leaving_out: tuple[str, ...] = ()) -> str:
         """A digest of the source and of the one network, with the number of classes and the shape of the images."""
         network = name_of(models.MODULES[self.config.network])
         begin = _PREPARE, "experiments.protocol.expert_training:_train_experts", network
@@ -161,27 +151,9 @@ def prepare(
         # With the same numbers it is the same program. It is compiled once if the shapes agree, as they do on a CPU.
         tuning=training if tuned_as == trained_as else trainer(*tuned_as),
         alpha_optimizer=optax.adam(config.alpha_learning_rate, b1=config.alpha_b1, b2=config.alpha_b2),
-        step_fns=make_steps(config),
         evaluate=make_evaluate(problem),
         stages=Stages(folder, accept_stages, progress.say),
         progress=progress,
-    )
-
-
-def make_steps(config: Config) -> Mapping[int, Any]:
-    """Returns the steps of Configs 3, 4 and 5, by number."""
-    gauss_newton = functools.partial(glue_jax.gauss_newton_step, matmul_precision=config.matmul_precision)
-    return {3: glue_jax.full_gradient_step, 4: glue_step(config), 5: gauss_newton}
-
-
-def glue_step(config: Config) -> Any:
-    """Returns the step of Config 4."""
-    return functools.partial(
-        glue_jax.spsa_step,
-        radius=config.radius,
-        num_directions=config.num_directions,
-        directions=config.directions,
-        matmul_precision=config.matmul_precision,
     )
 
 

@@ -133,7 +133,6 @@ def _alpha_step(context: Context, number: int, experts: Any, target: Any) -> flo
                 target,
                 None,
                 problem=context.problem,
-                step_fn=context.step_fns[number],
                 optimizer=context.alpha_optimizer,
                 config=context.config,
                 max_steps=steps,

@@ -112,7 +112,7 @@ def measurement(context: Context) -> tuple[str, dict[str, Any]]:
         "seed": config.seeds[0],
         "target_examples": config.target_examples,
         "test_examples": config.test_examples,
-        "code": context.code(measure_experts, has_steps=False),
+        "code": context.code(measure_experts),
     }
     return "experts/accuracies", depends_on
 

@@ -67,7 +67,7 @@ def fine_tuning_stage(context: Context, number: int, seed: int, alpha: list[floa
         "target_examples": config.target_examples,
         "seed": seed,
         "alpha": alpha,
-        "code": context.code(fine_tuned, has_steps=False),
+        "code": context.code(fine_tuned),
     }
     return f"fine-tuning/seed{seed}-config{number}", depends_on
 

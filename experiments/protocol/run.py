@@ -6,7 +6,12 @@ from typing import Any
 import numpy as np
 
 import glue_jax
-from experiments.protocol.coefficients import coefficients_of, coefficients_stage, heuristic_coefficients
+from experiments.protocol.coefficients import (
+    coefficients_of,
+    coefficients_stage,
+    heuristic_coefficients,
+    make_steps,
+)
 from experiments.protocol.config import CONFIGS
 from experiments.protocol.context import Context, counts, take
 from experiments.protocol.expert_training import measure_experts, measurement, train_experts
@@ -36,7 +41,7 @@ def run(context: Context) -> dict[str, Any]:
     stacked = glue_jax.stack_experts(experts)
     machines = {record["machine"] for record in (*training, measured)}
     seconds = {"Experts": sum(record["seconds"] for record in training), "Experts' accuracies": measured["seconds"]}
-    coefficients = progress.stage("Coefficients", len(context.step_fns) * len(config.seeds) * config.alpha_steps)
+    coefficients = progress.stage("Coefficients", len(make_steps(config)) * len(config.seeds) * config.alpha_steps)
     learned = {}
     for seed in config.seeds:
         target = take(context.train, context.targets[seed])
@@ -75,7 +80,7 @@ def remaining(context: Context) -> dict[str, list[int]]:
     for seed in context.config.seeds:
         for number in CONFIGS:
             weights, tuned = kept(context, number, seed)
-            if weights is None and number in context.step_fns:
+            if weights is None and number in make_steps(context.config):
                 left["coefficients"].append(number)
             if tuned is None:
                 left["fine-tuning"].append(number)
@@ -84,7 +89,7 @@ def remaining(context: Context) -> dict[str, list[int]]:
 
 def kept(context: Context, number: int, seed: int) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """Returns the coefficients and the fine-tuning that an earlier run has kept of a Config and a seed, or None."""
-    if number in context.step_fns:
+    if number in make_steps(context.config):
         weights = context.stages.read(*coefficients_stage(context, number, seed))
     else:
         measured = context.stages.read(*measurement(context))

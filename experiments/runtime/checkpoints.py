@@ -1,16 +1,10 @@
-"""Pytrees of arrays on disk. This module is the only one that uses orbax."""
+"""Pytrees of arrays on disk, by orbax."""
 
-import contextlib
 import errno
-import gc
 import glob
 import hashlib
-import logging
 import os
 import shutil
-import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +13,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from experiments.runtime.stages import DamagedStageError
+from glue_jax.checkpoints.orbax_format import plain, quiet
 
 
 def save(path: Path, tree: Any) -> str:
@@ -36,8 +31,8 @@ def save(path: Path, tree: Any) -> str:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with _quiet(), _plain(path) as plain:
-            ocp.save(str(plain), tree, overwrite=True)
+        with quiet(), plain(path) as place:
+            ocp.save(str(place), tree, overwrite=True)
     except (ValueError, OSError) as error:
         # It comes from tensorstore, or from orbax itself.
         if os.strerror(errno.ENOSPC) not in str(error):
@@ -67,8 +62,8 @@ def load(path: Path, like: Any, sharding: jax.sharding.Sharding | None = None, *
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like)
     try:
-        with _quiet(), _plain(path) as plain:
-            tree = ocp.load(str(plain), abstract)
+        with quiet(), plain(path) as place:
+            tree = ocp.load(str(place), abstract)
     except jax.errors.JaxRuntimeError:
         # An error of the device, for example too little memory.
         raise
@@ -89,42 +84,3 @@ def checksum(tree: Any) -> str:
         found.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
         found.update(np.ascontiguousarray(array).tobytes())
     return found.hexdigest()
-
-
-@contextlib.contextmanager
-def _plain(path: Path) -> Iterator[Path]:
-    """The same place by a path without `[`, `]` and backslashes, since orbax reads a path as a pattern of files."""
-    path = path.absolute()
-    if not set(str(path)) & set("[]\\"):
-        yield path
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        link = Path(folder) / "link"
-        link.symlink_to(path.parent, target_is_directory=True)
-        yield link / path.name
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences the threads of orbax and tensorstore, which print a traceback for each array after a failure.
-
-    Some of it is printed later, when a task is collected or a write ends. So after a failure they stay silent.
-    """
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    levels, hook = [logger.level for logger in loggers], sys.unraisablehook
-
-    def without_closed_loops(unraisable: "sys.UnraisableHookArgs") -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            hook(unraisable)
-
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL + 1)
-    sys.unraisablehook = without_closed_loops
-    try:
-        yield
-    except BaseException:
-        gc.collect()
-        raise
-    sys.unraisablehook = hook
-    for logger, level in zip(loggers, levels, strict=True):
-        logger.setLevel(level)

@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 
 import glue_jax
 from experiments.models.network import Variables
-from experiments.protocol.coefficients import coefficients_key
+from experiments.protocol.coefficients import coefficients_key, make_steps
 from experiments.protocol.config import CoefficientFields, part
 from experiments.protocol.context import Context, take
 from experiments.protocol.expert_training import train_experts
@@ -141,7 +141,7 @@ def measure(context: Context, parsed: Arguments, stages: Stages) -> list[dict[st
         rates = RATES[sharing] if parsed.rate is None else dict.fromkeys(RATES[sharing], parsed.rate)
         chosen = [
             way
-            for way in ways(rates, context.step_fns[4], context.alpha_optimizer)
+            for way in ways(rates, make_steps(config)[4], context.alpha_optimizer)
             if problem.dimension > way.above and (not parsed.ways or any(word in way.name for word in parsed.ways))
         ]
         evaluate = _evaluation(context, problem)

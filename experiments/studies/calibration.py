@@ -11,6 +11,7 @@ The experts are read from `--run-dir`, where the experiment's own command keeps 
 experts are trained.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -143,9 +144,8 @@ def _learn(context: Context, experts: Variables, seed: int, radius: float) -> di
         take(context.train, context.targets[seed]),
         context.validation,
         problem=context.problem,
-        step_fn=functools.partial(context.step_fns[4], radius=radius),
         optimizer=context.alpha_optimizer,
-        config=context.config,
+        config=dataclasses.replace(context.config, radius=radius),
     )
     history = result.history
     return {"radius": radius, "loss": float(history.validation_values.min()), "steps": len(history.metrics.loss)}

@@ -245,7 +245,7 @@ def measure(context: Context, parsed: Arguments, stages: Stages) -> dict[str, An
     config, decays = context.config, list(parsed.decays)
     settings = {**context.expert_fields, "experts": config.num_experts, "decays": decays}
     settings["target_examples"] = config.target_examples
-    training = {**settings, "code": context.code(draw_images, train_run, has_steps=False)}
+    training = {**settings, "code": context.code(draw_images, train_run)}
     images = {seed: draw_images(context, seed) for seed in config.seeds}
     bar = context.progress.stage("Epochs", len(config.seeds) * config.expert_epochs)
     trained: dict[int, tuple[Path, dict[str, Any]]] = {}

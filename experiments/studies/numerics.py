@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
 import glue_jax
 from experiments.models.network import Variables
@@ -31,14 +32,16 @@ from experiments.protocol.context import Context, take
 from experiments.protocol.data import Examples
 from experiments.protocol.expert_training import train_experts
 from experiments.protocol.presets import ExpertArguments
-from experiments.protocol.training import cross_entropy
+from experiments.protocol.training import Problem, cross_entropy
 from experiments.reporting.presentation import Report, TableCells, markdown_table, number, page
 from experiments.runtime.session import process
 from experiments.runtime.stages import Stages
 from experiments.studies import frame
 from experiments.studies.rounding import with_rounded_products
+from glue_jax.directions import dimension
 from glue_jax.links import directions_of
 from glue_jax.precision import DEFAULT_RADIUS, SHORT_FACTOR, SOFTMAX_RADIUS
+from glue_jax.types import LinkFn, LossFn, StepFn
 
 NEAR = 0.01
 """How far experts that were drawn together are from their mean, over its length (root mean square)."""
@@ -137,42 +140,19 @@ def _errors(context: Context, experts: Variables, dtype: str, arithmetic: str, l
     points = [jnp.zeros(k), jax.random.normal(jax.random.key(0), (k,))]
     if link == "free":
         points = [jax.nn.softmax(point) for point in points]
-    num_directions = k - 1 if link == "softmax" else k
-    rounded_loss = _loss(context, arithmetic)
-
-    def objective(loss: Callable[..., jax.Array], experts: Variables, batch: Examples, beta: jax.Array) -> jax.Array:
-        return loss(glue_jax.blend(experts, link_fn(beta), min_dtype=jnp.float32), batch)
-
-    def exact(key: jax.Array, beta: jax.Array, batch: Examples) -> jax.Array:
-        del key
-        with jax.default_matmul_precision("highest"):
-            return jax.grad(functools.partial(objective, context.problem.loss, exact_bank, batch))(beta)
-
-    directions = {"directions": directions_of(link_fn), "num_directions": num_directions}
-
-    def spsa(radius: float, key: jax.Array, beta: jax.Array, batch: Examples) -> jax.Array:
-        fun = functools.partial(objective, rounded_loss, bank, batch)
-        return glue_jax.estimators.spsa_gradient(key, fun, beta, radius=radius, **directions).gradient
-
-    def tangents(key: jax.Array, beta: jax.Array, batch: Examples) -> jax.Array:
-        fun = functools.partial(objective, rounded_loss, bank, batch)
-        return glue_jax.estimators.forward_gradient(key, fun, beta, **directions).gradient
-
-    def of_step(step_fn: Callable[..., Any], key: jax.Array, beta: jax.Array, batch: Examples) -> jax.Array:
-        optimizer = optax.sgd(1.0)
-        state = glue_jax.init(k, optimizer, beta=beta)
-        words = {"loss_fn": rounded_loss, "optimizer": optimizer, "link_fn": link_fn, "num_directions": num_directions}
-        return beta - step_fn(key, state, bank, batch, **words)[0].beta
-
-    gradient = jax.jit(exact)
     cases = [
-        (index, beta, batch, gradient(None, beta, batch)) for beta in points for index, batch in enumerate(batches)
+        (index, beta, batch, _exact(exact_bank, beta, batch, loss_fn=context.problem.loss, link_fn=link_fn))
+        for beta in points
+        for index, batch in enumerate(batches)
     ]
 
-    def error(estimator: Callable[..., jax.Array]) -> float:
-        compiled = jax.jit(estimator)
+    def error(estimate: Callable[..., jax.Array], **words: Any) -> float:
+        words |= {"loss_fn": _loss(context.problem, arithmetic), "link_fn": link_fn}
         squares = [
-            float(jnp.sum(jnp.square(compiled(jax.random.key(seed), beta, batch) - right)) / jnp.sum(jnp.square(right)))
+            float(
+                jnp.sum(jnp.square(estimate(bank, jax.random.key(seed), beta, batch, **words) - right))
+                / jnp.sum(jnp.square(right))
+            )
             for seed, beta, batch, right in cases
         ]
         return float(np.sqrt(np.mean(squares)))
@@ -181,16 +161,82 @@ def _errors(context: Context, experts: Variables, dtype: str, arithmetic: str, l
         # The warning is about products in bfloat16, which are measured here.
         warnings.filterwarnings("ignore", message="loss_fn multiplies bfloat16")
         return {
-            "spsa": [{"radius": radius, "error": error(functools.partial(spsa, radius))} for radius in RADII],
-            "tangents": error(tangents),
-            "default_spsa": error(functools.partial(of_step, glue_jax.spsa_step)),
-            "default_tangents": error(functools.partial(of_step, glue_jax.forward_gradient_step)),
+            "spsa": [{"radius": radius, "error": error(_spsa, radius=radius)} for radius in RADII],
+            "tangents": error(_tangents),
+            "default_spsa": error(_of_step, step_fn=glue_jax.spsa_step),
+            "default_tangents": error(_of_step, step_fn=glue_jax.forward_gradient_step),
         }
 
 
-def _loss(context: Context, arithmetic: str) -> Callable[[Variables, Examples], jax.Array]:
+def _objective(loss_fn: LossFn, link_fn: LinkFn, bank: Variables, batch: Examples, beta: jax.Array) -> jax.Array:
+    """The loss of a blend in float32 at least."""
+    return loss_fn(glue_jax.blend(bank, link_fn(beta), min_dtype=jnp.float32), batch)
+
+
+# Experts are arguments of the programs. As constants of a program they would take long to compile.
+_compiled = functools.partial(jax.jit, static_argnames=("loss_fn", "link_fn"))
+
+
+@_compiled
+def _exact(bank: Variables, beta: jax.Array, batch: Examples, *, loss_fn: LossFn, link_fn: LinkFn) -> jax.Array:
+    """The gradient."""
+    with jax.default_matmul_precision("highest"):
+        return jax.grad(functools.partial(_objective, loss_fn, link_fn, bank, batch))(beta)
+
+
+@_compiled
+def _spsa(
+    bank: Variables,
+    key: jax.Array,
+    beta: jax.Array,
+    batch: Examples,
+    *,
+    loss_fn: LossFn,
+    link_fn: LinkFn,
+    radius: ArrayLike,
+) -> jax.Array:
+    """SPSA's estimate along all directions."""
+    fun = functools.partial(_objective, loss_fn, link_fn, bank, batch)
+    return glue_jax.estimators.spsa_gradient(key, fun, beta, radius=radius, **_all_directions(link_fn, beta)).gradient
+
+
+@_compiled
+def _tangents(
+    bank: Variables, key: jax.Array, beta: jax.Array, batch: Examples, *, loss_fn: LossFn, link_fn: LinkFn
+) -> jax.Array:
+    """The forward gradient along all directions."""
+    fun = functools.partial(_objective, loss_fn, link_fn, bank, batch)
+    return glue_jax.estimators.forward_gradient(key, fun, beta, **_all_directions(link_fn, beta)).gradient
+
+
+@functools.partial(jax.jit, static_argnames=("loss_fn", "link_fn", "step_fn"))
+def _of_step(
+    bank: Variables,
+    key: jax.Array,
+    beta: jax.Array,
+    batch: Examples,
+    *,
+    loss_fn: LossFn,
+    link_fn: LinkFn,
+    step_fn: StepFn,
+) -> jax.Array:
+    """The estimate of a step with its defaults, along all directions."""
+    optimizer = optax.sgd(1.0)
+    state = glue_jax.init(len(beta), optimizer, beta=beta)
+    words = {"loss_fn": loss_fn, "optimizer": optimizer, "link_fn": link_fn}
+    words["num_directions"] = _all_directions(link_fn, beta)["num_directions"]
+    return beta - step_fn(key, state, bank, batch, **words)[0].beta
+
+
+def _all_directions(link_fn: LinkFn, beta: jax.Array) -> dict[str, Any]:
+    """The words of an estimator that probes all directions of a link."""
+    directions = directions_of(link_fn)
+    return {"directions": directions, "num_directions": dimension(beta, directions)}
+
+
+@functools.cache
+def _loss(problem: Problem, arithmetic: str) -> LossFn:
     """The loss, computed by a network with this arithmetic."""
-    problem = context.problem
     if arithmetic == "float32":
         return problem.loss
     if arithmetic != "bfloat16 layers":

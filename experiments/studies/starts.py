@@ -116,7 +116,6 @@ def _glue(bank: Bank, labelled: Labelled) -> Variables:
         bank.images(labelled.learning),
         bank.images(labelled.validation),
         problem=context.problem,
-        step_fn=context.step_fns[4],
         optimizer=context.alpha_optimizer,
         config=dataclasses.replace(context.config, alpha_batch_size=batch_size),
     )

@@ -1,7 +1,12 @@
 """Reads orbax checkpoints. It takes only the leaves that are asked for."""
 
+import contextlib
 import functools
-from collections.abc import Sequence
+import gc
+import logging
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +28,36 @@ def is_checkpoint(path: Path) -> bool:
 def read_header(files: Sequence[Path], subtree: str | None) -> Header:
     """Returns what one orbax checkpoint holds."""
     (path,) = files
-    whole = _orbax().metadata(str(path.absolute())).metadata
+    item, subtree = _item(path, subtree)
+    with quiet(), plain(path) as readable:
+        whole = _orbax().metadata(str(readable), checkpointable_name=item).metadata
     part = within(whole, subtree)
     for at, leaf in jax.tree_util.tree_leaves_with_path(part):
         if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
             raise ValueError(f"{slashed(at)} is a {type(leaf).__name__}, no array; name the model's part by subtree")
     tensors = {slashed(at): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for at, leaf in _leaves(part)}
-    return Header(
-        tensors, dict.fromkeys(tensors, path), leaf_paths(part), {}, functools.partial(_read, path, whole, subtree)
-    )
+    reader = functools.partial(_read, path, item, whole, subtree)
+    return Header(tensors, dict.fromkeys(tensors, path), leaf_paths(part), {}, reader)
 
 
 def save(path: Path, tree: Any) -> None:
     """Writes a pytree of arrays to a new folder."""
-    _orbax().save(str(path.absolute()), tree)
+    with quiet(), plain(path) as writable:
+        _orbax().save(str(writable), tree)
 
 
-def _read(path: Path, whole: Any, subtree: str | None, names: Sequence[str]) -> dict[str, np.ndarray]:
+def _item(path: Path, subtree: str | None) -> tuple[str, str | None]:
+    """Returns the name of the tree in a checkpoint, and the part of it. One checkpoint may hold several trees."""
+    items = sorted(folder.name for folder in path.iterdir() if (folder / _MARKS[1]).is_file())
+    if len(items) < 2:
+        return (items[0] if items else "AUTO"), subtree
+    item, _, rest = (subtree or "").partition("/")
+    if item not in items:
+        raise ValueError(f"it holds the trees {items}, and subtree is {subtree!r}; expected the name of one of them")
+    return item, rest or None
+
+
+def _read(path: Path, item: str, whole: Any, subtree: str | None, names: Sequence[str]) -> dict[str, np.ndarray]:
     """Reads some leaves. In what orbax is asked for, `...` stands for a leaf that is not wanted."""
     prefix, wanted = f"{subtree}/" if subtree else "", set(names)
 
@@ -48,7 +66,9 @@ def _read(path: Path, whole: Any, subtree: str | None, names: Sequence[str]) -> 
         is_wanted = name.startswith(prefix) and name.removeprefix(prefix) in wanted
         return np.empty(leaf.shape, leaf.dtype) if is_wanted else ...
 
-    loaded = _orbax().load(str(path.absolute()), jax.tree_util.tree_map_with_path(asked, whole))
+    with quiet(), plain(path) as readable:
+        abstract = jax.tree_util.tree_map_with_path(asked, whole)
+        loaded = _orbax().load(str(readable), abstract, checkpointable_name=item)
     return {slashed(at): np.asarray(leaf) for at, leaf in _leaves(within(loaded, subtree)) if slashed(at) in wanted}
 
 
@@ -58,3 +78,42 @@ def _leaves(tree: Any) -> list[tuple[Any, Any]]:
 
 def _orbax() -> Any:
     return library("orbax.checkpoint").v1
+
+
+@contextlib.contextmanager
+def plain(path: Path) -> Iterator[Path]:
+    """Yields a path to the same place without `[`, `]` and backslashes, since orbax reads a path as a pattern."""
+    path = path.absolute()
+    if not set(str(path)) & set("[]\\"):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder) / "link"
+        link.symlink_to(path.parent, target_is_directory=True)
+        yield link / path.name
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silences the threads of orbax and tensorstore, which print a traceback for each array after a failure.
+
+    Some of it is printed later, when a task is collected or a write ends. So after a failure they stay silent.
+    """
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels, hook = [logger.level for logger in loggers], sys.unraisablehook
+
+    def without_closed_loops(unraisable: "sys.UnraisableHookArgs") -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    sys.unraisablehook = without_closed_loops
+    try:
+        yield
+    except BaseException:
+        gc.collect()
+        raise
+    sys.unraisablehook = hook
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)

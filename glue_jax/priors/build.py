@@ -3,7 +3,7 @@
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -42,7 +42,8 @@ class Prior(NamedTuple):
         groups: the names of the G groups, or None if `alpha` is `[K]`.
         chosen: the name of the chosen candidate.
         candidates: all candidates. Those of the K experts come first.
-        similarity: how each expert is related to the others.
+        similarity: how each expert is related to the others. None if `merge_fn` is not `blend` and there is no `spec`:
+            then cosines between the leaves say nothing.
         permutations: the permutations of each expert, if the model is a blend of aligned experts: `permute` applies
             them. None if the experts were not aligned.
         stages: the result of each stage by its name, as `known` takes them.
@@ -54,7 +55,7 @@ class Prior(NamedTuple):
     groups: tuple[str, ...] | None
     chosen: str
     candidates: tuple[Candidate, ...]
-    similarity: tuple[Relation, ...]
+    similarity: tuple[Relation, ...] | None
     permutations: list[Permutations] | None
     stages: Mapping[str, LearnResult]
     report: str
@@ -176,7 +177,8 @@ def build_prior(
     if found is not None:
         stages.append(Stage(BY_GROUP, (len(found.names), k), unconstrained, _by_group(merge_fn, found)))
     _check_known(known, stages, source)
-    similarity = reporting.relations(experts)
+    is_average = arguments.bare(merge_fn) is blend
+    similarity = reporting.relations(experts) if is_average or spec is not None else None
     candidates: list[Candidate] = []
 
     def model(experts: Params, alpha: jax.Array) -> Params:
@@ -192,8 +194,9 @@ def build_prior(
     for index in range(k):
         judge(f"expert {index}", experts, jnp.zeros(k).at[index].set(1))
     average = judge("uniform average", experts, uniform(k))
-    permutations, alignment = None, _not_aligned(spec, similarity)
-    if spec is not None and alignment is None:
+    are_related = similarity is None or all(each.related for each in similarity)
+    permutations, alignment = None, "" if similarity is None else _not_aligned(spec, are_related)
+    if spec is not None and not are_related:
         aligned = align_experts(experts, spec, reference=None, check_fn=_check_fn(source, merge_fn))
         after = judge("aligned average", aligned.experts, uniform(k))
         is_better = _order(after) < _order(average)
@@ -232,7 +235,7 @@ def build_prior(
         words.append("Nothing was learned by group, because merge_fn takes no `groups`.")
     chosen = min(candidates, key=_order)
     report = reporting.write(
-        candidates, chosen, similarity, alignment=alignment or "", learning=words, validation=source.validation
+        candidates, chosen, k, similarity, alignment=alignment, learning=words, validation=source.validation
     )
     return Prior(
         params=model(experts, chosen.alpha),
@@ -310,16 +313,14 @@ def _check_known(known: Any, stages: list[Stage], source: FromData | FromCalls) 
             )
 
 
-def _not_aligned(spec: PermutationSpec | None, similarity: Sequence[Relation]) -> str | None:
-    """Says why experts are not aligned. None if they are to be aligned."""
-    if all(each.related for each in similarity):
-        return None if spec is None else "So they were not aligned."
-    if spec is None:
-        return (
-            "No spec was given, so the experts were not aligned. If they come from separate initialisations, pass a "
-            "PermutationSpec as spec (glue_jax.merging.chain_spec writes one)."
-        )
-    return None
+def _not_aligned(spec: PermutationSpec | None, are_related: bool) -> str:
+    """Says why the experts are not aligned."""
+    if are_related:
+        return "" if spec is None else "Related experts need no alignment, so none was tried."
+    return (
+        "No spec was given, so the experts were not aligned. If they come from separate initialisations, pass a "
+        "PermutationSpec as spec (glue_jax.merging.chain_spec writes one)."
+    )
 
 
 def _check_fn(source: FromData | FromCalls, merge_fn: MergeFn) -> Callable[[Params], PyTree] | None:

@@ -210,25 +210,29 @@ def from_data(
         data, validation_data = (
             jax.tree.map(lambda leaf, at=at: leaf[at], data) for at in (rows[:-held_out], rows[-held_out:])
         )
-        words = f"on {held_out} of the {n} examples, which were held out"
+        where = f"{held_out} of the {n} examples, which were held out"
     else:
         num_examples("validation_data", validation_data)
         validation_data = jax.tree.map(jnp.asarray, as_arrays("validation_data", validation_data))
         check_same_kind(data, validation_data)
-        words = f"on the {_length(validation_data)} examples of validation_data"
+        where = f"the {_length(validation_data)} examples of validation_data"
     batch_size = min(arguments.BATCH_SIZE, _length(data)) if batch_size is None else batch_size
     check_counts(batch_size=batch_size)
     if batch_size > _length(data):
         raise ValueError(f"batch_size is {batch_size}, but there are {_length(data)} examples to learn from")
+    words = [
+        f"The values are those of {'loss_fn' if validation_fn is None else 'validation_fn'} on {where}.",
+        "They chose the model, so they flatter it: judge it on other data.",
+    ]
+    if statistics is not None:
+        refreshed = min(_length(data), _REFRESH_EXAMPLES)
+        words.append(f"BatchNorm's statistics of each model were refreshed on {refreshed} examples of the data.")
     return FromData(
         data=data,
         loss_fn=loss_fn,
         validation_data=validation_data,
         validation_fn=loss_fn if validation_fn is None else validation_fn,
-        validation=(
-            f"The values are those of {'loss_fn' if validation_fn is None else 'validation_fn'} {words}. They chose "
-            "the model, so they flatter it: judge it on other data."
-        ),
+        validation=" ".join(words),
         statistics=statistics,
         batch_size=batch_size,
         max_steps=max_steps,

@@ -78,7 +78,8 @@ def relations_of(cosine: np.ndarray) -> tuple[Relation, ...]:
 def write(
     candidates: Sequence[Candidate],
     chosen: Candidate,
-    similarity: Sequence[Relation],
+    k: int,
+    similarity: Sequence[Relation] | None,
     *,
     alignment: str,
     learning: Sequence[str],
@@ -89,19 +90,21 @@ def write(
     Args:
         candidates: all candidates; those of the K experts come first.
         chosen: one of them.
-        similarity: of each expert.
+        k: the number of experts.
+        similarity: how each expert is related to the others. None if this says nothing.
         alignment: what was done about units in another order, a sentence.
         learning: what was learned, sentences.
         validation: what gave the values, a sentence.
     """
-    k = len(similarity)
-    cosines = [f"{each.cosine:.2f}" for each in similarity] + [""] * (len(candidates) - k)
+    cosines = [f"{each.cosine:.2f}" for each in similarity or ()]
+    cosines += [""] * (len(candidates) - len(cosines))
     rows = [
         f"| {f'**{each.name}**' if each is chosen else each.name} | {each.value:.4g} | {cosine} | {each.passes:,} |"
         for each, cosine in zip(candidates, cosines, strict=True)
     ]
     table = ["| model | value | cosine to the others | passes |", "| --- | ---: | ---: | ---: |", *rows]
-    sentences = [are_related(similarity), alignment, *learning, validation, _why(candidates, chosen, k)]
+    relation = are_related(similarity) if similarity else ""
+    sentences = [relation, alignment, *learning, validation, _why(candidates, chosen, k)]
     return "\n".join([*table, "", *(f"- {sentence}" for sentence in sentences if sentence)]) + "\n"
 
 

@@ -21,7 +21,7 @@ SOFTMAX_RADIUS = 0.3
 _MOST_DIRECTIONS = 128
 _GAUSS_NEWTON_IN_PART = functools.partial(gauss_newton_step, num_directions=_MOST_DIRECTIONS)
 # SPSA's radius for free coefficients. Adam's learning rates, which fall to a fiftieth by a cosine.
-_FREE_RADIUS, _SOFTMAX_RATE, _FREE_RATE, _LAST_RATE = 0.1, 0.3, 5e-3, 0.02
+_FREE_RADIUS, _SOFTMAX_RATE, _FREE_RATE, _LAST_RATE = 0.1, 0.3, 1e-2, 0.02
 
 
 @dataclasses.dataclass(frozen=True)

@@ -58,6 +58,7 @@ def read(path):
 
 
 def test_inspect_names_the_outlier_and_draws(experts, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'glue_jax[experiments]'")
     base = weights(9)
     for seed in range(3):
         change = weights(seed)
@@ -337,3 +338,92 @@ def test_the_module_is_the_command_and_its_help_has_examples():
     ).stdout
     assert "usage: glue-jax learn" in shown
     assert "glue-jax learn a.pt b.pt c.pt --objective objective.py --out blend" in shown
+
+
+def save_adapter(folder, seed, rank):
+    """Writes an adapter of PEFT for the weight `fc1`, of scaling 2."""
+    random = np.random.default_rng(seed)
+    factors = {"A": random.normal(size=(rank, 4)), "B": random.normal(size=(8, rank))}
+    folder.mkdir()
+    names = {f"base_model.model.fc1.lora_{name}.weight": value for name, value in factors.items()}
+    save_file({name: value.astype(np.float32) for name, value in names.items()}, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "base_model_name_or_path": "base", "r": rank, "lora_alpha": 2 * rank}
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["fc1"]}))
+    return 2 * factors["B"] @ factors["A"]
+
+
+def change_of(folder):
+    """The change of the weight by an adapter that a command wrote, with its scaling."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    factors = read(folder)
+    a, b = (factors[f"base_model.model.fc1.lora_{name}.weight"] for name in "AB")
+    assert len(a) == config["r"]
+    return config["lora_alpha"] / config["r"] * b @ a
+
+
+def test_adapters_are_blended_exactly(experts, tmp_path, capsys):
+    changes = [save_adapter(tmp_path / f"adapter{seed}", seed, rank) for seed, rank in enumerate((2, 1))]
+    arguments = ["blend", "adapter0", "adapter1", "--weights", "1.5", "-0.5", "--out", "out"]
+    assert run(capsys, *arguments)[0] == 0
+    assert np.allclose(change_of(tmp_path / "out"), 1.5 * changes[0] - 0.5 * changes[1], atol=1e-5)
+    assert json.loads((tmp_path / "out/glue.json").read_text())["groups"][0]["alpha"] == [1.5, -0.5]
+    status, out, _ = run(capsys, "inspect", "adapter0", "adapter1")
+    assert (status, "at most the rank 3 in each of 1 modules" in out) == (0, True)
+
+
+def test_adapters_are_learned_on_their_base(experts, tmp_path, capsys):
+    for seed in range(2):
+        save_adapter(tmp_path / f"adapter{seed}", seed, 2)
+    arguments = ["learn", "adapter0", "adapter1", "--objective", "objective.py", "--out", "out", *LEARN]
+    status, _, err = run(capsys, *arguments)
+    assert (status, len(err.splitlines())) == (1, 1)
+    assert "--base is None; expected the base of adapters" in err
+    status, out, _ = run(capsys, *arguments, "--base", experts[0])
+    assert status == 0
+    values = json.loads((tmp_path / "out/glue.json").read_text())["learned"]["values"]
+    assert min(values, key=values.get).startswith("learned")
+    assert np.linalg.matrix_rank(change_of(tmp_path / "out"), tol=1e-4) == 4
+    # Cosines between factors of adapters say nothing.
+    assert "related" not in out
+
+
+TORCH_OBJECTIVE = """
+import numpy as np
+import torch
+
+
+def module():
+    return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+
+
+def load_data():
+    x = np.random.default_rng(0).normal(size=(96, 4)).astype("float32")
+    return x, np.argmax(x[:, :3], axis=1)
+"""
+
+
+def test_a_pytorch_user_writes_a_module_and_its_data_and_loads_the_result(tmp_path, capsys, monkeypatch):
+    reason = "PyTorch or torchax is not installed: pip install 'glue_jax[foreign]'"
+    torch, _ = (pytest.importorskip(name, reason=reason) for name in ("torch", "torchax"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "objective.py").write_text(TORCH_OBJECTIVE)
+    namespace = {}
+    exec(TORCH_OBJECTIVE, namespace)
+    module, (x, y) = namespace["module"](), namespace["load_data"]()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        module = namespace["module"]()
+        module(torch.tensor(x[:50] + seed))
+        torch.save(module.state_dict(), f"{seed}.pt")
+    status, _, _ = run(capsys, "learn", "0.pt", "1.pt", "2.pt", "--objective", "objective.py", "--out", "out", *LEARN)
+    assert status == 0
+    made = json.loads((tmp_path / "out/glue.json").read_text())["learned"]
+    assert made["values"][made["chosen"]] < made["values"]["uniform average"]
+    state = {name: torch.tensor(value) for name, value in read(tmp_path / "out").items()}
+    module.load_state_dict(state, strict=True)
+    # Its statistics are those of the data, not averages of the experts'.
+    hidden = module[0](torch.tensor(x)).detach()
+    assert np.allclose(state["1.running_mean"], hidden.mean(0), atol=0.15)
+    module.eval()
+    loss = torch.nn.functional.cross_entropy(module(torch.tensor(x)), torch.tensor(y))
+    assert loss < made["values"]["uniform average"]

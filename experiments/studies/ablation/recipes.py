@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 import glue_jax
 from experiments.models.network import Variables
+from experiments.protocol.coefficients import make_steps
 from experiments.protocol.config import Config
-from experiments.protocol.context import glue_step
 from experiments.protocol.training import cross_entropy
 from experiments.studies.ablation.prerequisites import Alignment, Batches, Measured
 from glue_jax.links import Link
@@ -200,7 +200,7 @@ def recipes(config: Config) -> list[Recipe]:
         config: the recipes use its step of GLUE, unless they have other directions.
     """
     radius, num_experts = config.radius, config.num_experts
-    spsa = glue_step(config)
+    spsa = make_steps(config)[4]
     many = functools.partial(
         glue_jax.spsa_step, radius=radius, directions="simplex_orthogonal", num_directions=num_experts - 1
     )

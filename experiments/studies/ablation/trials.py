@@ -96,7 +96,7 @@ def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: St
             context.progress.say(
                 f"{recipe.name}, seed {seed}: {100 * row['test_accuracy'][0]:.1f} % before fine-tuning"
             )
-    of_ensemble = {**shared, "test": len(context.test.labels), "code": context.code(_ensemble, has_steps=False)}
+    of_ensemble = {**shared, "test": len(context.test.labels), "code": context.code(_ensemble)}
     ensemble = stages.run("ablation/ensemble", of_ensemble, lambda: _ensemble(context, experts))
     return {
         "config": dataclasses.asdict(context.config),

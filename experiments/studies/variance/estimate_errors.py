@@ -193,7 +193,6 @@ def _learned(setting: _Setting) -> dict[str, Any]:
             setting.target,
             context.validation,
             problem=context.problem,
-            step_fn=context.step_fns[4],
             optimizer=context.alpha_optimizer,
             config=context.config,
             callback=callback,

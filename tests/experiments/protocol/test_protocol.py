@@ -210,7 +210,7 @@ ALL = {"experts", "accuracies", "coefficients", "fine-tuning"}
         ("experiments.protocol.coefficients", "_MOST_ALPHAS", "201", "101", {"coefficients"}),
         ("glue_jax.steps", "spsa_step", "step", "stop", {"coefficients"}),
         ("glue_jax.gauss_newton", "_quadratic", "curved", "bent", {"coefficients"}),
-        ("experiments.protocol.context", "make_steps", "5", "6", {"coefficients"}),
+        ("experiments.protocol.coefficients", "make_steps", "5", "6", {"coefficients"}),
         ("experiments.protocol.training", "output_loss", "loss", "worth", {"coefficients"}),
         ("experiments.protocol.passes", "_passes", "2", "3", set()),
         ("experiments.protocol.fine_tuning", "fine_tune", "append", "extend", {"fine-tuning"}),

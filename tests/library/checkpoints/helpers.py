@@ -1,13 +1,14 @@
 """Experts in files, made by the tests."""
 
 import json
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
 
-def weights(seed, dtype=np.float32):
+def weights(seed, dtype: Any = np.float32):
     """A small state dict of PyTorch, with BatchNorm and its counter."""
     random = np.random.default_rng(seed)
     state = {
@@ -20,7 +21,7 @@ def weights(seed, dtype=np.float32):
     return {name: value.astype(dtype) for name, value in state.items()} | counter
 
 
-def save(folder, k=3, dtype=np.float32, change=lambda seed, state: state):
+def save(folder, k=3, dtype: Any = np.float32, change=lambda seed, state: state):
     """Writes K experts as safetensors files, and returns their paths."""
     paths = [folder / f"expert{seed}.safetensors" for seed in range(k)]
     for seed, path in enumerate(paths):
@@ -28,7 +29,7 @@ def save(folder, k=3, dtype=np.float32, change=lambda seed, state: state):
     return paths
 
 
-def save_shards(folder, seed, dtype=np.float32):
+def save_shards(folder, seed, dtype: Any = np.float32):
     """Writes one expert as a folder of Hugging Face, with two files, an index and side files."""
     folder.mkdir()
     state = weights(seed, dtype)
@@ -42,7 +43,7 @@ def save_shards(folder, seed, dtype=np.float32):
     return folder
 
 
-def expected(alpha, dtype=np.float32):
+def expected(alpha, dtype: Any = np.float32):
     """The blend by its definition, in float64, and the first expert's counter."""
     states = [weights(seed, dtype) for seed in range(len(alpha))]
     blend = {

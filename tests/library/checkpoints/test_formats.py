@@ -113,6 +113,23 @@ def test_a_run_is_no_checkpoint_and_a_number_is_no_weight(run):
         open_checkpoint(run / "5", subtree="parms")
 
 
+def test_one_of_several_trees_is_named_by_subtree(tmp_path):
+    trees = {"params": {"w": np.ones(2, np.float32)}, "opt_state": {"w": np.zeros(2, np.float32)}}
+    ocp.save_checkpointables(str(tmp_path / "several"), trees)
+    with pytest.raises(ValueError, match=r"it holds the trees \['opt_state', 'params'\], and subtree is None"):
+        open_checkpoint(tmp_path / "several")
+    assert open_checkpoint(tmp_path / "several", subtree="params").read(["w"])["w"].tolist() == [1, 1]
+    assert open_checkpoint(tmp_path / "several", subtree="opt_state").read(["w"])["w"].tolist() == [0, 0]
+
+
+def test_an_older_checkpoint_of_orbax_is_read_from_a_path_with_brackets(tmp_path):
+    import orbax.checkpoint as older
+
+    older.PyTreeCheckpointer().save(tmp_path / "a", {"b": {"w": np.ones(2, np.float32)}})
+    (tmp_path / "a").rename(tmp_path / "a[1]")
+    assert open_checkpoint(tmp_path / "a[1]").read(["b/w"])["b/w"].tolist() == [1, 1]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import glue_jax
-from glue_jax.checkpoints import blend_files, load_experts, open_checkpoint, open_checkpoints, provenance
+from glue_jax.checkpoints import Checkpoint, blend_files, load_experts, open_checkpoint, open_checkpoints, provenance
 from glue_jax.merging import by_layer
 from tests.library.checkpoints.helpers import save, save_shards
 
@@ -104,7 +104,7 @@ def test_a_name_within_a_longer_name_has_its_own_coefficient_in_the_recipe():
             {"name": "b", "alpha": [1.0], "tensors": ["block.fc.weight", "other", "more"]},
         ]
     }
-    one = type("One", (), {"path": Path("/a"), "tensors": {}})()
+    one = Checkpoint(Path("/a"), "safetensors", {}, {}, {}, {}, reader=lambda names: {})
     filters = [line for line in provenance.mergekit_recipe([one], made).splitlines() if "value" in line]
     assert [line.strip(" -") for line in filters] == [
         '{filter: "block.fc.weight", value: 1.0}',
