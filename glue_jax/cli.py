@@ -39,10 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, or 1 after an error. An error is one line on stderr, and nothing is written.
     """
     options = _parser().parse_args(arguments)
-    # A warning of a library is no message for the user of a command.
-    warnings.simplefilter("ignore")
     try:
-        options.run(options)
+        with warnings.catch_warnings():
+            # A warning of a library is no message for the user of a command. Ours are.
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("once", category=UserWarning, module="glue_jax")
+            warnings.showwarning = _show_warning
+            options.run(options)
     except KeyboardInterrupt:
         print("glue-jax: stopped", file=sys.stderr)
         return 130
@@ -53,6 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"glue-jax: error: {text or type(error).__name__}", file=sys.stderr)
         return 1
     return 0
+
+
+def _show_warning(message: Warning | str, *rest: Any) -> None:
+    """Prints a warning as one line."""
+    print(f"glue-jax: warning: {message}", file=sys.stderr)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -108,14 +116,20 @@ def _parser() -> argparse.ArgumentParser:
         "--groups", choices=("layers", "none"), default="layers", help="also learn coefficients by layer"
     )
     learn.add_argument("--seed", type=int, default=0, help="decides minibatches and directions")
-    learn.add_argument("--batch-size", type=int, default=64, help="examples of a minibatch")
+    learn.add_argument("--batch-size", type=int, help="examples of a minibatch; 64, or all if there are fewer")
     learn.add_argument("--max-steps", type=int, default=200, help="the most steps of each of the two stages")
     learn.add_argument("--patience", type=int, default=10, help="a stage ends after so many validations without a gain")
     learn.add_argument("--fresh", action="store_true", help="begins anew where a run was stopped")
     for added in (blend, learn):
-        added.add_argument("--out", type=Path, required=True, help="a new folder, or a new .safetensors file")
+        added.add_argument("--out", type=_place, required=True, help="a new folder, or a new .safetensors file")
         added.add_argument("--overwrite", action="store_true", help="replaces --out")
     return parser
+
+
+def _place(word: str) -> Path:
+    """Returns the path of a word. It has a name, so that something can be written beside it."""
+    path = Path(word).expanduser()
+    return path if path.name not in ("", "..") else path.resolve()
 
 
 def _inspect(options: argparse.Namespace) -> None:

@@ -32,7 +32,8 @@ from glue_jax.checkpoints.low_rank import (
     merge_adapters,
     partner,
 )
-from glue_jax.checkpoints.saving import aside, copy_side_files, save_file
+from glue_jax.checkpoints.places import aside
+from glue_jax.checkpoints.saving import copy_side_files, save_file
 from glue_jax.experts import place_leaf
 from glue_jax.paths import check_finite
 from glue_jax.types import Params, PyTree
@@ -155,7 +156,7 @@ def save_adapter(
         ValueError: if `alpha` or `groups` does not fit, or if a factor does not fit into the adapters' dtype.
         OSError: if `out` exists, or if there is no space left.
     """
-    out, alpha = Path(out).expanduser(), np.asarray(alpha, np.float64)
+    out, alpha = Path(out).expanduser().absolute(), np.asarray(alpha, np.float64)
     if not np.isfinite(alpha).all():
         raise ValueError(f"alpha is {alpha}; expected finite numbers")
     coefficients = coefficients_of(adapters.experts, alpha, groups)
@@ -178,7 +179,8 @@ def save_adapter(
     totals = {base_name(module): sum(ranks) for module, ranks in adapters.ranks.items()}
     config = blended_config(adapters.configs, totals, adapters.base)
     like = adapters.checkpoints[0]
-    with aside(out, sum(array.nbytes for array in tensors.values()), overwrite) as place:
+    size, inputs = sum(array.nbytes for array in tensors.values()), [one.path.parent for one in adapters.checkpoints]
+    with aside(out, size, overwrite, inputs) as place:
         place.mkdir()
         copy_side_files(like.path.parent, place)
         save_file(place / WEIGHTS, tensors, like)

@@ -2,16 +2,18 @@
 
 import argparse
 import math
+import warnings
 from collections.abc import Collection, Sequence
 
 from glue_jax.checkpoints import provenance
 from glue_jax.checkpoints.adapters import Adapters, save_adapter
-from glue_jax.checkpoints.command_experts import open_experts
+from glue_jax.checkpoints.command_experts import inputs_of, open_experts
 from glue_jax.checkpoints.formats import Checkpoint
 from glue_jax.checkpoints.loading import check_alike
+from glue_jax.checkpoints.places import check_place
 from glue_jax.checkpoints.progress import ProgressLine
 from glue_jax.checkpoints.provenance import Coefficients, coefficients_for
-from glue_jax.checkpoints.saving import blend_files, check_place
+from glue_jax.checkpoints.saving import blend_files
 
 # A sum of coefficients that is farther from 1 is taken for a mistake.
 _MOST_FROM_ONE = 1e-3
@@ -26,7 +28,7 @@ def run(options: argparse.Namespace) -> None:
     if not is_adapters:
         check_alike(experts, options.take_first)
     coefficients = _given(len(experts), opened.experts if is_adapters else experts[0].tensors, options)
-    check_place(options.out, experts[0].num_bytes, options.overwrite)
+    check_place(options.out, experts[0].num_bytes, options.overwrite, inputs_of(experts))
     made = provenance.record(experts, coefficients)
     side_files = provenance.side_files(experts, made)
     if is_adapters:
@@ -55,6 +57,12 @@ def _given(k: int, names: Collection[str], options: argparse.Namespace) -> Coeff
         if coefficients.alpha.shape[1] != k:
             raise ValueError(
                 f"{options.weights_from} has coefficients of {coefficients.alpha.shape[1]} experts, but {k} are given"
+            )
+        if coefficients.refreshed:
+            warnings.warn(
+                f"the model of {options.weights_from} has BatchNorm statistics that were estimated on its data. Here "
+                "the experts' statistics are blended",
+                stacklevel=2,
             )
         return coefficients
     weights = [1 / k] * k if options.uniform else options.weights

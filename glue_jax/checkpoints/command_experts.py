@@ -1,6 +1,8 @@
 """The experts that the words of a command name."""
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 
 from glue_jax.checkpoints.adapters import Adapters, load_adapters
 from glue_jax.checkpoints.formats import ADAPTER_CONFIG, Checkpoint, open_checkpoints
@@ -27,3 +29,9 @@ def open_experts(options: argparse.Namespace) -> list[Checkpoint] | Adapters:
         if value:
             raise ValueError(f"{name} has no meaning for adapters of PEFT; expected none")
     return load_adapters(paths)
+
+
+def inputs_of(experts: Sequence[Checkpoint]) -> list[Path]:
+    """Returns the files and folders that a command reads, which its result must not change."""
+    paths = [one.path for one in experts]
+    return [path.parent if (path.parent / ADAPTER_CONFIG).is_file() else path for path in paths]

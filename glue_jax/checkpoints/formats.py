@@ -38,6 +38,7 @@ class Checkpoint:
         files: the file that holds each tensor, by its name. For orbax it is the folder.
         metadata: the texts in the header of a safetensors file.
         structure: the tree of the leaves' names. For safetensors and PyTorch it is a flat dict.
+        index: the index of a folder of Hugging Face with several files. None if there is none.
         reader: `reader(names)` returns these tensors as NumPy arrays.
     """
 
@@ -47,7 +48,13 @@ class Checkpoint:
     files: Mapping[str, Path]
     metadata: Mapping[str, str]
     structure: Any
+    index: Path | None
     reader: Callable[[Sequence[str]], dict[str, np.ndarray]] = dataclasses.field(repr=False)
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether some tensors can be read without the others. An old file of PyTorch is read whole."""
+        return self.format != "torch" or all(map(torch_format.is_mapped, set(self.files.values())))
 
     @property
     def num_bytes(self) -> int:
@@ -77,7 +84,7 @@ class Checkpoint:
         portion: list[str] = []
         size = 0
         for name in self.tensors if names is None else names:
-            if portion and size + _num_bytes(self.tensors[name]) > _PORTION_BYTES:
+            if portion and self.is_mapped and size + _num_bytes(self.tensors[name]) > _PORTION_BYTES:
                 yield portion
                 portion, size = [], 0
             portion.append(name)
@@ -137,7 +144,7 @@ def open_checkpoint(path: PathLike, *, subtree: str | None = None) -> Checkpoint
         raise ValueError(f"{path} holds no tensors")
     if index:
         _check_index(index, header.tensors)
-    return Checkpoint(path, kind, header.tensors, header.files, header.metadata, header.structure, header.reader)
+    return Checkpoint(path, kind, header.tensors, header.files, header.metadata, header.structure, index, header.reader)
 
 
 def open_checkpoints(
@@ -189,8 +196,15 @@ def steps_of_run(path: Path) -> dict[int, Path]:
     """Returns the folders of a run's steps, by the steps. It is empty if the path is no run of orbax."""
     if not path.is_dir() or orbax_format.is_checkpoint(path):
         return {}
-    named = {folder: re.search(r"(\d+)$", folder.name) for folder in path.iterdir()}
-    return {int(step[1]): folder for folder, step in named.items() if step and orbax_format.is_checkpoint(folder)}
+    steps: dict[int, Path] = {}
+    for folder in sorted(path.iterdir()):
+        step = re.search(r"(\d+)$", folder.name)
+        # A save that was not finished is no step.
+        if step and ".orbax-checkpoint-tmp" not in folder.name and orbax_format.is_checkpoint(folder):
+            if int(step[1]) in steps:
+                raise ValueError(f"{path} has {steps[int(step[1])].name} and {folder.name}; expected each step once")
+            steps[int(step[1])] = folder
+    return steps
 
 
 def _format_and_files(path: Path) -> tuple[Format, tuple[Path, ...], Path | None]:
@@ -211,6 +225,7 @@ def _format_and_files(path: Path) -> tuple[Format, tuple[Path, ...], Path | None
             if missing := [file.name for file in files if not file.is_file()]:
                 raise FileNotFoundError(f"{path} lacks {missing}, which its index {indices[0].name} names")
             return kind, tuple(files), indices[0]
+    for kind, pattern in patterns:
         files = [file for file in sorted(path.glob(pattern)) if file.name not in _NOT_WEIGHTS]
         if len(files) == 1:
             return kind, tuple(files), None

@@ -38,8 +38,10 @@ def within(tree: Any, subtree: str | None) -> Any:
         ValueError: if a key is missing; the error names the keys that are there.
     """
     for key in subtree.split("/") if subtree else ():
+        if isinstance(tree, list | tuple):
+            tree = {str(index): part for index, part in enumerate(tree)}
         if not isinstance(tree, Mapping) or key not in tree:
-            keys = sorted(tree)[:10] if isinstance(tree, Mapping) else []
+            keys = sorted(map(str, tree))[:10] if isinstance(tree, Mapping) else []
             raise ValueError(f"subtree is {subtree!r}, but there is no {key!r}; the keys there are {keys}")
         tree = tree[key]
     return tree

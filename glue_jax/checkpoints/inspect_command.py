@@ -20,16 +20,27 @@ _MOST_LAYERS = 12
 def run(options: argparse.Namespace) -> None:
     """Prints how similar the experts are, and draws it if asked."""
     experts = open_experts(options)
+    if options.picture:
+        _check_picture(options.picture, isinstance(experts, Adapters))
     if isinstance(experts, Adapters):
         print(_adapters(experts))
         return
-    if options.picture and options.picture.suffix != ".png":
-        raise ValueError(f"--picture is {options.picture}; expected the ending .png")
     found = inspect_experts(experts, options.take_first)
     print(describe(experts, found))
     if options.picture:
         draw(experts, found, options.picture)
         print(f"written: {options.picture}")
+
+
+def _check_picture(path: Path, is_adapters: bool) -> None:
+    """Refuses a picture that cannot be drawn, before the weights are read."""
+    if is_adapters:
+        raise ValueError("--picture has no meaning for adapters of PEFT; expected none")
+    if path.suffix != ".png":
+        raise ValueError(f"--picture is {path}; expected the ending .png")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"the folder of {path} does not exist")
+    library("matplotlib", "pip install matplotlib").use("Agg")
 
 
 def describe(experts: Sequence[Checkpoint], found: Similarity) -> str:
@@ -73,7 +84,6 @@ def _adapters(adapters: Adapters) -> str:
 
 def draw(experts: Sequence[Checkpoint], found: Similarity, path: Path) -> None:
     """Draws the cosines between the experts, and the lowest cosine of each layer."""
-    library("matplotlib", "pip install matplotlib").use("Agg")
     pyplot = library("matplotlib.pyplot")
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     names = [f"{index} {one.path.name}" for index, one in enumerate(experts)]

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,14 +15,17 @@ from jax.typing import DTypeLike
 import glue_jax
 from glue_jax.checkpoints import kept_results, provenance
 from glue_jax.checkpoints.adapters import Adapters, add_adapter, merge_adapters, save_adapter
-from glue_jax.checkpoints.command_experts import open_experts
-from glue_jax.checkpoints.formats import Checkpoint
+from glue_jax.checkpoints.command_experts import inputs_of, open_experts
+from glue_jax.checkpoints.formats import ADAPTER_CONFIG, Checkpoint, open_checkpoints
 from glue_jax.checkpoints.loading import Rename, check_alike, load_experts, nested
 from glue_jax.checkpoints.objective import Objective, load_objective
+from glue_jax.checkpoints.places import check_place, owned
 from glue_jax.checkpoints.progress import ProgressLine
 from glue_jax.checkpoints.provenance import coefficients_for
-from glue_jax.checkpoints.saving import check_place, save_blend
+from glue_jax.checkpoints.saving import save_blend
 from glue_jax.merging.groups import Groups, by_layer, group_by_path
+from glue_jax.objectives import OutputLoss
+from glue_jax.paths import by_path
 from glue_jax.types import LearnResult, MergeFn, Params, Progress, PyTree
 
 
@@ -37,16 +41,26 @@ def run(options: argparse.Namespace) -> None:
         check_alike(experts, options.take_first)
     if (adapters is None) != (options.base is None):
         raise ValueError(f"--base is {options.base}; expected the base of adapters of PEFT, and none for other experts")
-    check_place(options.out, experts[0].num_bytes, options.overwrite)
+    base = [] if options.base is None else open_checkpoints([options.base])
+    inputs = [*inputs_of(experts), *inputs_of(base), options.objective]
+    check_place(options.out, experts[0].num_bytes, options.overwrite, inputs)
+    with owned(options.out):
+        _learn(experts, adapters, base, options)
+
+
+def _learn(
+    experts: Sequence[Checkpoint], adapters: Adapters | None, base: Sequence[Checkpoint], options: argparse.Namespace
+) -> None:
+    """Learns, from the results of a stopped run on if there are some, and writes the best model."""
     objective = load_objective(options.objective)
     kept = options.out.with_name(f"{options.out.name}.state.npz")
-    about = _about(experts, objective, options)
+    about = _about([*experts, *base], objective, options)
     known, seconds = _known(kept, about, options.fresh)
     if adapters is None:
         bank = load_experts(experts, take_first=options.take_first, rename=objective.rename)
         merge_fn = glue_jax.blend
     else:
-        bank, merge_fn = adapters.experts, _on_base(adapters, load_experts([options.base]), objective.rename)
+        bank, merge_fn = adapters.experts, _on_base(adapters, load_experts(base), objective.rename)
     groups = None if options.groups == "none" or objective.evaluate else _layers(bank, adapters is not None)
     started = time.monotonic() - seconds
     with ProgressLine("learn") as line:
@@ -72,7 +86,7 @@ def run(options: argparse.Namespace) -> None:
             groups=groups,
             merge_fn=merge_fn,
             max_steps=options.max_steps,
-            batch_size=None if objective.evaluate else options.batch_size,
+            batch_size=options.batch_size,
             patience=options.patience,
             on_progress=keep,
             known=dict(known),
@@ -82,10 +96,13 @@ def run(options: argparse.Namespace) -> None:
     coefficients = coefficients_for(names, prior.alpha, groups if prior.groups else None, rename)
     learned = {
         "chosen": prior.chosen,
-        "values": {each.name: each.value for each in prior.candidates},
+        "estimator": estimator_of(objective),
+        "values": {each.name: each.value if math.isfinite(each.value) else None for each in prior.candidates},
         "passes": {each.name: each.passes for each in prior.candidates},
         "steps": {name: int(result.state.step) for name, result in prior.stages.items()},
         "seed": options.seed,
+        "batch_size": options.batch_size,
+        "base": None if options.base is None else str(options.base.absolute()),
         "objective": about["objective"],
         "data": about["data"],
         "statistics_refreshed": objective.statistics_fn is not None,
@@ -100,6 +117,13 @@ def run(options: argparse.Namespace) -> None:
     kept.unlink(missing_ok=True)
     print(prior.report)
     print(f"written: {options.out}")
+
+
+def estimator_of(objective: Objective) -> str:
+    """Returns the name of what `build_prior` learns by."""
+    if objective.evaluate is not None:
+        return "SPSA, by ask and tell"
+    return "Gauss-Newton" if isinstance(objective.loss_fn, OutputLoss) else "SPSA"
 
 
 def _on_base(adapters: Adapters, base: Params, rename: Rename | None) -> MergeFn:
@@ -120,23 +144,54 @@ def _layers(bank: Params, is_adapters: bool) -> Groups:
     if is_adapters:
         return group_by_path(bank, r"^(.*)[.]lora_")
     try:
-        return by_layer(bank)
+        groups = by_layer(bank)
     except ValueError:
-        return group_by_path(bank, lambda path: path)
+        groups = group_by_path(bank, lambda path: path)
+    rows = by_path(groups.rows)
+    for name, tied in tied_kernels(by_path(bank)).items():
+        rows[name] = rows[tied]
+    return Groups(jax.tree.unflatten(jax.tree.structure(groups.rows), rows.values()), groups.names)
 
 
-def _about(experts: Sequence[Checkpoint], objective: Objective, options: argparse.Namespace) -> dict[str, Any]:
+def tied_kernels(leaves: dict[str, jax.Array]) -> dict[str, str]:
+    """Returns the kernels that are equal to an earlier one in all experts, as tied weights of PyTorch are."""
+    tied: dict[str, str] = {}
+    first: dict[tuple[Any, ...], list[str]] = {}
+    for name, leaf in leaves.items():
+        if leaf.ndim < 3:
+            continue
+        alike = first.setdefault((leaf.shape, leaf.dtype), [])
+        # A few numbers tell most tensors apart.
+        corner = (slice(None), *[slice(4)] * (leaf.ndim - 1))
+        same = (
+            other
+            for other in alike
+            if bool((leaves[other][corner] == leaf[corner]).all()) and bool((leaves[other] == leaf).all())
+        )
+        if (other := next(same, None)) is not None:
+            tied[name] = other
+        else:
+            alike.append(name)
+    return tied
+
+
+def _about(read: Sequence[Checkpoint], objective: Objective, options: argparse.Namespace) -> dict[str, Any]:
     """Returns what the coefficients depend on, as JSON."""
-    files = [file for one in experts for file in dict.fromkeys(one.files.values())]
+    paths = [path for one in read for path in dict.fromkeys(one.files.values())]
+    paths += [path.parent / ADAPTER_CONFIG for path in paths if (path.parent / ADAPTER_CONFIG).is_file()]
+    files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
     data = hashlib.sha256()
     for leaf in jax.tree.leaves((objective.data, objective.validation_data)):
         data.update(f"{leaf.dtype}{leaf.shape}".encode())
         data.update(np.ascontiguousarray(leaf).view(np.uint8).data if leaf.size else b"")
     return {
         "experts": [[str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns] for file in files],
-        "objective": hashlib.sha256(options.objective.read_bytes()).hexdigest(),
+        "objective": objective.digest,
         "data": data.hexdigest(),
-        "options": [options.seed, options.groups, options.batch_size, options.max_steps, options.patience],
+        "options": [
+            *(options.seed, options.groups, options.batch_size, options.max_steps, options.patience),
+            *(options.subtree, list(options.take_first)),
+        ],
         "version": glue_jax.__version__,
     }
 

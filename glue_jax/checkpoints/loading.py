@@ -128,6 +128,9 @@ def check_alike(checkpoints: Sequence[Checkpoint], take_first: str | Sequence[st
                 f"{checkpoint.path} holds {adapter}, a factor of a LoRA adapter. Averages of factors are no blend of "
                 "adapters; expected the folder of each adapter, for load_adapters"
             )
+    for name, tensor in first.tensors.items():
+        if jnp.issubdtype(tensor.dtype, jnp.floating) and tensor.dtype.itemsize < 2:
+            raise ValueError(f"{first.path} holds {name} in {tensor.dtype}; expected at least 16 bits to blend")
     differences = [
         f"{other.path} against {first.path}: {text}"
         for other in checkpoints[1:]

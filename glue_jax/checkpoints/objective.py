@@ -1,9 +1,10 @@
 """The objective file of `glue-jax learn`: Python that says what the blend is for."""
 
 import functools
-import importlib.util
+import hashlib
 import sys
 import traceback
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +43,7 @@ class Objective(NamedTuple):
         mean: the pattern of the paths of means.
         var: the pattern of the paths of variances.
         rename: as for `load_experts`.
+        digest: the hash of the file, and of the modules in its folder that it imports.
     """
 
     data: Any
@@ -54,6 +56,7 @@ class Objective(NamedTuple):
     mean: str
     var: str
     rename: Callable[[str], str] | None
+    digest: str
 
 
 def load_objective(path: Path) -> Objective:
@@ -89,7 +92,8 @@ def load_objective(path: Path) -> Objective:
     if way == "evaluate":
         if extra := sorted({"load_data", "load_validation_data", "validation_fn"} & defined.keys()):
             raise ObjectiveError(f"{path} defines evaluate and {extra}; expected evaluate to load what it needs itself")
-        return Objective(None, None, None, None, defined["evaluate"], None, "", "", "", defined.get("rename"))
+        evaluate, rename = defined["evaluate"], defined.get("rename")
+        return Objective(None, None, None, None, evaluate, None, "", "", "", rename, _digest(path))
     data = _arrays(path, "load_data", defined)
     validation = _arrays(path, "load_validation_data", defined) if "load_validation_data" in defined else None
     if way == "module":
@@ -101,24 +105,45 @@ def load_objective(path: Path) -> Objective:
         loss_fn = OutputLoss(defined["outputs"], defined["loss"]) if way == "outputs" else defined["loss_fn"]
         statistics_fn, patterns = defined.get("statistics_fn"), ("^batch_stats/", "mean$", "var$")
     return Objective(
-        data, validation, loss_fn, defined.get("validation_fn"), None, statistics_fn, *patterns, defined.get("rename")
+        data,
+        validation,
+        loss_fn,
+        defined.get("validation_fn"),
+        None,
+        statistics_fn,
+        *patterns,
+        defined.get("rename"),
+        _digest(path),
     )
 
 
 def _run(path: Path) -> dict[str, Callable[..., Any]]:
     """Runs the file. Returns its functions that have a meaning here; an error in one of them names file and line."""
-    spec = importlib.util.spec_from_file_location("glue_objective", path)
-    if spec is None or spec.loader is None:
-        raise ObjectiveError(f"{path} is no Python file; expected the ending .py")
-    module = importlib.util.module_from_spec(spec)
-    # The file may import modules that lie beside it.
+    module = types.ModuleType("glue_objective")
+    module.__file__ = str(path)
+    # Classes look up their module by its name.
+    sys.modules[module.__name__] = module
+    # The file may import modules that lie beside it. Nothing is written there.
     sys.path.insert(0, str(path.parent.absolute()))
-    _guarded(path, "the file", functools.partial(spec.loader.exec_module, module))()
+    sys.dont_write_bytecode = True
+    _guarded(path, "the file", lambda: exec(compile(path.read_bytes(), path, "exec"), module.__dict__))()
     defined = {name: getattr(module, name) for name in FUNCTIONS if hasattr(module, name)}
     for name, function in defined.items():
         if not callable(function):
             raise ObjectiveError(f"{path}: {name} is {function!r}; expected a function")
     return {name: _guarded(path, name, function) for name, function in defined.items()}
+
+
+def _digest(path: Path) -> str:
+    """Returns the SHA-256 of the file, and of the modules that lie in its folder and are imported."""
+    folder = path.absolute().parent
+    files = {
+        Path(file).absolute() for module in list(sys.modules.values()) if (file := getattr(module, "__file__", None))
+    }
+    found = hashlib.sha256(path.read_bytes())
+    for file in sorted(file for file in files if file.parent == folder and file != path.absolute() and file.is_file()):
+        found.update(file.name.encode() + file.read_bytes())
+    return found.hexdigest()
 
 
 def _guarded(path: Path, name: str, function: Callable[..., Any]) -> Callable[..., Any]:

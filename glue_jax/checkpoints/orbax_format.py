@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from glue_jax.checkpoints.headers import Header, library, within
-from glue_jax.paths import leaf_paths, slashed
+from glue_jax.paths import by_path, leaf_paths, slashed
 
 # Files that orbax writes beside the arrays. Older versions write only the second.
 _MARKS = ("_CHECKPOINT_METADATA", "_METADATA")
@@ -35,7 +35,9 @@ def read_header(files: Sequence[Path], subtree: str | None) -> Header:
     for at, leaf in jax.tree_util.tree_leaves_with_path(part):
         if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
             raise ValueError(f"{slashed(at)} is a {type(leaf).__name__}, no array; name the model's part by subtree")
-    tensors = {slashed(at): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for at, leaf in _leaves(part)}
+    if hasattr(part, "shape"):
+        raise ValueError(f"subtree is {subtree!r}, which is one array; expected a tree of arrays")
+    tensors = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in by_path(part).items()}
     reader = functools.partial(_read, path, item, whole, subtree)
     return Header(tensors, dict.fromkeys(tensors, path), leaf_paths(part), {}, reader)
 
@@ -69,11 +71,8 @@ def _read(path: Path, item: str, whole: Any, subtree: str | None, names: Sequenc
     with quiet(), plain(path) as readable:
         abstract = jax.tree_util.tree_map_with_path(asked, whole)
         loaded = _orbax().load(str(readable), abstract, checkpointable_name=item)
-    return {slashed(at): np.asarray(leaf) for at, leaf in _leaves(within(loaded, subtree)) if slashed(at) in wanted}
-
-
-def _leaves(tree: Any) -> list[tuple[Any, Any]]:
-    return jax.tree_util.tree_leaves_with_path(tree)
+    leaves = by_path(within(loaded, subtree))
+    return {name: np.asarray(leaf) for name, leaf in leaves.items() if name in wanted}
 
 
 def _orbax() -> Any:

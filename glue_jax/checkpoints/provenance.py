@@ -1,7 +1,9 @@
 """Where a blend comes from: `glue.json`, a model card, and the recipe for mergekit."""
 
+import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,16 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import glue_jax
-from glue_jax.checkpoints.formats import Checkpoint, PathLike, open_checkpoint
+from glue_jax.checkpoints.formats import ADAPTER_CONFIG, Checkpoint, PathLike, open_checkpoint
 from glue_jax.checkpoints.loading import Rename
-from glue_jax.checkpoints.saving import PROVENANCE_KEY
+from glue_jax.checkpoints.saving import CARD, PROVENANCE_KEY, RECIPE, RECORD
 from glue_jax.merging.groups import Groups
 from glue_jax.paths import by_path
 
-RECORD, CARD, RECIPE = "glue.json", "README.md", "mergekit.yaml"
-"""The names of the three files beside a blend."""
-
-_VERSIONED = ("jax", "numpy", "safetensors", "orbax-checkpoint")
+_VERSIONED = ("jax", "numpy", "safetensors", "orbax-checkpoint", "torch", "torchax")
 
 
 class Coefficients(NamedTuple):
@@ -29,11 +28,13 @@ class Coefficients(NamedTuple):
         names: the names of the groups.
         alpha: the coefficients, float64 `[G, K]`.
         rows: the number of the group of each tensor, by the tensor's name.
+        refreshed: whether BatchNorm's statistics were refreshed after the blend, so that they are no sum.
     """
 
     names: tuple[str, ...]
     alpha: np.ndarray
     rows: Mapping[str, int]
+    refreshed: bool = False
 
     def of(self, name: str) -> np.ndarray:
         """Returns the coefficients of one tensor, `[K]`."""
@@ -75,16 +76,20 @@ def read_coefficients(path: PathLike, names: Collection[str]) -> Coefficients:
             text = json.loads(open_checkpoint(path).metadata[PROVENANCE_KEY])[RECORD]
         else:
             text = (path / RECORD if path.is_dir() else path).read_text()
-        groups = json.loads(text)["groups"]
+        made = json.loads(text)
+        groups = made["groups"]
         alpha = np.array([group["alpha"] for group in groups], np.float64)
         rows = {name: row for row, group in enumerate(groups) for name in group["tensors"]}
         labels = tuple(group["name"] for group in groups)
+        refreshed = bool((made.get("learned") or {}).get("statistics_refreshed"))
+        if alpha.ndim != 2:
+            raise ValueError("alpha is no list of numbers")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} is no record of a blend ({reason}); expected a {RECORD}") from error
     if missing := [name for name in names if name not in rows]:
         raise ValueError(f"{path} has no coefficients for {missing[:5]}; expected those of every tensor of the experts")
-    return Coefficients(labels, alpha, {name: rows[name] for name in names})
+    return Coefficients(labels, alpha, {name: rows[name] for name in names}, refreshed)
 
 
 def record(
@@ -103,7 +108,8 @@ def record(
         tensors.setdefault(row, []).append(name)
     return {
         "experts": [
-            {"path": str(one.path.absolute()), "format": one.format, "sha256": one.sha256()} for one in checkpoints
+            {"path": str(one.path.absolute()), "format": one.format, "sha256": one.sha256() | _config(one)}
+            for one in checkpoints
         ],
         "groups": [
             {"name": coefficients.names[row], "alpha": coefficients.alpha[row].tolist(), "tensors": names}
@@ -122,7 +128,7 @@ def side_files(checkpoints: Sequence[Checkpoint], made: Mapping[str, Any], repor
         made: what `record` returned.
         report: Markdown for the model card, such as the report of `build_prior`.
     """
-    files = {RECORD: json.dumps(made, indent=2) + "\n", CARD: _card(checkpoints, made, report)}
+    files = {RECORD: json.dumps(made, indent=2, allow_nan=False) + "\n", CARD: _card(checkpoints, made, report)}
     return files | ({RECIPE: mergekit_recipe(checkpoints, made)} if _mergekit_makes(checkpoints, made) else {})
 
 
@@ -141,20 +147,28 @@ def mergekit_recipe(checkpoints: Sequence[Checkpoint], made: Mapping[str, Any]) 
     lines = ["merge_method: linear", "models:"]
     for index, checkpoint in enumerate(checkpoints):
         lines += [f"  - model: {json.dumps(str(checkpoint.path.absolute()))}", "    parameters:"]
-        values = [f"{{filter: {json.dumps(name)}, value: {group['alpha'][index]!r}}}" for name, group in pairs]
+        values = [f"{{filter: {json.dumps(name)}, value: {_number(group['alpha'][index])}}}" for name, group in pairs]
         if values:
             lines += ["      weight:", *(f"        - {value}" for value in values)]
-            lines += [f"        - {{value: {rest['alpha'][index]!r}}}"]
+            lines += [f"        - {{value: {_number(rest['alpha'][index])}}}"]
         else:
-            lines += [f"      weight: {rest['alpha'][index]!r}"]
-    dtypes = {np.dtype(tensor.dtype).name for tensor in checkpoints[0].tensors.values()}
+            lines += [f"      weight: {_number(rest['alpha'][index])}"]
     lines += ["parameters:", "  normalize: false", "dtype: float32"]
-    return "\n".join([*lines, *([f"out_dtype: {dtypes.pop()}"] if len(dtypes) == 1 else [])]) + "\n"
+    return "\n".join([*lines, f"out_dtype: {_dtypes(checkpoints)[0]}"]) + "\n"
+
+
+def _dtypes(checkpoints: Sequence[Checkpoint]) -> list[str]:
+    """Returns the names of the dtypes of the tensors."""
+    return sorted({np.dtype(tensor.dtype).name for tensor in checkpoints[0].tensors.values()})
 
 
 def _mergekit_makes(checkpoints: Sequence[Checkpoint], made: Mapping[str, Any]) -> bool:
-    """Returns whether mergekit makes the same model: from folders of Hugging Face, if it is a plain blend."""
+    """Returns whether mergekit makes the same model: from folders of Hugging Face, if it is a plain blend.
+
+    mergekit writes one dtype, and blends integers too.
+    """
     is_plain = not (made["learned"] or {}).get("statistics_refreshed")
+    is_plain = is_plain and _dtypes(checkpoints) in (["bfloat16"], ["float16"], ["float32"])
     return is_plain and all((one.path / "config.json").is_file() and one.format != "orbax" for one in checkpoints)
 
 
@@ -170,18 +184,39 @@ def _card(checkpoints: Sequence[Checkpoint], made: Mapping[str, Any], report: st
         lines += ["BatchNorm's running statistics were measured on the target data."]
     lines += [""]
     lines += ["| expert |" + "".join(f" {group['name']} |" for group in shown), "| --- |" + " ---: |" * len(shown)]
-    for index, one in enumerate(checkpoints):
-        lines.append(f"| {one.path.name} |" + "".join(f" {group['alpha'][index]:.4f} |" for group in shown))
+    for index, name in enumerate(_names(checkpoints)):
+        lines.append(f"| {name} |" + "".join(f" {group['alpha'][index]:.4f} |" for group in shown))
     if not shown:
         lines += ["", f"There are {len(groups)} groups of tensors. Their coefficients are in `{RECORD}`."]
     lines += [
         "",
         "The coefficients were learned by `glue-jax learn`." if made["learned"] else "The coefficients were given.",
     ]
+    if (made["learned"] or {}).get("statistics_refreshed"):
+        lines += ["BatchNorm's statistics are no such sum: they were estimated anew on the target data."]
     lines += [f"`{RECORD}` holds the hash of each expert and all coefficients."]
     if _mergekit_makes(checkpoints, made):
         lines += [f"`mergekit-yaml {RECIPE} OUT` makes the same blend with mergekit."]
     return "\n".join([*lines, "", report]).rstrip() + "\n"
+
+
+def _config(checkpoint: Checkpoint) -> dict[str, str]:
+    """Returns the hash of an adapter's configuration, which holds its scaling."""
+    path = checkpoint.path.parent / ADAPTER_CONFIG
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest()} if path.is_file() else {}
+
+
+def _names(checkpoints: Sequence[Checkpoint]) -> list[str]:
+    """Returns a short name for each expert: the part of its path that distinguishes it from the others."""
+    paths = [one.path.absolute() for one in checkpoints]
+    same = Path(os.path.commonpath(paths))
+    names = [path.relative_to(same).as_posix() if path != same else path.name for path in paths]
+    return [name.replace("|", "\\|") for name in names]
+
+
+def _number(value: float) -> str:
+    """Returns a number as YAML reads it: `1e-05` would be text there."""
+    return repr(value) if "e" not in repr(value) else f"{value:.17e}"
 
 
 def _versions() -> dict[str, str]:

@@ -4,12 +4,9 @@ Whatever is written is first written beside its place, and is renamed when it is
 result, the new one, or none.
 """
 
-import contextlib
-import errno
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -20,6 +17,7 @@ from glue_jax.checkpoints import orbax_format
 from glue_jax.checkpoints.formats import Checkpoint, PathLike, open_checkpoint
 from glue_jax.checkpoints.headers import library
 from glue_jax.checkpoints.loading import Rename, check_alike, differences_of, read_alike
+from glue_jax.checkpoints.places import aside
 from glue_jax.checkpoints.sums import NonFiniteError, weighted_sums
 from glue_jax.paths import by_path, check_finite
 from glue_jax.types import Params
@@ -27,12 +25,15 @@ from glue_jax.types import Params
 AlphaOf = Callable[[str], np.ndarray]
 """A function from a tensor's name to its coefficients, `[K]`."""
 
-# Room for headers and side files, beside the weights.
-_SPARE_BYTES = 2**20
 PROVENANCE_KEY = "glue"
 """The key of the header of a safetensors file that holds the provenance of a blend, as JSON."""
 
-_NO_SIDE_FILES = (".safetensors", ".bin", ".pt", ".pth", ".index.json", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
+# Endings and the largest size of side files.
+_SIDE_FILES = (".json", ".jsonl", ".txt", ".model", ".jinja", ".py", ".yaml", ".yml", ".md")
+_MOST_SIDE_BYTES = 64 * 2**20
+
+RECORD, CARD, RECIPE = "glue.json", "README.md", "mergekit.yaml"
+"""The names of the three files that say where a blend comes from."""
 
 
 def blend_files(
@@ -94,7 +95,8 @@ def blend_files(
                 on_progress(done, total)
         return result
 
-    return _write(out, checkpoints[0], blended, side_files or {}, overwrite)
+    inputs = [checkpoint.path for checkpoint in checkpoints]
+    return _write(out, checkpoints[0], blended, side_files or {}, overwrite, inputs)
 
 
 def save_blend(
@@ -152,7 +154,7 @@ def save_blend(
                 raise ValueError(f"params holds {given.dtype} values at {name} that {np.dtype(dtype)} does not hold")
         return arrays
 
-    return _write(out, like, cast, side_files or {}, overwrite)
+    return _write(out, like, cast, side_files or {}, overwrite, [like.path])
 
 
 def _write(
@@ -161,10 +163,11 @@ def _write(
     tensors_of: Callable[[Sequence[str]], dict[str, np.ndarray]],
     side_files: Mapping[str, str],
     overwrite: bool,
+    inputs: Sequence[Path],
 ) -> Path:
     """Writes a result. `tensors_of(names)` gives the tensors of one file of it."""
-    out = Path(out).expanduser()
-    with aside(out, like.num_bytes, overwrite) as place:
+    out = Path(out).expanduser().absolute()
+    with aside(out, like.num_bytes, overwrite, inputs) as place:
         if like.format == "orbax":
             if out.suffix == ".safetensors":
                 raise ValueError(f"out is {out}, but the experts are orbax checkpoints; expected a folder")
@@ -187,16 +190,15 @@ def _write(
 
 def save_file(path: Path, arrays: dict[str, np.ndarray], like: Checkpoint, provenance: str | None = None) -> None:
     """Writes one safetensors file. Transformers wants the format in its header."""
-    metadata = dict(like.metadata) | {"format": "pt"} | ({PROVENANCE_KEY: provenance} if provenance else {})
+    kept = {name: text for name, text in like.metadata.items() if name != PROVENANCE_KEY}
+    metadata = kept | {"format": "pt"} | ({PROVENANCE_KEY: provenance} if provenance else {})
     # safetensors writes the memory of an array as it lies.
     arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     try:
         library("safetensors.numpy").save_file(arrays, path, metadata=metadata)
     except Exception as error:
         # The library's own error, which is no OSError.
-        if os.strerror(errno.ENOSPC) in str(error):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
-        raise
+        raise OSError(f"{path} cannot be written: {error}") from error
     # The library gives no other user a right to read it.
     shutil.copymode(next(iter(like.files.values())), path)
 
@@ -205,79 +207,40 @@ def _files(like: Checkpoint) -> dict[str, list[str]]:
     """Returns the names of the tensors of each file that the result has, by the file's name."""
     files: dict[str, list[str]] = {}
     for name, file in like.files.items():
-        files.setdefault(file.name, []).append(name)
-    if len(files) == 1:
-        return {
-            "model.safetensors" if like.path.is_file() or like.format == "torch" else next(iter(files)): [*like.tensors]
-        }
-    return {
-        name.removeprefix("pytorch_").removesuffix(".bin") + ".safetensors" if like.format == "torch" else name: names
-        for name, names in files.items()
-    }
+        new = file.name.removeprefix("pytorch_").removesuffix(".bin") + ".safetensors"
+        files.setdefault(new if like.format == "torch" else file.name, []).append(name)
+    is_alone = like.path.is_file() or (like.format == "torch" and like.index is None)
+    return {"model.safetensors": list(like.tensors)} if is_alone else files
 
 
 def _write_index(folder: Path, like: Checkpoint) -> None:
-    """Writes the index of a folder with several files, as Hugging Face does."""
-    files = _files(like)
-    if len(files) > 1:
+    """Writes the index of a folder that had one, as Hugging Face does."""
+    if like.index is not None:
         index = {
             "metadata": {"total_size": like.num_bytes},
-            "weight_map": {name: file for file, names in files.items() for name in names},
+            "weight_map": {name: file for file, names in _files(like).items() for name in names},
         }
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        name = "model.safetensors.index.json" if like.format == "torch" else like.index.name
+        (folder / name).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def copy_side_files(source: Path, folder: Path) -> None:
-    """Copies the small files beside the weights of a folder, such as the configuration and the tokenizer."""
-    for file in sorted(source.iterdir()):
-        if file.is_file() and not file.name.endswith(_NO_SIDE_FILES) and not file.name.startswith("."):
-            shutil.copyfile(file, folder / file.name)
+    """Copies the small files beside the weights of a folder, such as the configuration and the tokenizer.
 
-
-def check_place(out: Path, num_bytes: int, overwrite: bool) -> None:
-    """Refuses a place where a result cannot be written.
-
-    Raises:
-        OSError: if `out` exists and may not be replaced, if its folder does not exist, or if the disk has no room for
-            so many bytes.
+    The folders in it that hold no weights are copied too. The record, the card and the recipe of an earlier blend are
+    left out.
     """
-    if out.exists() and not overwrite:
-        raise FileExistsError(f"{out} exists; expected a new path, or overwrite")
-    if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"the folder of {out} does not exist")
-    needed, free = num_bytes + _SPARE_BYTES, shutil.disk_usage(out.absolute().parent).free
-    if needed > free:
-        raise OSError(f"no space left for {out}: it needs {needed:,} bytes, and {free:,} are free")
+    without_weights = [each for each in source.iterdir() if each.is_dir() and not any(map(_is_weights, each.iterdir()))]
+    for file in sorted(file for each in (source, *without_weights) for file in each.iterdir()):
+        name = file.relative_to(source)
+        is_hidden = any(part.startswith(".") for part in name.parts)
+        is_known = file.suffix in _SIDE_FILES and not file.name.endswith(".index.json")
+        is_small = file.is_file() and file.stat().st_size <= _MOST_SIDE_BYTES
+        if is_small and is_known and not is_hidden and str(name) not in (RECORD, CARD, RECIPE):
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, folder / name)
 
 
-@contextlib.contextmanager
-def aside(out: Path, num_bytes: int, overwrite: bool) -> Iterator[Path]:
-    """Gives a place beside `out`, and renames what was written there to `out` at the end. Removes it after an error.
-
-    Raises:
-        OSError: as `check_place`, before any work.
-    """
-    check_place(out, num_bytes, overwrite)
-    place, old = (out.with_name(f".{out.name}.{word}") for word in ("partial", "old"))
-    # What a killed process left.
-    _remove(place)
-    try:
-        yield place
-        if out.is_dir() or (out.exists() and place.is_dir()):
-            _remove(old)
-            out.rename(old)
-        place.replace(out)
-    finally:
-        _remove(place)
-        if out.exists():
-            _remove(old)
-        elif old.exists():
-            old.rename(out)
-
-
-def _remove(path: Path) -> None:
-    """Removes a file or a folder, if it exists."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def _is_weights(file: Path) -> bool:
+    """Returns whether a file holds weights, by its ending."""
+    return file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ckpt")

@@ -1,6 +1,7 @@
 """Weighted sums of tensors on the host, one expert after another."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ def weighted_sums(
     """Returns `sum_i alpha_i theta_i` (Eq. 1) for some tensors, in the dtypes of the experts.
 
     The sum is taken in float32, or in the tensor's own dtype if that has more bits. It is rounded once, at the end.
-    Each step is one multiplication and addition with one rounding, as in the linear merge of mergekit.
+    On x86 XLA multiplies and adds with one rounding, so the blend has the bits of mergekit's linear merge (a test).
 
     Args:
         experts: the tensors of one expert after another, by their names.
@@ -39,7 +40,7 @@ def weighted_sums(
     """
     sums: dict[str, np.ndarray] = {}
     dtypes: dict[str, np.dtype] = {}
-    with jax.default_device(jax.devices("cpu")[0]):
+    with jax.default_device(_host()):
         for index, arrays in enumerate(experts):
             for name in list(arrays):
                 array = arrays.pop(name)
@@ -56,6 +57,14 @@ def weighted_sums(
                 else:
                     _add(sums[name].reshape(-1), array.reshape(-1), np.float32(weight))
     return {name: _finished(name, sums.pop(name), dtype) for name, dtype in dtypes.items()}
+
+
+def _host() -> Any:
+    """Returns a CPU of JAX, or JAX's first device if it may use no CPU."""
+    try:
+        return jax.devices("cpu")[0]
+    except RuntimeError:
+        return jax.devices()[0]
 
 
 def _add(total: np.ndarray, tensor: np.ndarray, weight: np.float32) -> None:

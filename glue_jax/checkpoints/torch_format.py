@@ -42,6 +42,12 @@ def to_numpy(tensor: Any) -> np.ndarray:
     return tensor.numpy().copy()
 
 
+def is_mapped(file: Path) -> bool:
+    """Returns whether a file is in PyTorch's zip format, which can be mapped. Older files cannot."""
+    with file.open("rb") as opened:
+        return opened.read(2) == b"PK"
+
+
 def _dtype(name: str, tensor: Any) -> Any:
     """Returns the NumPy dtype of a tensor."""
     torch = library("torch")
@@ -59,10 +65,7 @@ def _load(file: Path, subtree: str | None) -> dict[str, Any]:
     """Returns the state dict of a file, whose tensors are mapped, not read."""
     torch = library("torch", "install PyTorch to read its files, or convert them to safetensors")
     try:
-        # Only PyTorch's zip format can be mapped.
-        with file.open("rb") as opened:
-            is_zip = opened.read(2) == b"PK"
-        loaded = torch.load(file, weights_only=True, mmap=is_zip, map_location="cpu")
+        loaded = torch.load(file, weights_only=True, mmap=is_mapped(file), map_location="cpu")
     except Exception as error:
         if "weights_only" in str(error) or "Weights only" in str(error):
             raise ValueError(

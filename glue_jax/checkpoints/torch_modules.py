@@ -167,8 +167,9 @@ def _complete(
     if missing:
         hint = "; only minibatch_fn does without statistics" if all(map(_is_statistic, missing)) else ""
         raise ValueError(f"params lacks {_listed(missing)}, which the module needs{hint}")
-    # Of names of one tensor, PyTorch wants one.
-    return {name: leaf for name, leaf in given.items() if name == next(each for each in given if each in ties[name])}
+    # Of names of one tensor, PyTorch wants one: the module's first.
+    order = list(ties)
+    return {name: leaf for name, leaf in given.items() if name == min(ties[name] & given.keys(), key=order.index)}
 
 
 def _at_least_float32(leaf: Any) -> jax.Array:

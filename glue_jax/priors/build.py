@@ -195,6 +195,7 @@ def build_prior(
         judge(f"expert {index}", experts, jnp.zeros(k).at[index].set(1))
     average = judge("uniform average", experts, uniform(k))
     are_related = similarity is None or all(each.related for each in similarity)
+    originals = experts
     permutations, alignment = None, "" if similarity is None else _not_aligned(spec, are_related)
     if spec is not None and not are_related:
         aligned = align_experts(experts, spec, reference=None, check_fn=_check_fn(source, merge_fn))
@@ -234,6 +235,9 @@ def build_prior(
     if groups == "layers" and evaluate is None and found is None:
         words.append("Nothing was learned by group, because merge_fn takes no `groups`.")
     chosen = min(candidates, key=_order)
+    if any(chosen is each for each in candidates[: k + 1]):
+        # The experts and their uniform average were judged as they were given.
+        experts, permutations = originals, None
     report = reporting.write(
         candidates, chosen, k, similarity, alignment=alignment, learning=words, validation=source.validation
     )

@@ -29,10 +29,12 @@ def save(folder, k=3, dtype: Any = np.float32, change=lambda seed, state: state)
     return paths
 
 
-def save_shards(folder, seed, dtype: Any = np.float32):
+def save_shards(folder, seed, dtype: Any = np.float32, *, counter=True):
     """Writes one expert as a folder of Hugging Face, with two files, an index and side files."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     state = weights(seed, dtype)
+    if not counter:
+        del state["bn.num_batches_tracked"]
     halves = {"model-00001-of-00002.safetensors": list(state)[:2], "model-00002-of-00002.safetensors": list(state)[2:]}
     for file, names in halves.items():
         save_file({name: state[name] for name in names}, folder / file, metadata={"format": "pt"})

@@ -1,14 +1,16 @@
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import glue_jax
 from glue_jax.checkpoints import Checkpoint, blend_files, load_experts, open_checkpoint, open_checkpoints, provenance
 from glue_jax.merging import by_layer
-from tests.library.checkpoints.helpers import save, save_shards
+from tests.library.checkpoints.helpers import save, save_shards, weights
 
 ALPHA = {"bn": [1, 0, 0], "fc1": [0.2, 0.3, 0.5], "fc2": [0.5, -0.5, 1]}
 
@@ -92,23 +94,59 @@ def test_the_card_says_whether_statistics_are_no_sum(folders, tmp_path):
 
 
 def test_there_is_a_recipe_only_for_what_mergekit_makes(folders, tmp_path):
-    assert (written(folders, tmp_path / "a") / "mergekit.yaml").exists()
-    assert not (written(folders, tmp_path / "b", {"statistics_refreshed": True}) / "mergekit.yaml").exists()
+    plain = [save_shards(tmp_path / f"plain{seed}", seed, counter=False) for seed in range(3)]
+    assert (written(plain, tmp_path / "a") / "mergekit.yaml").exists()
+    assert not (written(plain, tmp_path / "b", {"statistics_refreshed": True}) / "mergekit.yaml").exists()
+    # mergekit would blend the counter.
+    assert not (written(folders, tmp_path / "d") / "mergekit.yaml").exists()
     assert not (written(save(tmp_path), tmp_path / "c") / "mergekit.yaml").exists()
+
+
+def test_what_is_said_of_an_earlier_blend_is_not_kept(tmp_path):
+    paths = save(tmp_path)
+    first = written(paths, tmp_path / "first.safetensors")
+    again = [first, *paths[1:]]
+    checkpoints = open_checkpoints(again)
+    assert provenance.PROVENANCE_KEY in checkpoints[0].metadata
+    blend_files(checkpoints, [1, 0, 0], tmp_path / "second")
+    assert open_checkpoint(tmp_path / "second").metadata == {"format": "pt", "made": "by a test"}
+    folders = [save_shards(tmp_path / f"model{seed}", seed, counter=False) for seed in range(3)]
+    earlier = written(folders, tmp_path / "earlier")
+    blend_files(open_checkpoints([earlier, *folders]), [1, 0, 0, 0], tmp_path / "later")
+    assert not {"glue.json", "README.md", "mergekit.yaml"} & {path.name for path in (tmp_path / "later").iterdir()}
+
+
+def test_experts_of_one_name_are_told_apart_in_the_card(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        save_file(weights(0), tmp_path / name / "model.safetensors")
+    checkpoints = open_checkpoints([tmp_path / name / "model.safetensors" for name in ("a", "b")])
+    made = provenance.record(checkpoints, provenance.coefficients_for(checkpoints[0].tensors, [0.5, 0.5]))
+    card = provenance.side_files(checkpoints, made)["README.md"]
+    assert "| a/model.safetensors | 0.5000 |" in card
 
 
 def test_a_name_within_a_longer_name_has_its_own_coefficient_in_the_recipe():
     made = {
         "groups": [
-            {"name": "a", "alpha": [0.25], "tensors": ["fc.weight"]},
+            {"name": "a", "alpha": [1e-05], "tensors": ["fc.weight"]},
             {"name": "b", "alpha": [1.0], "tensors": ["block.fc.weight", "other", "more"]},
         ]
     }
-    one = Checkpoint(Path("/a"), "safetensors", {}, {}, {}, {}, reader=lambda names: {})
+    one = Checkpoint(
+        Path("/a"),
+        "safetensors",
+        {"fc.weight": jax.ShapeDtypeStruct((2,), np.float32)},
+        files={},
+        metadata={},
+        structure={},
+        index=None,
+        reader=lambda names: {},
+    )
     filters = [line for line in provenance.mergekit_recipe([one], made).splitlines() if "value" in line]
     assert [line.strip(" -") for line in filters] == [
         '{filter: "block.fc.weight", value: 1.0}',
-        '{filter: "fc.weight", value: 0.25}',
+        '{filter: "fc.weight", value: 1.00000000000000008e-05}',
         "{value: 1.0}",
     ]
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
+from safetensors.numpy import save_file
 
 import glue_jax
 from glue_jax.checkpoints import blend_files, load_experts, open_checkpoint, open_checkpoints, save_blend, saving, sums
@@ -47,8 +48,10 @@ def test_the_blend_of_files_is_the_blend_of_the_loaded_experts(tmp_path):
 @pytest.mark.parametrize("portion", [1, 7, 16, 1000])
 def test_the_sum_does_not_depend_on_its_portions(monkeypatch, portion):
     tensors = [{"w": np.random.default_rng(seed).normal(size=(5, 9)).astype(np.float32)} for seed in range(3)]
+    whole = sums.weighted_sums([dict(each) for each in tensors], lambda name: np.array(ALPHA))["w"]
     monkeypatch.setattr(sums, "_PORTION", portion)
     found = sums.weighted_sums([dict(each) for each in tensors], lambda name: np.array(ALPHA))["w"]
+    assert np.array_equal(found, whole)
     wanted = sum(a * each["w"].astype(np.float64) for a, each in zip(ALPHA, tensors, strict=True))
     assert found.shape == (5, 9)
     assert np.allclose(found, wanted, rtol=1e-6, atol=1e-7)
@@ -202,6 +205,81 @@ def test_a_killed_blend_leaves_the_old_result_or_none(tmp_path, existing):
     process.communicate()
     after = everything_in(tmp_path)
     assert {name: after[name] for name in before} == before
-    assert all(name.startswith(".out.partial") for name in after.keys() - before.keys())
+    assert all(name.startswith((".out.partial", ".out.lock")) for name in after.keys() - before.keys())
     blend_files(open_checkpoints(folders), ALPHA, out, overwrite=True)
-    assert not (tmp_path / ".out.partial").exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_kill_between_two_renames_loses_nothing(tmp_path):
+    paths, out = save(tmp_path), tmp_path / "out"
+    blend_files(open_checkpoints(paths), [1, 0, 0], out)
+    out.rename(tmp_path / ".out.old")
+    with pytest.raises(FileExistsError, match="out exists"):
+        blend_files(open_checkpoints(paths), ALPHA, out)
+    assert np.array_equal(read(out)["fc1.bias"], read(paths[0])["fc1.bias"])
+
+
+@pytest.mark.parametrize("place", ["model0", ".", "model0/blend.safetensors", "model1/more"])
+def test_a_blend_never_replaces_what_it_is_made_of(tmp_path, place):
+    folders = [save_shards(tmp_path / "experts" / f"model{seed}", seed) for seed in range(2)]
+    before = everything_in(tmp_path)
+    with pytest.raises(ValueError, match=r"which would change .*, one of the inputs"):
+        blend_files(open_checkpoints(folders), [0.5, 0.5], tmp_path / "experts" / place, overwrite=True)
+    assert everything_in(tmp_path) == before
+
+
+def test_a_folder_that_is_no_result_is_not_replaced(tmp_path):
+    paths = save(tmp_path)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.txt").write_text("text")
+    with pytest.raises(FileExistsError, match="is a folder without weights"):
+        blend_files(open_checkpoints(paths), ALPHA, tmp_path / "thesis", overwrite=True)
+
+
+def test_two_processes_do_not_write_one_place(tmp_path):
+    paths, out = save(tmp_path), tmp_path / "out"
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW_BLEND, str(out), *map(str, paths)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / ".out.partial").exists() and not out.exists():
+            assert time.monotonic() < deadline
+        process.send_signal(signal.SIGSTOP)
+        if not out.exists():
+            with pytest.raises(BlockingIOError, match="another process writes"):
+                blend_files(open_checkpoints(paths), ALPHA, out)
+        process.send_signal(signal.SIGCONT)
+        process.communicate()
+    assert np.allclose(read(out)["fc1.weight"], expected(ALPHA)["fc1.weight"], atol=1e-6)
+
+
+def test_one_file_with_an_index_stays_one(tmp_path):
+    folders = [save_shards(tmp_path / f"model{seed}", seed) for seed in range(2)]
+    for folder in folders:
+        state = read(folder)
+        for file in folder.glob("*.safetensors"):
+            file.unlink()
+        save_file(state, folder / "model-00001-of-00001.safetensors")
+        (folder / "model.safetensors.index.json").unlink()
+        map_of = dict.fromkeys(state, "model-00001-of-00001.safetensors")
+        (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": map_of}))
+    out = blend_files(open_checkpoints(folders), [0.5, 0.5], tmp_path / "out")
+    assert {path.name for path in out.iterdir()} == {
+        "model-00001-of-00001.safetensors",
+        "diffusion_pytorch_model.safetensors.index.json",
+        "config.json",
+    }
+
+
+def test_small_folders_are_copied_and_weights_of_other_formats_are_not(tmp_path):
+    folders = [save_shards(tmp_path / f"model{seed}", seed) for seed in range(2)]
+    (folders[0] / "1_Pooling").mkdir()
+    (folders[0] / "1_Pooling" / "config.json").write_text("{}")
+    (folders[0] / "checkpoint-5").mkdir()
+    (folders[0] / "checkpoint-5" / "config.json").write_text("{}")
+    (folders[0] / "checkpoint-5" / "model.safetensors").write_bytes(b"weights")
+    for name in ("rust_model.ot", "weights.npz", ".env", "model.onnx_data"):
+        (folders[0] / name).write_bytes(b"secret")
+    out = blend_files(open_checkpoints(folders), [0.5, 0.5], tmp_path / "out")
+    side = {name for name in everything_in(out) if not name.startswith("model")}
+    assert side == {"config.json", "1_Pooling/config.json"}
