@@ -1,8 +1,8 @@
-"""What to do with the last checkpoints of one training run? Test accuracy and loss of several ways to blend them.
+r"""What to do with the last checkpoints of one training run? Test accuracy and loss of several ways to blend them.
 
     python -m experiments.studies.last_checkpoints
     python -m experiments.studies.last_checkpoints --experiment cifar10 --expert-examples 6000 --expert-epochs 30 \
-        --target-examples 2000 --alpha-batch-size 128
+        --target-examples 2000 --alpha-batch-size 128 --alpha-steps 60 --patience 4
 
 A network is trained once for each seed, at a constant learning rate. orbax writes a checkpoint after each of the last
 `--num-experts` epochs. `glue_jax.checkpoints.load_experts` reads them as experts. Their coefficients are learned on
@@ -36,10 +36,11 @@ from experiments.runtime.session import process
 from experiments.runtime.sources import functions_in
 from experiments.runtime.stages import Stages
 from experiments.studies import frame
-from experiments.studies.budget import Sharing, coefficients
+from experiments.studies.budget import coefficients
 from experiments.studies.frame import slug
 from experiments.studies.numerics import drawn_together
 from experiments.studies.training_run import Images, draw_images, load_average, load_models, train_run
+from experiments.studies.ways import Coefficients
 
 _REFRESH_BATCH, _REFRESH_BATCHES = 256, 8
 _VALIDATION_BATCH = 250
@@ -83,7 +84,7 @@ class Run(NamedTuple):
         images: of the seed.
         models: the last K models, stacked, each leaf `[K, ...]`.
         averages: the moving averages of the parameters, by decay.
-        problem: from what has coefficients of its own to what is learned.
+        problem: what is learned: free coefficients with BatchNorm by the minibatch.
         statistics: BatchNorm's statistics of a minibatch, jitted.
     """
 
@@ -92,7 +93,7 @@ class Run(NamedTuple):
     images: Images
     models: Variables
     averages: Mapping[float, Any]
-    problem: Callable[[Sharing], Any]
+    problem: Coefficients
     statistics: Callable[[Variables, jax.Array], Any]
 
     def model(self, index: int) -> Variables:
@@ -165,13 +166,15 @@ def _lowest(run: Run, candidates: Mapping[str, Choice]) -> Choice:
     return candidates[chosen]._replace(chosen=chosen)
 
 
-def _learned(link: Literal["softmax", "free", "free by layer"], learn_on: str, run: Run) -> Choice:
+def _learned(
+    link: Literal["softmax", "free"], learn_on: Literal["held out images", "training images"], run: Run
+) -> Choice:
     """Coefficients by Gauss-Newton with BatchNorm by the minibatch, and then new statistics."""
     context = run.context
-    config, problem = context.config, run.problem("free by layer" if link == "free by layer" else "free")
+    config, problem = context.config, run.problem
     if link == "softmax":
         problem = problem._replace(link_fn=jax.nn.softmax, beta=0 * problem.beta)
-    rows = run.images.training if learn_on == "training" else run.images.held_out
+    rows = run.images.training if learn_on == "training images" else run.images.held_out
     with jax.default_matmul_precision(config.matmul_precision):
         result = glue_jax.learn(
             coefficients_key(run.seed),
@@ -191,7 +194,7 @@ def _learned(link: Literal["softmax", "free", "free by layer"], learn_on: str, r
     variables = run.refreshed(problem.merge_fn(problem.experts, result.alpha))
     history, alpha = result.history, np.asarray(result.alpha, np.float64)
     step = history.validation_steps[np.argmin(history.validation_values)]
-    return Choice(variables, f"step {step}", alpha if alpha.ndim == 1 else alpha.mean(axis=0))
+    return Choice(variables, f"step {step}", alpha)
 
 
 WAYS: Mapping[str, Callable[[Run], Choice]] = {
@@ -200,11 +203,10 @@ WAYS: Mapping[str, Callable[[Run], Choice]] = {
     "best checkpoint": _best,
     "uniform average of the last k": _uniform,
     "moving average": _moving_average,
-    "learned, softmax": functools.partial(_learned, "softmax", "held out"),
-    "learned, free": functools.partial(_learned, "free", "held out"),
-    "learned, free by layer": functools.partial(_learned, "free by layer", "held out"),
-    "learned, softmax, on training images": functools.partial(_learned, "softmax", "training"),
-    "learned, free, on training images": functools.partial(_learned, "free", "training"),
+    "learned, softmax": functools.partial(_learned, "softmax", "held out images"),
+    "learned, free": functools.partial(_learned, "free", "held out images"),
+    "learned, softmax, on training images": functools.partial(_learned, "softmax", "training images"),
+    "learned, free, on training images": functools.partial(_learned, "free", "training images"),
 }
 """By name: from a run to a model."""
 
@@ -234,7 +236,7 @@ def measure(context: Context, parsed: Arguments, stages: Stages) -> dict[str, An
     Returns:
         `data`, the data set's name; `decays`; `distances`, of the checkpoints from their mean over the mean's length, a
         root mean square for each seed; `training_loss` by epoch of each seed; and `rows`, one for each way and seed:
-        `way`, `seed`, `chosen`, `alpha` (`[K]` or None; a mean over layers), `accuracy` and `loss` on the test images
+        `way`, `seed`, `chosen`, `alpha` (`[K]` or None), `accuracy` and `loss` on the test images
         (a fraction and nats), `validation_loss`, `seconds`, `machine`.
 
     Raises:
@@ -265,13 +267,14 @@ def measure(context: Context, parsed: Arguments, stages: Stages) -> dict[str, An
     for seed, (folder, done) in trained.items():
         models = load_models(context, folder, done)
         averages = {decay: load_average(context, folder, decay) for decay in decays}
-        problem = functools.cache(functools.partial(coefficients, context, models))
-        run = Run(context, seed, images[seed], models, averages, problem, statistics)
+        run = Run(context, seed, images[seed], models, averages, coefficients(context, models, "free"), statistics)
         distances.append(drawn_together(models, 1.0)[1])
         for way in ways:
             depends_on = {**settings, **part(config, CoefficientFields, FineTuningFields), "seed": seed, "way": way}
             depends_on["training"] = done["checksums"]
-            depends_on["code"] = context.code(_measure, Run, load_models, load_average, *functions_in(WAYS[way]))
+            depends_on["code"] = context.code(
+                _measure, Run, load_models, load_average, coefficients, *functions_in(WAYS[way])
+            )
             row = stages.run(f"ways/{slug(way)}-seed{seed}", depends_on, functools.partial(_measure, run, WAYS[way]))
             rows.append({"way": way, "seed": seed, **row})
             bar.advance()
@@ -296,14 +299,14 @@ def _measure(run: Run, way: Callable[[Run], Choice]) -> dict[str, Any]:
 
 
 def table(results: Mapping[str, Any]) -> TableCells:
-    """Returns a row for each way: test accuracy, test loss, seconds, and what validation chose for each seed."""
+    """Returns a row for each way: test accuracy, test loss, and what validation chose for each seed."""
     body = []
     for way in dict.fromkeys(row["way"] for row in results["rows"]):
         own = [row for row in results["rows"] if row["way"] == way]
-        accuracy, loss, seconds = (np.array([row[name] for row in own]) for name in ("accuracy", "loss", "seconds"))
+        accuracy, loss = (np.array([row[name] for row in own]) for name in ("accuracy", "loss"))
         chosen = ", ".join(row["chosen"] for row in own) if own[0]["chosen"] != "-" else "-"
-        body.append([way, spread(100 * accuracy, 2), spread(loss, 4), f"{seconds.mean():.0f}", chosen])
-    return ["way", "test accuracy, %", "test loss, nats", "seconds", "chosen by validation, seed by seed"], body
+        body.append([way, spread(100 * accuracy, 2), spread(loss, 4), chosen])
+    return ["way", "test accuracy, %", "test loss, nats", "chosen by validation, seed by seed"], body
 
 
 def _alpha_table(results: Mapping[str, Any]) -> TableCells:
@@ -333,7 +336,7 @@ def present(results: Mapping[str, Any]) -> Report:
         results,
         f"One network is trained for each seed on {results['data']}, at a constant learning rate. The last "
         f"{config['num_experts']} epochs each leave a checkpoint. The table has the mean over seeds ± the standard "
-        "deviation. Seconds are of choosing or learning, and of the evaluation.",
+        "deviation.",
         markdown_table(*table(results)),
         "The validation images choose by the lowest loss: the checkpoint, k, the decay of the moving average (of "
         f"{', '.join(map(str, results['decays']))} a step), or the step of learning. Every blend has new BatchNorm "
@@ -343,7 +346,7 @@ def present(results: Mapping[str, Any]) -> Report:
         markdown_table(["of a run", "value"], accounts),
         "The distance is that of the checkpoints' parameters from their mean, over the mean's length, a root mean "
         "square.",
-        "The coefficients of the checkpoints, means over seeds (and over layers):",
+        "The coefficients of the checkpoints, means over seeds:",
         markdown_table(*_alpha_table(results)),
     )
     return Report(markdown, {}, {results["title"]: table(results)})

@@ -47,7 +47,7 @@ def test_f1_on_the_host_is_learned_from_and_a_failed_evaluation_does_not_end_the
             raise ConnectionError("the server of the model does not answer")
         blended = jax.tree.map(np.asarray, blend(stacked, alpha))
         model.coefs_, model.intercepts_ = blended["kernels"], blended["biases"]
-        return f1_score(labels, model.predict(images), average="macro", zero_division=0)
+        return f1_score(labels, model.predict(images), average="macro", zero_division=0)  # pyright: ignore[reportArgumentType]
 
     def loss(alpha):
         try:
