@@ -177,9 +177,10 @@ def _arrays(path: Path, name: str, defined: dict[str, Callable[..., Any]]) -> An
     except Exception as error:
         # An array of another library that NumPy cannot read.
         raise ObjectiveError(f"{path}: {name} returned what is no array ({error}); expected arrays [N, ...]") from error
-    for array in jax.tree.leaves(arrays):
+    for leaf, array in zip(leaves, jax.tree.leaves(arrays), strict=True):
         if array.dtype == object or not array.ndim:
-            raise ObjectiveError(f"{path}: {name} returned {array.dtype} {list(array.shape)}; expected arrays [N, ...]")
+            found = f"a {type(leaf).__name__}" if array.dtype == object else f"{array.dtype} {list(array.shape)}"
+            raise ObjectiveError(f"{path}: {name} returned {found}; expected arrays [N, ...]")
     return arrays
 
 

@@ -317,6 +317,11 @@ MISTAKES = {
         LEARNS,
         "load_data returned int64 []; expected arrays [N, ...]",
     ),
+    "a loader as data": (
+        objective("def loss_fn(params, batch): ...\ndef load_data(): return iter([])"),
+        LEARNS,
+        "load_data returned a list_iterator; expected arrays [N, ...]",
+    ),
     "a loss that is no number": (
         objective(DATA + "def loss_fn(params, batch): return 'low'"),
         LEARNS,
