@@ -26,7 +26,7 @@ from glue_jax.checkpoints.saving import save_blend
 from glue_jax.merging.groups import Groups, by_layer, group_by_path
 from glue_jax.objectives import OutputLoss
 from glue_jax.paths import by_path
-from glue_jax.types import LearnResult, MergeFn, Params, Progress, PyTree
+from glue_jax.types import LearnResult, Params, Progress, PyTree
 
 
 def run(options: argparse.Namespace) -> None:
@@ -58,9 +58,10 @@ def _learn(
     known, seconds = _known(kept, about, options.fresh)
     if adapters is None:
         bank = load_experts(experts, take_first=options.take_first, rename=objective.rename)
-        merge_fn = glue_jax.blend
+        merge_fn, shared = glue_jax.blend, None
     else:
-        bank, merge_fn = adapters.experts, _on_base(adapters, load_experts(base), objective.rename)
+        bank, shared = adapters.experts, load_experts(base)
+        merge_fn = _on_base(bool(adapters.configs[0].get("fan_in_fan_out")), objective.rename)
     groups = None if options.groups == "none" or objective.evaluate else _layers(bank, adapters is not None)
     started = time.monotonic() - seconds
     with ProgressLine("learn") as line:
@@ -85,6 +86,7 @@ def _learn(
             var=objective.var,
             groups=groups,
             merge_fn=merge_fn,
+            shared=shared,
             max_steps=options.max_steps,
             batch_size=options.batch_size,
             patience=options.patience,
@@ -126,14 +128,15 @@ def estimator_of(objective: Objective) -> str:
     return "Gauss-Newton" if isinstance(objective.loss_fn, OutputLoss) else "SPSA"
 
 
-def _on_base(adapters: Adapters, base: Params, rename: Rename | None) -> MergeFn:
-    """Returns the merge of adapters that adds their blend to the base, whose leaves are `[1, ...]`."""
-    weights = {name: leaf[0] for name, leaf in base.items()}
-    fan_in_fan_out = bool(adapters.configs[0].get("fan_in_fan_out"))
+def _on_base(fan_in_fan_out: bool, rename: Rename | None) -> Any:
+    """Returns the merge of adapters that adds their blend to the base, `shared`, whose leaves are `[1, ...]`."""
 
-    def merge(experts: Params, alpha: jax.Array, groups: PyTree = None, min_dtype: DTypeLike | None = None) -> Params:
+    def merge(
+        experts: Params, alpha: jax.Array, groups: PyTree = None, min_dtype: DTypeLike | None = None, *, shared: Params
+    ) -> Params:
         adapter = merge_adapters(experts, alpha, groups, min_dtype=min_dtype)
-        merged = add_adapter(weights, adapter, fan_in_fan_out=fan_in_fan_out)
+        base = {name: leaf[0] for name, leaf in shared.items()}
+        merged = add_adapter(base, adapter, fan_in_fan_out=fan_in_fan_out)
         return merged if rename is None else nested((rename(name), leaf) for name, leaf in merged.items())
 
     return merge

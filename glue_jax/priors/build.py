@@ -1,7 +1,6 @@
 """`build_prior`: one model from K experts in one call, and a report that says why it is this one."""
 
 import functools
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -16,7 +15,7 @@ from glue_jax.coefficients import uniform
 from glue_jax.experts import num_experts
 from glue_jax.links import unconstrained
 from glue_jax.merging.alignment import Permutations, align_experts
-from glue_jax.merging.groups import Groups, by_layer, group_by_path
+from glue_jax.merging.groups import Groups
 from glue_jax.merging.permutation_specs import Layout, PermutationSpec
 from glue_jax.objectives import OutputLoss
 from glue_jax.paths import check_finite
@@ -24,7 +23,7 @@ from glue_jax.priors import report as reporting
 from glue_jax.priors.from_calls import FromCalls
 from glue_jax.priors.from_data import FromData, Statistics, from_data
 from glue_jax.priors.report import Candidate, Relation
-from glue_jax.priors.stages import Stage
+from glue_jax.priors.stages import Stage, by_group, stage_groups, with_shared
 from glue_jax.types import Batch, LearnResult, LossFn, MergeFn, Params, Progress, PyTree
 
 # The key is folded with these numbers, so that no two uses share random numbers.
@@ -77,6 +76,7 @@ def build_prior(
     var: str = "var$",
     groups: Groups | Literal["layers"] | None = "layers",
     merge_fn: MergeFn = blend,
+    shared: PyTree | None = None,
     max_steps: int = 200,
     batch_size: int | None = None,
     patience: int | None = arguments.PATIENCE,
@@ -117,6 +117,8 @@ def build_prior(
             layer. The second stage is left out if this is None, or if `layers` meets a `merge_fn` without a keyword
             `groups`.
         merge_fn: `merge_fn(experts, alpha) -> params`.
+        shared: arrays that all blends share, such as the base of adapters. They are passed to `merge_fn` as its keyword
+            `shared`, next to `groups` and `min_dtype`. None passes nothing.
         max_steps: the largest number of steps of a stage.
         batch_size: the number of examples in a minibatch. None is 64, or all if there are fewer.
         patience: a stage ends after this many validations without a new best value. None takes all steps.
@@ -172,17 +174,23 @@ def build_prior(
     else:
         _check_alone(evaluate, {**given, "groups": None if groups == "layers" else groups})
         source = FromCalls(evaluate=evaluate, max_steps=max_steps, patience=patience)
-    found = _groups(groups, experts, merge_fn) if evaluate is None else None
+    is_average = arguments.bare(merge_fn) is blend
+    given_merge: Any = merge_fn
+    one = merge_fn if shared is None else functools.partial(given_merge, shared=shared)
+    found = stage_groups(groups, experts, one) if evaluate is None else None
+    merge_fn = merge_fn if shared is None else with_shared(merge_fn)
     stages = [Stage(LEARNED, (k,), jax.nn.softmax, merge_fn)]
     if found is not None:
-        stages.append(Stage(BY_GROUP, (len(found.names), k), unconstrained, _by_group(merge_fn, found)))
+        stages.append(Stage(BY_GROUP, (len(found.names), k), unconstrained, by_group(merge_fn, found)))
     _check_known(known, stages, source)
-    is_average = arguments.bare(merge_fn) is blend
     similarity = reporting.relations(experts) if is_average or spec is not None else None
     candidates: list[Candidate] = []
 
+    def together(experts: Params) -> Params:
+        return experts if shared is None else (experts, shared)
+
     def model(experts: Params, alpha: jax.Array) -> Params:
-        params = stages[alpha.ndim - 1].merge_fn(experts, alpha)
+        params = stages[alpha.ndim - 1].merge_fn(together(experts), alpha)
         return source.finished(jax.random.fold_in(key, _REFRESHED), params)
 
     def judge(name: str, experts: Params, alpha: jax.Array, passes: int = 0, note: str | None = None) -> Candidate:
@@ -220,7 +228,7 @@ def build_prior(
         )
         result, note = source.learned(
             jax.random.fold_in(key, _LEARNED + number),
-            experts,
+            together(experts),
             stage,
             start,
             functools.partial(_tell, on_progress, stage.name),
@@ -259,41 +267,6 @@ def _check_alone(evaluate: Any, given: dict[str, Any]) -> None:
     check_callable(evaluate=evaluate)
     if beside := [name for name, argument in given.items() if argument is not None]:
         raise ValueError(f"evaluate was given together with {', '.join(beside)}; expected evaluate without them")
-
-
-def _groups(groups: Any, experts: Params, merge_fn: MergeFn) -> Groups | None:
-    """Returns the groups of the second stage, checked. None leaves the stage out."""
-    if groups is None or (isinstance(groups, str) and groups == "layers" and not _takes_groups(merge_fn)):
-        return None
-    if groups == "layers":
-        try:
-            return by_layer(experts)
-        except ValueError:
-            return group_by_path(experts, lambda path: path or "all")
-    if not isinstance(groups, Groups):
-        raise TypeError(f"groups is {groups!r}; expected 'layers', None, or the Groups that group_by_path returns")
-    if not _takes_groups(merge_fn):
-        raise ValueError("groups was given, but merge_fn has no keyword groups; expected one, as glue_jax.blend has")
-    shape = len(groups.names), num_experts(experts)
-    jax.eval_shape(_by_group(merge_fn, groups), experts, jax.ShapeDtypeStruct(shape, jnp.float32))
-    return groups
-
-
-def _by_group(merge_fn: MergeFn, groups: Groups) -> MergeFn:
-    """Returns the merge of coefficients `[G, K]`, always the same object for the same groups."""
-    return _by_rows(merge_fn, tuple(jax.tree.leaves(groups.rows)), jax.tree.structure(groups.rows))
-
-
-@functools.cache
-def _by_rows(merge_fn: Any, rows: tuple[int, ...], structure: Any) -> MergeFn:
-    """Returns the merge whose leaves have these rows."""
-    return functools.partial(merge_fn, groups=jax.tree.unflatten(structure, rows))
-
-
-def _takes_groups(merge_fn: MergeFn) -> bool:
-    """Returns whether a merge has a keyword `groups` that is still free."""
-    parameter = inspect.signature(merge_fn).parameters.get("groups")
-    return parameter is not None and parameter.default is None
 
 
 def _check_known(known: Any, stages: list[Stage], source: FromData | FromCalls) -> None:

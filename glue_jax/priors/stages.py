@@ -2,16 +2,20 @@
 
 import dataclasses
 import functools
+import inspect
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from glue_jax.experts import num_experts
 from glue_jax.gauss_newton import gauss_newton_step
+from glue_jax.merging.groups import Groups, by_layer, group_by_path
 from glue_jax.steps import init, spsa_step
-from glue_jax.types import GlueState, LearnResult, LinkFn, MergeFn, PyTree, StepFn
+from glue_jax.types import GlueState, LearnResult, LinkFn, MergeFn, Params, PyTree, StepFn
 
 SOFTMAX_RADIUS = 0.3
 """SPSA's radius under a softmax. A metric that counts errors changes at this radius, and a smooth loss is right too."""
@@ -59,6 +63,52 @@ class Stage:
     def spsa(self, max_steps: int) -> tuple[StepFn, optax.GradientTransformation]:
         """Returns SPSA's step and its optimizer, always the same objects for the same arguments."""
         return _spsa(len(self.shape) > 1, self.shape[-1], max_steps)
+
+
+def stage_groups(groups: Any, experts: Params, merge_fn: Any) -> Groups | None:
+    """Returns the groups of the second stage, checked. None leaves the stage out."""
+    if groups is None or (isinstance(groups, str) and groups == "layers" and not _takes_groups(merge_fn)):
+        return None
+    if groups == "layers":
+        try:
+            return by_layer(experts)
+        except ValueError:
+            return group_by_path(experts, lambda path: path or "all")
+    if not isinstance(groups, Groups):
+        raise TypeError(f"groups is {groups!r}; expected 'layers', None, or the Groups that group_by_path returns")
+    if not _takes_groups(merge_fn):
+        raise ValueError("groups was given, but merge_fn has no keyword groups; expected one, as glue_jax.blend has")
+    shape = len(groups.names), num_experts(experts)
+    jax.eval_shape(functools.partial(merge_fn, groups=groups.rows), experts, jax.ShapeDtypeStruct(shape, jnp.float32))
+    return groups
+
+
+def by_group(merge_fn: MergeFn, groups: Groups) -> MergeFn:
+    """Returns the merge of coefficients `[G, K]`, always the same object for the same groups."""
+    return _by_rows(merge_fn, tuple(jax.tree.leaves(groups.rows)), jax.tree.structure(groups.rows))
+
+
+@functools.cache
+def _by_rows(merge_fn: Any, rows: tuple[int, ...], structure: Any) -> MergeFn:
+    """Returns the merge whose leaves have these rows."""
+    return functools.partial(merge_fn, groups=jax.tree.unflatten(structure, rows))
+
+
+def _takes_groups(merge_fn: MergeFn) -> bool:
+    """Returns whether a merge has a keyword `groups` that is still free."""
+    parameter = inspect.signature(merge_fn).parameters.get("groups")
+    return parameter is not None and parameter.default is None
+
+
+@functools.cache
+def with_shared(merge_fn: Any) -> MergeFn:
+    """Returns the merge of a pair, the stacked experts and what they share, from a merge with a keyword `shared`."""
+
+    def merge(both: tuple[Params, PyTree], alpha: PyTree, *, groups: PyTree = None, min_dtype: Any = None) -> Params:
+        experts, shared = both
+        return merge_fn(experts, alpha, groups=groups, min_dtype=min_dtype, shared=shared)
+
+    return merge
 
 
 def out_of_patience(result: LearnResult, patience: int | None) -> bool:

@@ -4,12 +4,14 @@ import functools
 import math
 import pickle
 import re
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.core import Tracer
 
 import glue_jax
 from glue_jax.priors import from_data
@@ -395,3 +397,21 @@ def test_a_result_of_other_experts_is_refused():
     other = glue_jax.build_prior(KEY, AXES, evaluate=Host(), max_steps=1)
     with pytest.raises(ValueError, match=r"known\['learned'\] belongs to another call: its state has the shapes"):
         build(known={"learned": other.stages["learned"]})
+
+
+def test_what_the_experts_share_reaches_the_merge_as_an_argument():
+    def merge(experts, alpha, *, groups=None, min_dtype=None, shared: Any = None):
+        # A constant of the program would be an array of NumPy or JAX.
+        assert isinstance(shared["w"], Tracer) or not isinstance(alpha, Tracer)
+        return {"w": shared["w"] + glue_jax.blend(experts, alpha, groups, min_dtype=min_dtype)["w"]}
+
+    base = {"w": jnp.array([10.0, -10.0])}
+    experts = glue_jax.stack_experts([{"w": jnp.array([0.0, 2.0])}, {"w": jnp.array([1.0, 0.0])}])
+    x = jax.random.normal(jax.random.key(0), (200, 2))
+    loss_fn = glue_jax.OutputLoss(
+        lambda params, batch: batch["x"] @ params["w"], lambda out, batch: jnp.mean((out - batch["y"]) ** 2)
+    )
+    data = {"x": x, "y": x @ (base["w"] + jnp.array([0.25, 1.5]))}
+    found = glue_jax.build_prior(KEY, experts, data, loss_fn=loss_fn, merge_fn=merge, shared=base, groups=None)
+    chex.assert_trees_all_close(found.params["w"], base["w"] + jnp.array([0.25, 1.5]), atol=0.01)
+    assert found.similarity is None
