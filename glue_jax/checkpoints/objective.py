@@ -19,10 +19,10 @@ from glue_jax.objectives import OutputLoss
 from glue_jax.types import LossFn, Params
 
 _WAYS = ("module", "outputs", "loss_fn", "evaluate")
-FUNCTIONS = (*_WAYS, "loss", "load_data", "load_validation_data", "validation_fn", "statistics_fn", "rename")
+FUNCTIONS = (*_WAYS, "loss", "metric", "load_data", "load_validation_data", "validation_fn", "statistics_fn", "rename")
 """The names of the functions of an objective file that have a meaning."""
 
-_NUMBERS = ("loss", "loss_fn", "validation_fn")
+_NUMBERS = ("loss", "metric", "loss_fn", "validation_fn")
 
 
 class ObjectiveError(ValueError):
@@ -70,8 +70,9 @@ def load_objective(path: Path) -> Objective:
     - `loss_fn(params, batch)`, with `load_data()`.
     - `evaluate(params) -> number`.
 
-    It may define `load_validation_data()`, `validation_fn(params, batch)`, `statistics_fn(params, batch)` for Flax, and
-    `rename(name)` too.
+    It may define `load_validation_data()`, `statistics_fn(params, batch)` for Flax, and `rename(name)` too. Another
+    function than the loss may choose the best model: `metric(outputs, batch)` with the first two ways, or
+    `validation_fn(params, batch)`. Lower is better.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -90,10 +91,13 @@ def load_objective(path: Path) -> Objective:
         if way in of and needed not in defined:
             raise ObjectiveError(f"{path} defines {way}, but no {needed}")
     if way == "evaluate":
-        if extra := sorted({"load_data", "load_validation_data", "validation_fn"} & defined.keys()):
+        if extra := sorted({"load_data", "load_validation_data", "validation_fn", "metric"} & defined.keys()):
             raise ObjectiveError(f"{path} defines evaluate and {extra}; expected evaluate to load what it needs itself")
         evaluate, rename = defined["evaluate"], defined.get("rename")
         return Objective(None, None, None, None, evaluate, None, "", "", "", rename, _digest(path))
+    if "metric" in defined and (way == "loss_fn" or "validation_fn" in defined):
+        other = "loss_fn" if way == "loss_fn" else "validation_fn"
+        raise ObjectiveError(f"{path} defines metric and {other}; expected metric with module or outputs, and alone")
     data = _arrays(path, "load_data", defined)
     validation = _arrays(path, "load_validation_data", defined) if "load_validation_data" in defined else None
     if way == "module":
@@ -104,11 +108,14 @@ def load_objective(path: Path) -> Objective:
     else:
         loss_fn = OutputLoss(defined["outputs"], defined["loss"]) if way == "outputs" else defined["loss_fn"]
         statistics_fn, patterns = defined.get("statistics_fn"), ("^batch_stats/", "mean$", "var$")
+    validation_fn = defined.get("validation_fn")
+    if "metric" in defined and isinstance(loss_fn, OutputLoss):
+        validation_fn = OutputLoss(loss_fn.outputs_fn, defined["metric"])
     return Objective(
         data,
         validation,
         loss_fn,
-        defined.get("validation_fn"),
+        validation_fn,
         None,
         statistics_fn,
         *patterns,

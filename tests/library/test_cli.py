@@ -144,6 +144,15 @@ def test_a_stopped_run_goes_on_to_the_same_bits(experts, tmp_path, capsys, monke
     assert all(np.array_equal(models[0][name], models[1][name]) for name in models[0])
 
 
+def test_a_metric_chooses_the_model(experts, tmp_path, capsys):
+    metric = "\n\ndef metric(outputs, batch):\n    return jnp.mean(outputs.argmax(1) != batch['y'])\n"
+    (tmp_path / "objective.py").write_text(OBJECTIVE + metric)
+    assert run(capsys, "learn", *experts, "--objective", "objective.py", "--out", "out", *LEARN)[0] == 0
+    values = json.loads((tmp_path / "out/glue.json").read_text())["learned"]["values"].values()
+    # A fifth of 96 examples is held out: 19.
+    assert all(np.isclose(value * 19, round(value * 19), atol=1e-4) for value in values)
+
+
 def test_tied_weights_have_one_coefficient(experts, tmp_path, capsys):
     for seed, path in enumerate(experts):
         state = weights(seed)
@@ -311,6 +320,11 @@ MISTAKES = {
         "defines loss_fn and evaluate of",
     ),
     "outputs without a loss": (objective(DATA + "def outputs(params, batch): ..."), LEARNS, "but no loss"),
+    "a metric of the weights": (
+        objective(DATA + "def loss_fn(params, batch): ...\ndef metric(outputs, batch): ..."),
+        LEARNS,
+        "defines metric and loss_fn",
+    ),
     "no data": (objective("def loss_fn(params, batch): ..."), LEARNS, "but no load_data"),
     "a number as data": (
         objective("def loss_fn(params, batch): ...\ndef load_data(): return 3"),
