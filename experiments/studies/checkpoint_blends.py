@@ -1,0 +1,156 @@
+"""What `experiments.studies.last_checkpoints` compares: ways to make one model of a training run's last checkpoints."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+
+import glue_jax
+from experiments.models.network import Variables
+from experiments.protocol.coefficients import coefficients_key
+from experiments.protocol.context import Context, take
+from experiments.protocol.data import Examples
+from experiments.protocol.splits import Indices
+from experiments.studies.training_run import Images
+from experiments.studies.ways import Coefficients
+
+_REFRESH_BATCH, _REFRESH_BATCHES = 256, 8
+_VALIDATION_BATCH = 250
+
+
+class Run(NamedTuple):
+    """A training run that is done, and what every way may use.
+
+    Attributes:
+        context: of `experiments.protocol.context.prepare`.
+        seed: of the run.
+        images: of the seed.
+        models: the last K models, stacked, each leaf `[K, ...]`.
+        averages: the moving averages of the parameters, by decay.
+        problem: what is learned: free coefficients with BatchNorm by the minibatch.
+        statistics: BatchNorm's statistics of a minibatch, jitted.
+    """
+
+    context: Context
+    seed: int
+    images: Images
+    models: Variables
+    averages: Mapping[float, Any]
+    problem: Coefficients
+    statistics: Callable[[Variables, jax.Array], Any]
+
+    def model(self, index: int) -> Variables:
+        """One of the last K models."""
+        return jax.tree.map(lambda leaf: leaf[index], self.models)
+
+    def examples(self, rows: Indices) -> Examples:
+        """Some images of the training split, with their labels."""
+        return take(self.context.train, rows)
+
+    def refreshed(self, variables: Variables) -> Variables:
+        """A model with BatchNorm's statistics estimated on training images."""
+        images = self.examples(self.images.training[: _REFRESH_BATCH * _REFRESH_BATCHES]).images
+        batches = [images[at : at + _REFRESH_BATCH] for at in range(0, len(images), _REFRESH_BATCH)]
+        return glue_jax.merging.refresh_statistics(variables, batches, self.statistics)
+
+
+class Choice(NamedTuple):
+    """What a way returns.
+
+    Attributes:
+        variables: the model.
+        chosen: what was chosen, for the report.
+        alpha: the coefficients of the K models, `[K]`; None if it is no blend of them.
+    """
+
+    variables: Variables
+    chosen: str
+    alpha: Any = None
+
+
+def _last(run: Run) -> Choice:
+    """The last checkpoint as it is."""
+    return Choice(run.model(-1), "-")
+
+
+def _last_refreshed(run: Run) -> Choice:
+    """The last checkpoint with new statistics."""
+    return Choice(run.refreshed(run.model(-1)), "-")
+
+
+def _best(run: Run) -> Choice:
+    """The checkpoint with the lowest validation loss, as it is."""
+    count = run.context.config.num_experts
+    return _lowest(run, {f"{count - at} from the end": Choice(run.model(at), "") for at in reversed(range(count))})
+
+
+def _uniform(run: Run) -> Choice:
+    """The uniform average of the last k."""
+    candidates, count = {}, run.context.config.num_experts
+    for k in range(2, count + 1):
+        alpha = np.repeat([0.0, 1 / k], [count - k, k]).astype(np.float32)
+        candidates[f"k = {k}"] = Choice(run.refreshed(glue_jax.blend(run.models, alpha)), "", alpha)
+    return _lowest(run, candidates)
+
+
+def _moving_average(run: Run) -> Choice:
+    """The moving average of the parameters at the end of training."""
+    candidates = {}
+    for decay, params in run.averages.items():
+        candidates[f"decay {decay}"] = Choice(run.refreshed({**run.model(-1), "params": params}), "")
+    return _lowest(run, candidates)
+
+
+def _lowest(run: Run, candidates: Mapping[str, Choice]) -> Choice:
+    """The candidate with the lowest validation loss."""
+    validation = run.context.validation
+    losses = {name: run.context.evaluate(each.variables, validation)["loss"] for name, each in candidates.items()}
+    chosen = min(losses, key=losses.__getitem__)
+    return candidates[chosen]._replace(chosen=chosen)
+
+
+def _learned(
+    link: Literal["softmax", "free"], learn_on: Literal["held out images", "training images"], run: Run
+) -> Choice:
+    """Coefficients by Gauss-Newton with BatchNorm by the minibatch, and then new statistics."""
+    context = run.context
+    config, problem = context.config, run.problem
+    if link == "softmax":
+        problem = problem._replace(link_fn=jax.nn.softmax, beta=0 * problem.beta)
+    rows = run.images.training if learn_on == "training images" else run.images.held_out
+    with jax.default_matmul_precision(config.matmul_precision):
+        result = glue_jax.learn(
+            coefficients_key(run.seed),
+            problem.experts,
+            run.examples(rows),
+            loss_fn=problem.loss_fn,
+            state=glue_jax.init(config.num_experts, beta=problem.beta, link_fn=problem.link_fn),
+            step_fn=glue_jax.gauss_newton_step,
+            link_fn=problem.link_fn,
+            merge_fn=problem.merge_fn,
+            validation_data=context.validation,
+            batch_size=min(config.alpha_batch_size, len(rows)),
+            validation_batch_size=min(_VALIDATION_BATCH, len(context.validation.labels)),
+            max_steps=config.alpha_steps,
+            patience=config.patience,
+        )
+    variables = run.refreshed(problem.merge_fn(problem.experts, result.alpha))
+    history, alpha = result.history, np.asarray(result.alpha, np.float64)
+    step = history.validation_steps[np.argmin(history.validation_values)]
+    return Choice(variables, f"step {step}", alpha)
+
+
+WAYS: Mapping[str, Callable[[Run], Choice]] = {
+    "last checkpoint": _last,
+    "last checkpoint, refreshed": _last_refreshed,
+    "best checkpoint": _best,
+    "uniform average of the last k": _uniform,
+    "moving average": _moving_average,
+    "learned, softmax": functools.partial(_learned, "softmax", "held out images"),
+    "learned, free": functools.partial(_learned, "free", "held out images"),
+    "learned, softmax, on training images": functools.partial(_learned, "softmax", "training images"),
+    "learned, free, on training images": functools.partial(_learned, "free", "training images"),
+}
+"""By name: from a run to a model."""
