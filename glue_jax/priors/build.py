@@ -108,8 +108,8 @@ def build_prior(
         spec: which units may be permuted. If an expert is unrelated to the others, the experts are aligned. The
             alignment is kept if it lowers the value of the uniform average. None aligns nothing.
         statistics_fn: `statistics_fn(params, batch)`, BatchNorm's statistics of a batch of `data`, as for
-            `refresh_statistics`. The statistics of each candidate are refreshed on at most 2048 examples. While the
-            coefficients are learned, a model has the statistics of the minibatch. None refreshes nothing.
+            `refresh_statistics`. The statistics of each blend are refreshed on at most 2048 examples. Those of an expert
+            alone stay. While the coefficients are learned, a model has the statistics of the minibatch. None refreshes nothing.
         collection: as for `refresh_statistics`.
         mean: as for `refresh_statistics`.
         var: as for `refresh_statistics`.
@@ -189,14 +189,16 @@ def build_prior(
     def together(experts: Params) -> Params:
         return experts if shared is None else (experts, shared)
 
-    def model(experts: Params, alpha: jax.Array) -> Params:
+    def model(experts: Params, alpha: jax.Array, refreshed: bool) -> Params:
         params = stages[alpha.ndim - 1].merge_fn(together(experts), alpha)
-        return source.finished(jax.random.fold_in(key, _REFRESHED), params)
+        return source.finished(jax.random.fold_in(key, _REFRESHED), params) if refreshed else params
 
     def judge(name: str, experts: Params, alpha: jax.Array, passes: int = 0, note: str | None = None) -> Candidate:
-        value = source.value(model(experts, alpha))
-        passes += source.passes_of_value
-        candidates.append(Candidate(name, alpha, value, passes, statistics_fn is not None, note))
+        # An expert is judged as it is: its statistics are those of its own data.
+        refreshed = statistics_fn is not None and len(candidates) >= k
+        value = source.value(model(experts, alpha, refreshed))
+        passes += source.passes_of_value(refreshed)
+        candidates.append(Candidate(name, alpha, value, passes, refreshed, note))
         return candidates[-1]
 
     for index in range(k):
@@ -250,7 +252,7 @@ def build_prior(
         candidates, chosen, k, similarity, alignment=alignment, learning=words, validation=source.validation
     )
     return Prior(
-        params=model(experts, chosen.alpha),
+        params=model(experts, chosen.alpha, chosen.refreshed),
         alpha=chosen.alpha,
         groups=found.names if found is not None and chosen.alpha.ndim > 1 else None,
         chosen=chosen.name,

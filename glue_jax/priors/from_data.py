@@ -109,11 +109,9 @@ class FromData:
         value = _mean(params, self.validation_data, function=self.validation_fn, batch_size=self.batch_size)
         return as_number("the value of validation_fn", value)
 
-    @property
-    def passes_of_value(self) -> int:
-        """How often a model goes forward on one example to be finished and validated."""
-        refreshed = 0 if self.statistics is None else min(_length(self.data), _REFRESH_EXAMPLES)
-        return refreshed + _length(self.validation_data)
+    def passes_of_value(self, refreshed: bool) -> int:
+        """How often a model goes forward on one example to be refreshed, if it is, and validated."""
+        return refreshed * min(_length(self.data), _REFRESH_EXAMPLES) + _length(self.validation_data)
 
     def optimizer(self, stage: Stage) -> optax.GradientTransformation | None:
         """Returns the optimizer of a stage."""
