@@ -22,10 +22,12 @@ _EXAMPLES = {
   glue-jax learn a.pt b.pt c.pt --objective objective.py --out blend
 
 objective.py holds load_data() and one of
-  module()                                  a PyTorch module; load_data() returns (inputs, labels)
-  outputs(params, batch) and loss(outputs, batch)     two functions of JAX
-  loss_fn(params, batch)                    one function of JAX
-  evaluate(params) -> number                anything, lower is better; load_data() is not needed""",
+  module()                      a PyTorch module; load_data() returns (inputs, labels)
+  outputs(params, batch)        the network in JAX, with loss(outputs, batch)
+  loss_fn(params, batch)        the loss in JAX
+  evaluate(params) -> number    anything, lower is better; load_data() is not needed
+It may hold loss(outputs, batch), metric(outputs, batch) to choose the model by, load_validation_data() and
+rename(name) too.""",
 }
 
 
@@ -47,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warnings.showwarning = _show_warning
             options.run(options)
     except KeyboardInterrupt:
-        print("glue-jax: stopped", file=sys.stderr)
+        print("glue-jax: stopped; the same command goes on from what was kept", file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, ImportError, ArithmeticError, MemoryError, RuntimeError) as error:
         # What a user's own function raised says more than what followed from it.
@@ -115,10 +117,14 @@ def _parser() -> argparse.ArgumentParser:
     learn.add_argument(
         "--groups", choices=("layers", "none"), default="layers", help="also learn coefficients by layer"
     )
-    learn.add_argument("--seed", type=int, default=0, help="decides minibatches and directions")
+    learn.add_argument("--seed", type=int, default=0, help="decides minibatches and directions (default: 0)")
     learn.add_argument("--batch-size", type=int, help="examples of a minibatch; 64, or all if there are fewer")
-    learn.add_argument("--max-steps", type=int, default=200, help="the most steps of each of the two stages")
-    learn.add_argument("--patience", type=int, default=10, help="a stage ends after so many validations without a gain")
+    learn.add_argument(
+        "--max-steps", type=int, default=200, help="the most steps of each of the two stages (default: 200)"
+    )
+    learn.add_argument(
+        "--patience", type=int, default=10, help="a stage ends after so many validations without a gain (10)"
+    )
     learn.add_argument("--fresh", action="store_true", help="begins anew where a run was stopped")
     for added in (blend, learn):
         added.add_argument("--out", type=_place, required=True, help="a new folder, or a new .safetensors file")

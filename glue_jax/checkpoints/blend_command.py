@@ -60,8 +60,9 @@ def _given(k: int, names: Collection[str], options: argparse.Namespace) -> Coeff
             )
         if coefficients.refreshed:
             warnings.warn(
-                f"the model of {options.weights_from} has BatchNorm statistics that were estimated on its data. Here "
-                "the experts' statistics are blended",
+                f"the model of {options.weights_from} has BatchNorm statistics that were measured on its data. This "
+                "blend has the average of the experts' statistics, which fits no blend: measure them anew, in PyTorch "
+                "by torch.optim.swa_utils.update_bn",
                 stacklevel=2,
             )
         return coefficients

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import math
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,6 +64,9 @@ def _learn(
         bank, shared = adapters.experts, load_experts(base)
         merge_fn = _on_base(bool(adapters.configs[0].get("fan_in_fan_out")), objective.rename)
     groups = None if options.groups == "none" or objective.evaluate else _layers(bank, adapters is not None)
+    if known:
+        steps = {name: int(result.state.step) for name, result in known.items()}
+        print(f"going on from {kept}, after the steps {steps}", file=sys.stderr)
     started = time.monotonic() - seconds
     with ProgressLine("learn") as line:
 

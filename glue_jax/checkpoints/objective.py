@@ -22,6 +22,7 @@ _WAYS = ("module", "outputs", "loss_fn", "evaluate")
 FUNCTIONS = (*_WAYS, "loss", "metric", "load_data", "load_validation_data", "validation_fn", "statistics_fn", "rename")
 """The names of the functions of an objective file that have a meaning."""
 
+_MOST_TEXT = 400
 _NUMBERS = ("loss", "metric", "loss_fn", "validation_fn")
 
 
@@ -164,7 +165,7 @@ def _guarded(path: Path, name: str, function: Callable[..., Any]) -> Callable[..
             frames = traceback.extract_tb(error.__traceback__)
             lines = [frame.lineno for frame in frames if Path(frame.filename).absolute() == path.absolute()]
             line = f", line {lines[-1]}" if lines else ""
-            text = next(iter(str(error).splitlines()), "")
+            text = " ".join(str(error).split())[:_MOST_TEXT]
             raise ObjectiveError(f"{path}{line}: {name} raised {type(error).__name__}: {text}") from error
         if name in _NUMBERS and not isinstance(result, jax.Array | np.ndarray | np.generic | int | float):
             raise ObjectiveError(f"{path}: {name} returned {result!r}; expected one number")
@@ -216,5 +217,8 @@ def default_loss(outputs: jax.Array, batch: Any) -> jax.Array:
             raise ObjectiveError(f"outputs have shape {outputs.shape}, labels {targets.shape}; expected [B, C] and [B]")
         return optax.softmax_cross_entropy_with_integer_labels(outputs.astype(jnp.float32), targets).mean()
     if outputs.shape != targets.shape:
-        raise ObjectiveError(f"outputs have shape {outputs.shape}, targets {targets.shape}; expected one shape")
+        raise ObjectiveError(
+            f"outputs have shape {outputs.shape}, targets {targets.shape} of {targets.dtype}; expected one shape for "
+            "the squared error, or integer labels for the cross-entropy"
+        )
     return jnp.mean((outputs - targets) ** 2)

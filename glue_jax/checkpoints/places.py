@@ -22,7 +22,8 @@ def check_place(out: Path, num_bytes: int, overwrite: bool, inputs: Iterable[Pat
         inputs: what the result is made from.
 
     Raises:
-        ValueError: if `out` is one of the inputs, contains one, or lies in the folder of one.
+        ValueError: if `out` is one of the inputs, contains one, or lies in the folder of one, or if its ending is one
+            of PyTorch's.
         OSError: if `out` exists and may not be replaced, if its folder does not exist, or if the disk has no room for
             so many bytes.
     """
@@ -30,10 +31,12 @@ def check_place(out: Path, num_bytes: int, overwrite: bool, inputs: Iterable[Pat
     for each in map(Path.resolve, inputs):
         if real == each or real in each.parents or (each.is_dir() and each in real.parents):
             raise ValueError(f"out is {out}, which would change {each}, one of the inputs; expected another place")
+    if out.suffix in (".pt", ".pth", ".bin"):
+        raise ValueError(f"out is {out}; expected a folder, or a file with the ending .safetensors")
     if out.is_symlink() and not out.exists():
         raise FileNotFoundError(f"{out} is a link to a place that does not exist")
     if out.exists() and not overwrite:
-        raise FileExistsError(f"{out} exists; expected a new path, or overwrite")
+        raise FileExistsError(f"{out} exists; expected a new path, or overwrite (--overwrite)")
     if out.is_dir() and any(out.iterdir()) and not (any(out.glob("*.safetensors")) or orbax_format.is_checkpoint(out)):
         raise FileExistsError(f"{out} is a folder without weights, so it is no earlier result, and is not replaced")
     if not real.parent.is_dir():

@@ -1,4 +1,4 @@
-"""A line on stderr that says how far a command is, and how long it takes at most."""
+"""A line on stderr that says how far a command is, and about how long it takes."""
 
 import sys
 import time
@@ -29,7 +29,7 @@ class ProgressLine:
             return
         self._shown = now
         minutes, seconds = divmod(round((now - self._started) / (done - self._first) * (total - done)), 60)
-        text = f"{self._name}: {done / total:.0%}, at most {minutes} min {seconds} s left"
+        text = f"{self._name}: {done / total:.0%}, about {minutes} min {seconds} s left"
         print(f"\r{text}\033[K" if self._is_terminal else text, end="" if self._is_terminal else "\n", file=sys.stderr)
 
     def __enter__(self) -> "ProgressLine":

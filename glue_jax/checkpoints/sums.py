@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# The names of BatchNorm's running variances, in PyTorch and in Flax.
+_VARIANCES = ("running_var", "/var")
 # Elements that are added at once, 4 MB in float32.
 _PORTION = 2**20
 
@@ -92,4 +94,9 @@ def _finished(name: str, total: np.ndarray, dtype: np.dtype) -> np.ndarray:
     total = total.astype(dtype, copy=False)
     if jnp.issubdtype(dtype, jnp.inexact) and not np.isfinite(total).all():
         raise NonFiniteError(name, total[~np.isfinite(total)][0])
+    if name.endswith(_VARIANCES) and total.size and total.min() < 0:
+        raise ValueError(
+            f"the blend holds the variance {total.min():.3g} at {name}, since a coefficient is negative. No network "
+            "can use it: take positive coefficients, or learn, which measures BatchNorm's statistics anew"
+        )
     return total

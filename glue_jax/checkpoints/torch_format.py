@@ -1,6 +1,7 @@
 """Reads state dicts of PyTorch, if PyTorch is installed. No code in the file can run."""
 
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,9 +69,11 @@ def _load(file: Path, subtree: str | None) -> dict[str, Any]:
         loaded = torch.load(file, weights_only=True, mmap=is_mapped(file), map_location="cpu")
     except Exception as error:
         if "weights_only" in str(error) or "Weights only" in str(error):
+            found = re.search(r"GLOBAL (\S+)", str(error))
             raise ValueError(
-                f"{file.name} holds more than tensors, and may hold code, which is not run; expected a state dict: "
-                "torch.save(model.state_dict(), path)"
+                f"{file.name} holds {found[1] if found else 'more than tensors'}, and may hold code, which is not run; "
+                "expected a state dict: torch.save(model.state_dict(), path). If you trust the file, "
+                "torch.load(path, weights_only=False) reads it, and its state dict can be saved alone"
             ) from error
         raise
     state = within(loaded, subtree)
@@ -80,6 +83,6 @@ def _load(file: Path, subtree: str | None) -> dict[str, Any]:
         dicts = sorted(str(name) for name, value in state.items() if isinstance(value, Mapping))
         raise ValueError(
             f"its entries {wrong[:5]} are no tensors; expected a state dict"
-            + (f". If the model is one of {dicts}, pass this name as the subtree" if dicts else "")
+            + (f". If the model is one of {dicts}, pass this name as subtree (--subtree)" if dicts else "")
         )
     return dict(state)

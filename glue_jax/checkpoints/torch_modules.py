@@ -74,9 +74,10 @@ def module_functions(module: Any, *, inputs: Sequence[str] | None = None) -> Mod
     chosen = _Inputs(module, inputs)
     evaluation = _without_weights(torch, module).eval()
     ties = _ties(module)
+    shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(module)}
 
     def outputs_fn(params: Mapping[str, Any], batch: Mapping[str, Any]) -> Any:
-        return _call(torch, env, evaluation, _complete(params, ties), chosen, batch)
+        return _call(torch, env, evaluation, _complete(params, ties, shapes), chosen, batch)
 
     minibatch = _without_weights(torch, module).eval()
     layers = {name: layer for name, layer in minibatch.named_modules() if _is_batch_norm(torch, layer)}
@@ -89,7 +90,7 @@ def module_functions(module: Any, *, inputs: Sequence[str] | None = None) -> Mod
     dropped = {f"{name}.{each}" if name else each for name in layers for each in (*_STATISTICS, _COUNTER)}
 
     def minibatch_fn(params: Mapping[str, Any], batch: Mapping[str, Any]) -> Any:
-        return _call(torch, env, minibatch, _complete(params, ties, dropped), chosen, batch)
+        return _call(torch, env, minibatch, _complete(params, ties, shapes, dropped), chosen, batch)
 
     def statistics_fn(params: Mapping[str, Any], batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         found: dict[str, Any] = {}
@@ -153,12 +154,21 @@ def _call(
 
 
 def _complete(
-    params: Mapping[str, Any], ties: Mapping[str, frozenset[str]], dropped: frozenset[str] | set[str] = frozenset()
+    params: Mapping[str, Any],
+    ties: Mapping[str, frozenset[str]],
+    shapes: Mapping[str, tuple[int, ...]],
+    dropped: frozenset[str] | set[str] = frozenset(),
 ) -> dict[str, Any]:
     """The weights that a module needs. Refuses missing and unknown names."""
     given = {name: leaf for name, leaf in params.items() if leaf is not None and name not in dropped}
     if unknown := [name for name in given if name not in ties]:
-        raise ValueError(f"params has {_listed(unknown)}, which the module does not have")
+        raise ValueError(
+            f"params has {_listed(unknown)}, which the module does not have. If the names have a prefix, rename can "
+            "remove it"
+        )
+    for name, leaf in given.items():
+        if jnp.shape(leaf) != shapes[name]:
+            raise ValueError(f"the module's {name} has shape {shapes[name]}, and the experts' has {jnp.shape(leaf)}")
     missing = [
         name
         for name, tied in ties.items()

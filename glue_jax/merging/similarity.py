@@ -17,8 +17,8 @@ from glue_jax.merging.groups import Groups
 from glue_jax.paths import by_path, leaf_paths
 from glue_jax.types import Params
 
-# Weights of each expert that are compared at once, 8 MB in float64.
-_PORTION = 2**20
+# Weights of each expert that are compared at once, half a megabyte in float64.
+_PORTION = 2**16
 
 
 class Similarity(NamedTuple):
@@ -96,6 +96,8 @@ def similarity_of_leaves(
             length[row] += centre @ centre
             differences = weights - centre
             moved[row] += differences @ differences.T
+        # The next leaf is read before these names change.
+        del leaf, flat
     with np.errstate(invalid="ignore", divide="ignore"):
         distances = np.sqrt(np.diagonal(moved, axis1=1, axis2=2) / length[:, None])
     return Similarity(names, _cosine(inner), distances, _cosine(moved) if has_origin else None)

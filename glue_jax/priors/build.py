@@ -108,8 +108,9 @@ def build_prior(
         spec: which units may be permuted. If an expert is unrelated to the others, the experts are aligned. The
             alignment is kept if it lowers the value of the uniform average. None aligns nothing.
         statistics_fn: `statistics_fn(params, batch)`, BatchNorm's statistics of a batch of `data`, as for
-            `refresh_statistics`. The statistics of each blend are refreshed on at most 2048 examples. Those of an expert
-            alone stay. While the coefficients are learned, a model has the statistics of the minibatch. None refreshes nothing.
+            `refresh_statistics`. The statistics of each blend are refreshed on at most 2048 examples. An expert alone
+            keeps its own. While the coefficients are learned, a model has the statistics of the minibatch. None
+            refreshes nothing.
         collection: as for `refresh_statistics`.
         mean: as for `refresh_statistics`.
         var: as for `refresh_statistics`.

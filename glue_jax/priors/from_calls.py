@@ -31,7 +31,7 @@ class FromCalls:
     patience: int | None
     failures: list[Exception] = dataclasses.field(default_factory=list)
 
-    name_of_value, passes_of_value = "evaluate", 1
+    name_of_value = "evaluate"
     validation = (
         "The values are those of evaluate, and the passes are its calls. They chose the model, so they flatter it."
     )
@@ -45,6 +45,11 @@ class FromCalls:
         """Returns a model unchanged."""
         del key
         return params
+
+    def passes_of_value(self, refreshed: bool) -> int:
+        """How often `evaluate` is called for one value."""
+        del refreshed
+        return 1
 
     def value(self, params: Params) -> float:
         """Returns the value of a model. NaN if it cannot be evaluated."""

@@ -224,7 +224,7 @@ def from_data(
     ]
     if statistics is not None:
         refreshed = min(_length(data), _REFRESH_EXAMPLES)
-        words.append(f"BatchNorm's statistics of each model were refreshed on {refreshed} examples of the data.")
+        words.append(f"BatchNorm's statistics of each blend were refreshed on {refreshed} examples of the data.")
     return FromData(
         data=data,
         loss_fn=loss_fn,

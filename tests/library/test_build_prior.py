@@ -269,8 +269,11 @@ def test_statistics_are_refreshed_before_a_candidate_is_validated():
     # The experts' own statistics are far off.
     experts = {**BANK, "batch_stats": {"mean": jnp.full((4, 16), 100.0), "var": jnp.ones((4, 16))}}
     found = build(experts, data, loss_fn=NORMED, validation_data=data, statistics_fn=statistics_fn)
-    assert all(each.refreshed for each in found.candidates)
-    assert "BatchNorm's statistics of each model were refreshed on 160 examples of the data." in found.report
+    assert [each.refreshed for each in found.candidates] == [False] * 4 + [True] * (len(found.candidates) - 4)
+    # An expert is the user's own: it is judged with its own statistics.
+    first = jax.tree.map(lambda leaf: leaf[0], experts)
+    np.testing.assert_allclose(values(found)["expert 0"], NORMED(first, data), rtol=1e-4)
+    assert "BatchNorm's statistics of each blend were refreshed on 160 examples of the data." in found.report
     chex.assert_trees_all_close(found.params["batch_stats"], statistics_fn(found.params, data), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(values(found)[found.chosen], NORMED(found.params, data), rtol=1e-4)
     # The loss runs the network in evaluation mode, and is learned with the statistics of minibatches all the same.

@@ -188,7 +188,7 @@ class TestTorch:
 
     def test_the_model_in_a_larger_file_is_named_by_subtree(self, tmp_path):
         self.torch.save({"state_dict": {"w": self.torch.ones(2)}, "epoch": 3}, tmp_path / "a.pt")
-        with pytest.raises(ValueError, match=r"If the model is one of \['state_dict'\], pass this name as the subtree"):
+        with pytest.raises(ValueError, match=r"If the model is one of \['state_dict'\], pass this name as subtree"):
             open_checkpoint(tmp_path / "a.pt")
         assert list(open_checkpoint(tmp_path / "a.pt", subtree="state_dict").tensors) == ["w"]
 

@@ -13,6 +13,6 @@ def test_the_first_moment_says_nothing_and_the_next_says_what_is_left(monkeypatc
     assert capsys.readouterr().err == ""
     # 20 of 100 in 40 s: the 70 that are left take 140 s.
     line.show(30, 100)
-    assert capsys.readouterr().err == "learn: 30%, at most 2 min 20 s left\n"
+    assert capsys.readouterr().err == "learn: 30%, about 2 min 20 s left\n"
     line.show(31, 100)
     assert capsys.readouterr().err == ""
