@@ -1,6 +1,6 @@
 """`python -m glue_jax` is the command `glue-jax`."""
 
-from glue_jax.cli import main
+from glue_jax.cli import command
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    command()

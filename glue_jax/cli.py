@@ -1,12 +1,17 @@
 """The command `glue-jax`: look at experts in files, blend them, and learn the coefficients of their blend."""
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from glue_jax.interrupts import interruptible
+
+# The status of a process that was interrupted, as shells have it.
+_INTERRUPTED = 130
 _EXPERTS = """each a .safetensors file, a folder of Hugging Face, an orbax checkpoint, a .pt or .bin file of PyTorch, or
 a folder with a LoRA adapter of PEFT; or the folder of one training run of orbax, with a folder for each step"""
 
@@ -42,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        with warnings.catch_warnings():
+        with interruptible(), warnings.catch_warnings():
             # A warning of a library is no message for the user of a command. Ours are.
             warnings.simplefilter("ignore")
             warnings.filterwarnings("once", category=UserWarning, module="glue_jax")
@@ -50,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.run(options)
     except KeyboardInterrupt:
         print("glue-jax: stopped; the same command goes on from what was kept", file=sys.stderr)
-        return 130
+        return _INTERRUPTED
     except (ValueError, TypeError, OSError, ImportError, ArithmeticError, MemoryError, RuntimeError) as error:
         # What a user's own function raised says more than what followed from it.
         of_user = [str(error.__cause__)] if type(error.__cause__).__name__ == "ObjectiveError" else []
@@ -63,6 +68,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _show_warning(message: Warning | str, *rest: Any) -> None:
     """Prints a warning as one line."""
     print(f"glue-jax: warning: {message}", file=sys.stderr)
+
+
+def command() -> None:
+    """Runs the command as a process of its own, and ends the process."""
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # The threads of XLA may be in the middle of a program after an interruption.
+    (os._exit if status == _INTERRUPTED else sys.exit)(status)
 
 
 class _Parser(argparse.ArgumentParser):

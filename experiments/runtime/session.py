@@ -16,6 +16,7 @@ from rich.console import Console
 from experiments.runtime.locks import LockedError, locked
 from experiments.runtime.progress import ProgressBars
 from experiments.runtime.stages import DamagedStageError, read_json, sweep
+from glue_jax.interrupts import interruptible
 
 DEFAULT_EXPERIMENT = "digits"
 """The experiment whose experts a command uses by default."""
@@ -70,7 +71,8 @@ def process() -> Iterator[None]:
     The threads of XLA may be in the middle of a program. An interpreter that is torn down under them crashes.
     """
     try:
-        yield
+        with interruptible():
+            yield
     except SystemExit as stopped:
         if stopped.code != INTERRUPTED:
             raise

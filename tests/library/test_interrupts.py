@@ -1,0 +1,21 @@
+import time
+
+import pytest
+
+from glue_jax.interrupts import interruptible
+
+
+class RaisesWhenCollected:
+    def __del__(self):
+        raise KeyboardInterrupt
+
+
+def test_an_interruption_that_python_ignores_comes_again():
+    def work():
+        with interruptible():
+            RaisesWhenCollected()
+            time.sleep(10)
+            pytest.fail("nothing came")
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
