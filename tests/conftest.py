@@ -1,5 +1,7 @@
 """What holds for every test: ranks are never promoted silently, no key is used twice, and programs compile quickly."""
 
+import signal
+
 import jax
 import pytest
 
@@ -23,3 +25,11 @@ def optimized():
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
+def interruptions():
+    """Ctrl-C has its effect here and in processes that the test starts. A shell's background command ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

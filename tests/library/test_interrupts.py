@@ -10,6 +10,7 @@ class RaisesWhenCollected:
         raise KeyboardInterrupt
 
 
+@pytest.mark.usefixtures("interruptions")
 def test_an_interruption_that_python_ignores_comes_again():
     def work():
         with interruptible():

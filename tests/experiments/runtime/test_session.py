@@ -66,6 +66,7 @@ def test_other_errors_end_the_command_where_it_says_so():
         raise KeyError("radius")
 
 
+@pytest.mark.usefixtures("interruptions")
 def test_a_process_that_is_interrupted_ends_at_once_with_its_status(tmp_path):
     # The interpreter would be torn down under XLA's threads.
     command = [sys.executable, "-m", "experiments.digits", "--out-dir", str(tmp_path / "run")]
