@@ -9,8 +9,8 @@ import numpy as np
 
 # The names of BatchNorm's running variances, in PyTorch and in Flax.
 _VARIANCES = ("running_var", "/var")
-# Elements that are added at once, 4 MB in float32.
-_PORTION = 2**20
+# Elements that are added at once, 4 MB in float32 at most.
+_PORTION, _LEAST = 2**20, 64
 
 
 class NonFiniteError(ValueError):
@@ -77,8 +77,8 @@ def _add(total: np.ndarray, tensor: np.ndarray, weight: np.float32) -> None:
     for start in range(0, total.size, _PORTION):
         here = slice(start, start + _PORTION)
         count = total[here].size
-        # The last portion is padded to a power of two.
-        padding = (0, (1 << (count - 1).bit_length()) - count)
+        # The last portion is padded to a power of two. The shortest programs would round otherwise.
+        padding = (0, max(_LEAST, 1 << (count - 1).bit_length()) - count)
         padded = (np.pad(part[here], padding) if padding[1] else part[here] for part in (total, tensor))
         total[here] = np.asarray(_add_portion(*padded, weight))[:count]
 

@@ -4,19 +4,20 @@ import jax
 import numpy as np
 import optax
 import pytest
-from sklearn.datasets import load_digits
-from sklearn.metrics import f1_score
-from sklearn.neural_network import MLPClassifier
 
 import glue_jax
 
+datasets, scores, neural_network = (
+    pytest.importorskip(f"sklearn.{name}", reason="scikit-learn is not installed: pip install 'glue_jax[experiments]'")
+    for name in ("datasets", "metrics", "neural_network")
+)
 NUM_EXPERTS = 4
 
 
 @pytest.fixture(scope="module")
 def digits():
     """Images and labels in three parts: for the experts, to learn the coefficients, and for the test."""
-    images, labels = load_digits(return_X_y=True)
+    images, labels = datasets.load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(labels))
     return [(images[rows] / 16, labels[rows]) for rows in np.split(order, [800, 1200])]
 
@@ -28,7 +29,7 @@ def networks(digits):
     trained = []
     for index in range(NUM_EXPERTS):
         rows = np.isin(labels, (3 * index + np.arange(7)) % 10)
-        network = MLPClassifier((16,), learning_rate_init=0.01, random_state=0)
+        network = neural_network.MLPClassifier((16,), learning_rate_init=0.01, random_state=0)
         for _ in range(15):
             network.partial_fit(images[rows], labels[rows], classes=np.arange(10))
         trained.append(network)
@@ -47,7 +48,7 @@ def test_f1_on_the_host_is_learned_from_and_a_failed_evaluation_does_not_end_the
             raise ConnectionError("the server of the model does not answer")
         blended = jax.tree.map(np.asarray, blend(stacked, alpha))
         model.coefs_, model.intercepts_ = blended["kernels"], blended["biases"]
-        return f1_score(labels, model.predict(images), average="macro", zero_division=0)  # pyright: ignore[reportArgumentType]
+        return scores.f1_score(labels, model.predict(images), average="macro", zero_division=0)  # pyright: ignore[reportArgumentType]
 
     def loss(alpha):
         try:

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from sklearn.datasets import load_digits
 
 import glue_jax
 from glue_jax.checkpoints import load_experts, save_blend
 from glue_jax.checkpoints.torch_modules import module_functions
 
+datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed")
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 safetensors_torch = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
 nn = torch.nn
@@ -70,7 +70,7 @@ class Digits(NamedTuple):
 def digits(tmp_path_factory):
     """Experts in files, each trained on 200 digits that are mostly of four classes."""
     torch.manual_seed(0)
-    images, labels = load_digits(return_X_y=True)
+    images, labels = datasets.load_digits(return_X_y=True)
     images = (images / 16).astype("float32").reshape(-1, 1, 8, 8)
     random = np.random.default_rng(0)
     order = random.permutation(len(labels))
