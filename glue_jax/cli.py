@@ -31,8 +31,8 @@ objective.py holds load_data() and one of
   outputs(params, batch)        the network in JAX, with loss(outputs, batch)
   loss_fn(params, batch)        the loss in JAX
   evaluate(params) -> number    anything, lower is better; load_data() is not needed
-It may hold loss(outputs, batch), metric(outputs, batch) to choose the model by, load_validation_data() and
-rename(name) too.""",
+It may hold loss(outputs, batch), metric(outputs, batch) to choose the model by, load_validation_data(),
+rename(name), and spec(params) to align experts of separate initialisations, too.""",
 }
 
 
@@ -130,6 +130,12 @@ def _parser() -> argparse.ArgumentParser:
     learn.add_argument("--base", type=Path, help="the model that LoRA adapters belong to")
     learn.add_argument(
         "--groups", choices=("layers", "none"), default="layers", help="also learn coefficients by layer"
+    )
+    learn.add_argument(
+        "--estimator",
+        choices=("auto", "gauss-newton", "spsa"),
+        default="auto",
+        help="how to learn; auto is gauss-newton where the network's outputs are known (default)",
     )
     learn.add_argument("--seed", type=int, default=0, help="decides minibatches and directions (default: 0)")
     learn.add_argument("--batch-size", type=int, help="examples of a minibatch; 64, or all if there are fewer")

@@ -27,7 +27,7 @@ from glue_jax.checkpoints.saving import save_blend
 from glue_jax.merging.groups import Groups, by_layer, group_by_path
 from glue_jax.objectives import OutputLoss
 from glue_jax.paths import by_path
-from glue_jax.types import LearnResult, Params, Progress, PyTree
+from glue_jax.types import LearnResult, LossFn, Params, Progress, PyTree
 
 
 def run(options: argparse.Namespace) -> None:
@@ -63,6 +63,10 @@ def _learn(
     else:
         bank, shared = adapters.experts, load_experts(base)
         merge_fn = _on_base(bool(adapters.configs[0].get("fan_in_fan_out")), objective.rename)
+    loss_fn = _loss_for(options.estimator, objective)
+    if objective.spec is not None and adapters is not None:
+        raise ValueError(f"{options.objective} defines spec, but adapters of PEFT need no alignment; expected none")
+    spec = objective.spec and objective.spec(jax.tree.map(lambda leaf: leaf[0], bank))
     groups = None if options.groups == "none" or objective.evaluate else _layers(bank, adapters is not None)
     if known:
         steps = {name: int(result.state.step) for name, result in known.items()}
@@ -80,10 +84,11 @@ def _learn(
             jax.random.key(options.seed),
             bank,
             objective.data,
-            loss_fn=objective.loss_fn,
+            loss_fn=loss_fn,
             validation_data=objective.validation_data,
             validation_fn=objective.validation_fn,
             evaluate=objective.evaluate,
+            spec=spec,
             statistics_fn=objective.statistics_fn,
             collection=objective.collection,
             mean=objective.mean,
@@ -102,7 +107,8 @@ def _learn(
     coefficients = coefficients_for(names, prior.alpha, groups if prior.groups else None, rename)
     learned = {
         "chosen": prior.chosen,
-        "estimator": estimator_of(objective),
+        "estimator": "SPSA, by ask and tell" if loss_fn is None else _name_of(loss_fn),
+        "aligned": prior.permutations is not None,
         "values": {each.name: each.value if math.isfinite(each.value) else None for each in prior.candidates},
         "passes": {each.name: each.passes for each in prior.candidates},
         "steps": {name: int(result.state.step) for name, result in prior.stages.items()},
@@ -125,11 +131,19 @@ def _learn(
     print(f"written: {options.out}")
 
 
-def estimator_of(objective: Objective) -> str:
-    """Returns the name of what `build_prior` learns by."""
-    if objective.evaluate is not None:
-        return "SPSA, by ask and tell"
-    return "Gauss-Newton" if isinstance(objective.loss_fn, OutputLoss) else "SPSA"
+def _loss_for(estimator: str, objective: Objective) -> LossFn | None:
+    """Returns the loss in the form by which `build_prior` learns with this estimator. None with `evaluate`."""
+    loss_fn = objective.loss_fn
+    if estimator == "gauss-newton" and not isinstance(loss_fn, OutputLoss):
+        raise ValueError("--estimator is gauss-newton; expected an objective with module or outputs")
+    if estimator == "spsa" and isinstance(loss_fn, OutputLoss):
+        return lambda params, batch: loss_fn(params, batch)
+    return loss_fn
+
+
+def _name_of(loss_fn: LossFn) -> str:
+    """Returns the name of the estimator that learns by a loss."""
+    return "Gauss-Newton" if isinstance(loss_fn, OutputLoss) else "SPSA"
 
 
 def _on_base(fan_in_fan_out: bool, rename: Rename | None) -> Any:
@@ -197,7 +211,7 @@ def _about(read: Sequence[Checkpoint], objective: Objective, options: argparse.N
         "data": data.hexdigest(),
         "options": [
             *(options.seed, options.groups, options.batch_size, options.max_steps, options.patience),
-            *(options.subtree, list(options.take_first)),
+            *(options.subtree, list(options.take_first), options.estimator),
         ],
         "version": glue_jax.__version__,
     }

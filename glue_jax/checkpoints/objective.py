@@ -19,7 +19,17 @@ from glue_jax.objectives import OutputLoss
 from glue_jax.types import LossFn, Params
 
 _WAYS = ("module", "outputs", "loss_fn", "evaluate")
-FUNCTIONS = (*_WAYS, "loss", "metric", "load_data", "load_validation_data", "validation_fn", "statistics_fn", "rename")
+FUNCTIONS = (
+    *_WAYS,
+    "loss",
+    "metric",
+    "load_data",
+    "load_validation_data",
+    "validation_fn",
+    "statistics_fn",
+    "rename",
+    "spec",
+)
 """The names of the functions of an objective file that have a meaning."""
 
 _MOST_TEXT = 400
@@ -44,6 +54,7 @@ class Objective(NamedTuple):
         mean: the pattern of the paths of means.
         var: the pattern of the paths of variances.
         rename: as for `load_experts`.
+        spec: `spec(params)` returns the PermutationSpec that aligns the experts. None aligns nothing.
         digest: the hash of the file, and of the modules in its folder that it imports.
     """
 
@@ -57,6 +68,7 @@ class Objective(NamedTuple):
     mean: str
     var: str
     rename: Callable[[str], str] | None
+    spec: Callable[[Params], Any] | None
     digest: str
 
 
@@ -73,7 +85,8 @@ def load_objective(path: Path) -> Objective:
 
     It may define `load_validation_data()`, `statistics_fn(params, batch)` for Flax, and `rename(name)` too. Another
     function than the loss may choose the best model: `metric(outputs, batch)` with the first two ways, or
-    `validation_fn(params, batch)`. Lower is better.
+    `validation_fn(params, batch)`. Lower is better. `spec(params)` returns a PermutationSpec, to align experts of
+    separate initialisations.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -94,8 +107,8 @@ def load_objective(path: Path) -> Objective:
     if way == "evaluate":
         if extra := sorted({"load_data", "load_validation_data", "validation_fn", "metric"} & defined.keys()):
             raise ObjectiveError(f"{path} defines evaluate and {extra}; expected evaluate to load what it needs itself")
-        evaluate, rename = defined["evaluate"], defined.get("rename")
-        return Objective(None, None, None, None, evaluate, None, "", "", "", rename, _digest(path))
+        evaluate, rename, spec = defined["evaluate"], defined.get("rename"), defined.get("spec")
+        return Objective(None, None, None, None, evaluate, None, "", "", "", rename, spec, _digest(path))
     if "metric" in defined and (way == "loss_fn" or "validation_fn" in defined):
         other = "loss_fn" if way == "loss_fn" else "validation_fn"
         raise ObjectiveError(f"{path} defines metric and {other}; expected metric with module or outputs, and alone")
@@ -121,6 +134,7 @@ def load_objective(path: Path) -> Objective:
         statistics_fn,
         *patterns,
         defined.get("rename"),
+        defined.get("spec"),
         _digest(path),
     )
 

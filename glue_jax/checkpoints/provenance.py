@@ -82,6 +82,8 @@ def read_coefficients(path: PathLike, names: Collection[str]) -> Coefficients:
         rows = {name: row for row, group in enumerate(groups) for name in group["tensors"]}
         labels = tuple(group["name"] for group in groups)
         refreshed = bool((made.get("learned") or {}).get("statistics_refreshed"))
+        if (made.get("learned") or {}).get("aligned"):
+            raise ValueError("its experts were aligned, so its coefficients do not fit the files")
         if alpha.ndim != 2:
             raise ValueError("alpha is no list of numbers")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -167,7 +169,8 @@ def _mergekit_makes(checkpoints: Sequence[Checkpoint], made: Mapping[str, Any]) 
 
     mergekit writes one dtype, and blends integers too.
     """
-    is_plain = not (made["learned"] or {}).get("statistics_refreshed")
+    learned = made["learned"] or {}
+    is_plain = not (learned.get("statistics_refreshed") or learned.get("aligned"))
     is_plain = is_plain and _dtypes(checkpoints) in (["bfloat16"], ["float16"], ["float32"])
     return is_plain and all((one.path / "config.json").is_file() and one.format != "orbax" for one in checkpoints)
 
@@ -194,6 +197,8 @@ def _card(checkpoints: Sequence[Checkpoint], made: Mapping[str, Any], report: st
     ]
     if (made["learned"] or {}).get("statistics_refreshed"):
         lines += ["BatchNorm's statistics are no such sum: they were estimated anew on the target data."]
+    if (made["learned"] or {}).get("aligned"):
+        lines += ["The experts' units were permuted before, so that like units are blended."]
     lines += [f"`{RECORD}` holds the hash of each expert and all coefficients."]
     if _mergekit_makes(checkpoints, made):
         lines += [f"`mergekit-yaml {RECIPE} OUT` makes the same blend with mergekit."]

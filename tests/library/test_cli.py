@@ -154,6 +154,44 @@ def test_a_metric_chooses_the_model(experts, tmp_path, capsys):
     assert all(np.isclose(value * 19, round(value * 19), atol=1e-4) for value in values)
 
 
+SPEC = """
+
+def spec(params):
+    import glue_jax
+    return glue_jax.merging.chain_spec(params, ["fc1", "fc2"], kernel_layout="out_in")
+"""
+
+
+def test_experts_in_another_order_of_units_are_aligned(experts, tmp_path, capsys):
+    first, last = np.eye(4, dtype=np.float32), 3 * np.eye(3, 4, dtype=np.float32)
+    state = {"fc1.weight": np.vstack([first, -first]), "fc1.bias": np.zeros(8, np.float32)}
+    state["fc2.weight"] = np.hstack([last, -last])
+    # Like units are far apart in this order.
+    order = np.array([5, 4, 7, 6, 1, 0, 3, 2])
+    moved = {"fc1.weight": state["fc1.weight"][order], "fc1.bias": state["fc1.bias"][order]}
+    moved["fc2.weight"] = np.ascontiguousarray(state["fc2.weight"][:, order])
+    for index, each in enumerate((state, moved)):
+        save_file(each, tmp_path / f"order{index}.safetensors")
+    files = ["order0.safetensors", "order1.safetensors"]
+    (tmp_path / "objective.py").write_text(OBJECTIVE + SPEC)
+    status, out, _ = run(capsys, "learn", *files, "--objective", "objective.py", "--out", "out", *LEARN)
+    assert status == 0
+    made = json.loads((tmp_path / "out/glue.json").read_text())["learned"]
+    assert made["aligned"]
+    # The two are one network, and so is their aligned average.
+    assert np.isclose(made["values"]["aligned average"], made["values"]["expert 0"], rtol=1e-4)
+    assert "so the aligned experts are blended" in out
+    status, _, err = run(capsys, "blend", *files, "--weights-from", "out", "--out", "again")
+    assert (status, "its experts were aligned" in err) == (1, True)
+
+
+@pytest.mark.parametrize(("estimator", "name"), [("auto", "Gauss-Newton"), ("spsa", "SPSA")])
+def test_the_estimator_may_be_chosen(experts, tmp_path, capsys, estimator, name):
+    arguments = ["learn", *experts, "--objective", "objective.py", "--out", "out", *LEARN, "--estimator", estimator]
+    assert run(capsys, *arguments)[0] == 0
+    assert json.loads((tmp_path / "out/glue.json").read_text())["learned"]["estimator"] == name
+
+
 def test_tied_weights_have_one_coefficient(experts, tmp_path, capsys):
     for seed, path in enumerate(experts):
         state = weights(seed)
@@ -327,6 +365,11 @@ MISTAKES = {
         objective(DATA + "def loss_fn(params, batch): ...\ndef metric(outputs, batch): ..."),
         LEARNS,
         "defines metric and loss_fn",
+    ),
+    "no outputs": (
+        objective(DATA + "def loss_fn(params, batch): return 1.0"),
+        [*LEARNS, "--estimator", "gauss-newton"],
+        "--estimator is gauss-newton; expected an objective with module or outputs",
     ),
     "no data": (objective("def loss_fn(params, batch): ..."), LEARNS, "but no load_data"),
     "a number as data": (
