@@ -54,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warnings.showwarning = _show_warning
             options.run(options)
     except KeyboardInterrupt:
-        print("glue-jax: stopped; the same command goes on from what was kept", file=sys.stderr)
+        advice = "; the same command goes on from what was kept" if options.run is _learn else ""
+        print(f"glue-jax: stopped{advice}", file=sys.stderr)
         return _INTERRUPTED
     except (ValueError, TypeError, OSError, ImportError, ArithmeticError, MemoryError, RuntimeError) as error:
         # What a user's own function raised says more than what followed from it.

@@ -24,9 +24,10 @@ from glue_jax.checkpoints.places import check_place, owned
 from glue_jax.checkpoints.progress import ProgressLine
 from glue_jax.checkpoints.provenance import coefficients_for
 from glue_jax.checkpoints.saving import save_blend
-from glue_jax.merging.groups import Groups, by_layer, group_by_path
+from glue_jax.merging.groups import Groups, group_by_path
 from glue_jax.objectives import OutputLoss
 from glue_jax.paths import by_path
+from glue_jax.priors.stages import stage_groups
 from glue_jax.types import LearnResult, LossFn, Params, Progress, PyTree
 
 
@@ -105,6 +106,7 @@ def _learn(
     names = experts[0].tensors if adapters is None else bank
     rename = objective.rename if adapters is None else None
     coefficients = coefficients_for(names, prior.alpha, groups if prior.groups else None, rename)
+    chosen = next(each for each in prior.candidates if each.name == prior.chosen)
     learned = {
         "chosen": prior.chosen,
         "estimator": "SPSA, by ask and tell" if loss_fn is None else _name_of(loss_fn),
@@ -117,7 +119,7 @@ def _learn(
         "base": None if options.base is None else str(options.base.absolute()),
         "objective": about["objective"],
         "data": about["data"],
-        "statistics_refreshed": objective.statistics_fn is not None,
+        "statistics_refreshed": chosen.refreshed,
         "seconds": round(time.monotonic() - started, 1),
     }
     made = provenance.record(experts, coefficients, learned)
@@ -164,10 +166,8 @@ def _layers(bank: Params, is_adapters: bool) -> Groups:
     """Returns a group for each layer, or for each tensor if no name contains a layer."""
     if is_adapters:
         return group_by_path(bank, r"^(.*)[.]lora_")
-    try:
-        groups = by_layer(bank)
-    except ValueError:
-        groups = group_by_path(bank, lambda path: path)
+    groups = stage_groups("layers", bank, glue_jax.blend)
+    assert groups is not None
     rows = by_path(groups.rows)
     for name, tied in tied_kernels(by_path(bank)).items():
         rows[name] = rows[tied]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from glue_jax.checkpoints import orbax_format
-from glue_jax.checkpoints.formats import Checkpoint, PathLike, open_checkpoint
+from glue_jax.checkpoints.formats import Checkpoint, PathLike, open_checkpoint, open_checkpoints
 from glue_jax.checkpoints.headers import library
 from glue_jax.checkpoints.loading import Rename, check_alike, differences_of, read_alike
 from glue_jax.checkpoints.places import aside
@@ -37,7 +37,7 @@ RECORD, CARD, RECIPE = "glue.json", "README.md", "mergekit.yaml"
 
 
 def blend_files(
-    checkpoints: Sequence[Checkpoint],
+    checkpoints: Sequence[PathLike | Checkpoint],
     alpha: Sequence[float] | AlphaOf,
     out: PathLike,
     *,
@@ -52,7 +52,7 @@ def blend_files(
     call needs memory for one file of the result, and for some tensors.
 
     Args:
-        checkpoints: K experts from `open_checkpoints`.
+        checkpoints: K experts, from `open_checkpoints` or by their paths.
         alpha: the coefficients, `[K]`, or a function from a tensor's name to its coefficients.
         out: as for `save_blend`.
         take_first: as for `load_experts`.
@@ -68,6 +68,7 @@ def blend_files(
             fit.
         OSError: if `out` exists, or if there is no space left.
     """
+    checkpoints = open_checkpoints(checkpoints)
     kept = check_alike(checkpoints, take_first)
     alpha_of = alpha if callable(alpha) else lambda name: np.asarray(alpha, np.float64)
     for name in checkpoints[0].tensors:

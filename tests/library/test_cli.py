@@ -525,6 +525,7 @@ def test_a_pytorch_user_writes_a_module_and_its_data_and_loads_the_result(tmp_pa
     assert status == 0
     made = json.loads((tmp_path / "out/glue.json").read_text())["learned"]
     assert made["values"][made["chosen"]] < made["values"]["uniform average"]
+    assert made["statistics_refreshed"] == (not made["chosen"].startswith("expert"))
     state = {name: torch.tensor(value) for name, value in read(tmp_path / "out").items()}
     module.load_state_dict(state, strict=True)
     # Its statistics are those of the data, not averages of the experts'.
