@@ -6,10 +6,9 @@ import warnings
 from collections.abc import Collection, Sequence
 
 from glue_jax.checkpoints import provenance
-from glue_jax.checkpoints.adapters import Adapters, save_adapter
+from glue_jax.checkpoints.adapters import save_adapter
 from glue_jax.checkpoints.command_experts import inputs_of, open_experts
 from glue_jax.checkpoints.formats import Checkpoint
-from glue_jax.checkpoints.loading import check_alike
 from glue_jax.checkpoints.places import check_place
 from glue_jax.checkpoints.progress import ProgressLine
 from glue_jax.checkpoints.provenance import Coefficients, coefficients_for
@@ -22,19 +21,15 @@ _MOST_GROUPS = 20
 
 def run(options: argparse.Namespace) -> None:
     """Blends experts with given coefficients, and writes the blend with its provenance."""
-    opened = open_experts(options)
-    is_adapters = isinstance(opened, Adapters)
-    experts = opened.checkpoints if is_adapters else opened
-    if not is_adapters:
-        check_alike(experts, options.take_first)
-    coefficients = _given(len(experts), opened.experts if is_adapters else experts[0].tensors, options)
+    experts, adapters = open_experts(options)
+    coefficients = _given(len(experts), adapters.experts if adapters else experts[0].tensors, options)
     check_place(options.out, experts[0].num_bytes, options.overwrite, inputs_of(experts))
     made = provenance.record(experts, coefficients)
     side_files = provenance.side_files(experts, made)
-    if is_adapters:
+    if adapters:
         groups = dict(coefficients.rows)
         words = {"side_files": side_files, "overwrite": options.overwrite}
-        save_adapter(options.out, opened, coefficients.alpha, groups, **words)
+        save_adapter(options.out, adapters, coefficients.alpha, groups, **words)
     else:
         with ProgressLine("blend") as line:
             blend_files(

@@ -6,20 +6,27 @@ from pathlib import Path
 
 from glue_jax.checkpoints.adapters import Adapters, load_adapters
 from glue_jax.checkpoints.formats import ADAPTER_CONFIG, Checkpoint, open_checkpoints
+from glue_jax.checkpoints.loading import check_alike
 
 
-def open_experts(options: argparse.Namespace) -> list[Checkpoint] | Adapters:
-    """Opens the experts, or reads the adapters, that the options of a command name.
+def open_experts(options: argparse.Namespace) -> tuple[Sequence[Checkpoint], Adapters | None]:
+    """Opens the experts that the options of a command name, and reads them if they are adapters.
+
+    Returns:
+        The checkpoints, and the adapters if the checkpoints are some.
 
     Raises:
-        ValueError: if some are adapters and others are not, or if an option has no meaning for adapters.
+        ValueError: if experts do not fit together, if some are adapters and others are not, or if an option has no
+            meaning for adapters.
     """
     paths = [path.expanduser() for path in options.experts]
     adapters = [path for path in paths if (path / ADAPTER_CONFIG).is_file()]
     if not adapters:
-        return open_checkpoints(
+        experts = open_checkpoints(
             paths[0] if len(paths) == 1 else paths, steps=options.steps, last=options.last, subtree=options.subtree
         )
+        check_alike(experts, options.take_first)
+        return experts, None
     if len(adapters) < len(paths):
         other = next(path for path in paths if path not in adapters)
         raise ValueError(f"{adapters[0]} is an adapter of PEFT and {other} is none; expected experts of one kind")
@@ -28,7 +35,8 @@ def open_experts(options: argparse.Namespace) -> list[Checkpoint] | Adapters:
     for name, value in given.items():
         if value:
             raise ValueError(f"{name} has no meaning for adapters of PEFT; expected none")
-    return load_adapters(paths)
+    read = load_adapters(paths)
+    return read.checkpoints, read
 
 
 def inputs_of(experts: Sequence[Checkpoint]) -> list[Path]:

@@ -19,11 +19,11 @@ _MOST_LAYERS = 12
 
 def run(options: argparse.Namespace) -> None:
     """Prints how similar the experts are, and draws it if asked."""
-    experts = open_experts(options)
+    experts, adapters = open_experts(options)
     if options.picture:
-        _check_picture(options.picture, isinstance(experts, Adapters))
-    if isinstance(experts, Adapters):
-        print(_adapters(experts))
+        _check_picture(options.picture, adapters is not None)
+    if adapters:
+        print(_adapters(adapters))
         return
     found = inspect_experts(experts, options.take_first)
     print(describe(experts, found))

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from glue_jax.checkpoints.formats import Checkpoint
-from glue_jax.checkpoints.loading import check_alike, read_alike
+from glue_jax.checkpoints.loading import check_alike, read_stacked
 from glue_jax.merging.groups import by_layer
 from glue_jax.merging.similarity import Similarity, similarity_of_leaves
-from glue_jax.paths import by_path, check_finite
+from glue_jax.paths import by_path
 
 KERNELS = "all kernels"
 """The name of the group of all tensors with two or more axes."""
@@ -40,13 +40,9 @@ def inspect_experts(checkpoints: Sequence[Checkpoint], take_first: str | Sequenc
 
     def leaves() -> Iterator[tuple[int, np.ndarray, None]]:
         for portion in first.portions(floating):
-            columns = {name: np.empty((k, *floating[name].shape), floating[name].dtype) for name in portion}
-            for index, arrays in enumerate(read_alike(checkpoints, portion, kept)):
-                check_finite(str(checkpoints[index].path), arrays)
-                for name, array in arrays.items():
-                    columns[name][index] = array
+            stacked = read_stacked(checkpoints, portion, kept)
             for name in portion:
-                weights = columns.pop(name)
+                weights = stacked.pop(name)
                 yield names.index(layers[name]), weights, None
                 if weights.ndim > 2:
                     yield len(names) - 1, weights, None

@@ -18,7 +18,7 @@ from glue_jax.checkpoints import kept_results, provenance
 from glue_jax.checkpoints.adapters import Adapters, add_adapter, merge_adapters, save_adapter
 from glue_jax.checkpoints.command_experts import inputs_of, open_experts
 from glue_jax.checkpoints.formats import ADAPTER_CONFIG, Checkpoint, open_checkpoints
-from glue_jax.checkpoints.loading import Rename, check_alike, load_experts, nested
+from glue_jax.checkpoints.loading import Rename, load_experts, nested
 from glue_jax.checkpoints.objective import Objective, load_objective
 from glue_jax.checkpoints.places import check_place, owned
 from glue_jax.checkpoints.progress import ProgressLine
@@ -36,11 +36,7 @@ def run(options: argparse.Namespace) -> None:
 
     The results so far are kept beside `--out`. A run that was stopped goes on from them.
     """
-    opened = open_experts(options)
-    adapters = opened if isinstance(opened, Adapters) else None
-    experts = opened.checkpoints if isinstance(opened, Adapters) else opened
-    if adapters is None:
-        check_alike(experts, options.take_first)
+    experts, adapters = open_experts(options)
     if (adapters is None) != (options.base is None):
         raise ValueError(f"--base is {options.base}; expected the base of adapters of PEFT, and none for other experts")
     base = [] if options.base is None else open_checkpoints([options.base])

@@ -68,14 +68,26 @@ def load_experts(
     to_tree = _to_tree(checkpoints[0], rename)
     leaves = {}
     for portion in checkpoints[0].portions():
-        tensors = [(name, checkpoints[0].tensors[name]) for name in portion]
-        stacked = {name: _empty((len(checkpoints), *tensor.shape), tensor.dtype) for name, tensor in tensors}
-        for index, arrays in enumerate(read_alike(checkpoints, portion, kept)):
-            check_finite(str(checkpoints[index].path), arrays)
-            for name, array in arrays.items():
-                stacked[name][index] = array
+        stacked = read_stacked(checkpoints, portion, kept)
         leaves |= {name: place_leaf(name, stacked.pop(name), sharding) for name in portion}
     return to_tree(leaves)
+
+
+def read_stacked(
+    checkpoints: Sequence[Checkpoint], names: Sequence[str], kept: frozenset[str]
+) -> dict[str, np.ndarray]:
+    """Reads some tensors of all checkpoints, each `[K, ...]`. The arguments are those of `read_alike`.
+
+    Raises:
+        ValueError: as `read_alike`, or if a weight is infinite or NaN.
+    """
+    tensors = [(name, checkpoints[0].tensors[name]) for name in names]
+    stacked = {name: _empty((len(checkpoints), *tensor.shape), tensor.dtype) for name, tensor in tensors}
+    for index, arrays in enumerate(read_alike(checkpoints, names, kept)):
+        check_finite(str(checkpoints[index].path), arrays)
+        for name, array in arrays.items():
+            stacked[name][index] = array
+    return stacked
 
 
 def read_alike(
