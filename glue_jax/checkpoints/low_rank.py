@@ -41,7 +41,7 @@ def merge_adapters(
         experts has the factors A `[K R, ...]` and B `[out, K R, ...]`.
 
     Raises:
-        ValueError: if `alpha` or `groups` does not fit the experts.
+        ValueError: if `alpha` or `groups` does not fit the experts, or if `experts` has no factors of LoRA.
     """
     coefficients = coefficients_of(experts, jnp.asarray(alpha), groups)
     merged = {}
@@ -56,6 +56,10 @@ def merge_adapters(
         weights = (coefficients(found["module"]) * experts[found["module"] + SCALING]).astype(wide)
         parts = jnp.expand_dims(weights, tuple(range(1, leaf.ndim))) * jnp.asarray(leaf, wide)
         merged[name] = jnp.moveaxis(parts, 0, 1).reshape(leaf.shape[1], -1, *leaf.shape[3:]).astype(dtype)
+    if not merged:
+        raise ValueError(
+            f"experts has {list(experts)[:5]}, which are no factors of LoRA; expected the experts of load_adapters"
+        )
     return merged
 
 

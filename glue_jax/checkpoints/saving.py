@@ -146,6 +146,8 @@ def save_blend(
         arrays = {}
         for name in names:
             given, dtype = np.asarray(leaves[name]), like.tensors[name].dtype
+            if jnp.issubdtype(dtype, jnp.inexact) and not jnp.issubdtype(given.dtype, jnp.inexact):
+                raise ValueError(f"params holds {given.dtype} at {name}; expected floating point, as in {like.path}")
             check_finite("params", {name: given})
             with np.errstate(over="ignore"):
                 arrays[name] = given.astype(dtype)

@@ -127,6 +127,8 @@ class _Inputs:
 
     def of(self, batch: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         """Returns the positional and the keyword arguments."""
+        if not isinstance(batch, Mapping):
+            raise TypeError(f"the batch is a {type(batch).__name__}; expected a dict, such as {{'x': inputs}}")
         names = [name for name in batch if name in self._known] if self._inputs is None else self._inputs
         if missing := [name for name in names if name not in batch]:
             raise ValueError(f"the batch has no {missing[0]!r}, which inputs names; it has {list(batch)}")

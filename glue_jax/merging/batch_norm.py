@@ -69,7 +69,7 @@ def refresh_statistics(
         ValueError: if there are no batches.
         ValueError: after the first batch, if a statistic is neither a mean nor a variance, or has no place in `params`.
         ValueError: after the first batch, if `statistics_fn` leaves out a statistic of `params`.
-        ValueError: if a variance is negative or NaN.
+        ValueError: if a variance is negative or NaN, or if `statistics_fn` returns no statistics.
     """
     if hasattr(batches, "shape") or hasattr(batches, "_fields") or isinstance(batches, Mapping):
         raise TypeError(
@@ -86,6 +86,10 @@ def refresh_statistics(
     seen = 0
     for batch in itertools.islice(batches, num_batches):
         found = _statistics(statistics_fn(params, batch), collection)
+        if not found:
+            raise ValueError(
+                "statistics_fn returned no statistics; expected those of the batch, in the tree of the collection"
+            )
         accurate = {path: jnp.asarray(leaf, jnp.promote_types(leaf.dtype, jnp.float32)) for path, leaf in found.items()}
         size = num_examples("batches", batch)
         seen += size

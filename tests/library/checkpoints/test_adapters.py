@@ -419,6 +419,11 @@ def test_a_blend_that_does_not_fit_its_dtype_leaves_nothing(tmp_path):
     save_adapter(tmp_path / "blend", adapters, [2.0], overwrite=True)
 
 
+def test_experts_that_are_no_adapters_are_not_merged():
+    with pytest.raises(ValueError, match="which are no factors of LoRA"):
+        merge_adapters({"fc.weight": jnp.ones((2, 3))}, jnp.ones(2) / 2)
+
+
 def test_coefficients_and_groups_that_do_not_fit_are_refused(folder, tmp_path):
     adapters = load_adapters([folder])
     with pytest.raises(ValueError, match=r"alpha has shape \(2,\); expected \[K\] with K = 1"):

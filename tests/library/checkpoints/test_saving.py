@@ -114,6 +114,10 @@ def test_rename_is_undone(tmp_path):
         (lambda params: params | {"more": jnp.ones(2)}, "more is unknown to the first"),
         (lambda params: params | {"fc1.bias": jnp.ones(2)}, r"fc1.bias has shape \(2,\) against \(8,\)"),
         (lambda params: params | {"fc1.bias": jnp.full(8, jnp.nan)}, "params holds nan at fc1.bias"),
+        (
+            lambda params: params | {"fc1.bias": jnp.ones(8, jnp.int32)},
+            "params holds int32 at fc1.bias; expected floating",
+        ),
         (lambda params: params | {"fc1.bias": jnp.full(8, 1e6)}, "rounded to float16, holds inf at fc1.bias"),
     ],
 )

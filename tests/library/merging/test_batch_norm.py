@@ -266,3 +266,8 @@ def test_statistics_of_a_bfloat16_model_are_pooled_in_float32_and_cast():
     expected = statistics(params, batches[0])["norm"]
     assert norm["mean"].dtype == norm["var"].dtype == jnp.bfloat16
     jax.tree.map(np.testing.assert_array_equal, norm, expected)
+
+
+def test_statistics_that_are_missing_altogether_are_refused():
+    with pytest.raises(ValueError, match="statistics_fn returned no statistics"):
+        glue_jax.merging.refresh_statistics({"w": jnp.ones(2)}, [jnp.ones((3, 2))], lambda params, batch: {})
