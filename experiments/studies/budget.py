@@ -37,6 +37,7 @@ from experiments.runtime.stages import Stages
 from experiments.studies import frame
 from experiments.studies.ablation.recipes import BLOCKS, LAYERS
 from experiments.studies.frame import slug as _slug
+from experiments.studies.refreshing import has_statistics
 from experiments.studies.ways import Coefficients, Way, ways
 from glue_jax.checks import check_counts, check_positive
 
@@ -169,7 +170,7 @@ def coefficients(context: Context, experts: Variables, sharing: Sharing) -> Coef
     if sharing == "softmax":
         merge = functools.partial(glue_jax.blend, min_dtype=jnp.float32)
         return Coefficients(experts, jnp.zeros(k), jax.nn.softmax, merge, output_loss(context.problem))
-    if jax.tree.leaves(experts["batch_stats"]):
+    if has_statistics(experts):
         _, experts = glue_jax.partition(experts, "^batch_stats/")
     problem, beta, rows = context.problem, jnp.full((k,), 1 / k), None
     if sharing != "free":

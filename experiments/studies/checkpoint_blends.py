@@ -13,10 +13,10 @@ from experiments.protocol.coefficients import coefficients_key
 from experiments.protocol.context import Context, take
 from experiments.protocol.data import Examples
 from experiments.protocol.splits import Indices
+from experiments.studies.refreshing import REFRESH_BATCH, REFRESH_BATCHES, refreshed
 from experiments.studies.training_run import Images
 from experiments.studies.ways import Coefficients
 
-_REFRESH_BATCH, _REFRESH_BATCHES = 256, 8
 _VALIDATION_BATCH = 250
 
 
@@ -30,7 +30,6 @@ class Run(NamedTuple):
         models: the last K models, stacked, each leaf `[K, ...]`.
         averages: the moving averages of the parameters, by decay.
         problem: what is learned: free coefficients with BatchNorm by the minibatch.
-        statistics: BatchNorm's statistics of a minibatch, jitted.
     """
 
     context: Context
@@ -39,7 +38,6 @@ class Run(NamedTuple):
     models: Variables
     averages: Mapping[float, Any]
     problem: Coefficients
-    statistics: Callable[[Variables, jax.Array], Any]
 
     def model(self, index: int) -> Variables:
         """One of the last K models."""
@@ -51,9 +49,8 @@ class Run(NamedTuple):
 
     def refreshed(self, variables: Variables) -> Variables:
         """A model with BatchNorm's statistics estimated on training images."""
-        images = self.examples(self.images.training[: _REFRESH_BATCH * _REFRESH_BATCHES]).images
-        batches = [images[at : at + _REFRESH_BATCH] for at in range(0, len(images), _REFRESH_BATCH)]
-        return glue_jax.merging.refresh_statistics(variables, batches, self.statistics)
+        images = self.images.training[: REFRESH_BATCH * REFRESH_BATCHES]
+        return refreshed(self.context.problem, variables, self.examples(images).images)
 
 
 class Choice(NamedTuple):

@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from experiments.protocol.config import CoefficientFields, FineTuningFields, part
@@ -118,12 +117,11 @@ def measure(context: Context, parsed: Arguments, stages: Stages) -> dict[str, An
         trained[seed] = folder, done
     ways = [name for name in WAYS if not parsed.ways or any(word in name for word in parsed.ways)]
     bar = context.progress.stage("Seeds, ways", len(config.seeds) * len(ways))
-    statistics = jax.jit(context.problem.minibatch_statistics)
     rows, distances = [], []
     for seed, (folder, done) in trained.items():
         models = load_models(context, folder, done)
         averages = {decay: load_average(context, folder, decay) for decay in decays}
-        run = Run(context, seed, images[seed], models, averages, coefficients(context, models, "free"), statistics)
+        run = Run(context, seed, images[seed], models, averages, coefficients(context, models, "free"))
         distances.append(drawn_together(models, 1.0)[1])
         for way in ways:
             depends_on = {**settings, **part(config, CoefficientFields, FineTuningFields), "seed": seed, "way": way}

@@ -28,6 +28,7 @@ from experiments.reporting.presentation import Report, TableCells, markdown_tabl
 from experiments.runtime.session import process
 from experiments.runtime.stages import Stages
 from experiments.studies import frame
+from experiments.studies.refreshing import has_statistics, refreshed
 
 _MODULES = r"^params/(.+)/[^/]+$"
 _NORMS = r"norm[^/]*/[^/]+$"
@@ -146,17 +147,14 @@ def _barriers(context: Context, experts: Variables, count: int) -> dict[str, lis
         return {}
     first = jax.tree.map(lambda leaf: leaf[:count], experts)
     images = take(context.train, context.targets[context.config.seeds[0]]).images[:512]
-    statistics = jax.jit(context.problem.minibatch_statistics)
 
     def loss(variables: Variables) -> float:
         return context.evaluate(variables, context.validation)["loss"]
 
-    def refreshed(variables: Variables) -> float:
-        batches = [images[at : at + 256] for at in range(0, len(images), 256)]
-        return loss(glue_jax.merging.refresh_statistics(variables, batches, statistics))
+    def refreshed_loss(variables: Variables) -> float:
+        return loss(refreshed(context.problem, variables, images))
 
-    has_statistics = bool(jax.tree.leaves(experts["batch_stats"]))
-    ways = {"blended statistics": loss} | ({"statistics refreshed": refreshed} if has_statistics else {})
+    ways = {"blended statistics": loss} | ({"statistics refreshed": refreshed_loss} if has_statistics(first) else {})
     return {name: glue_jax.merging.loss_barriers(first, function).tolist() for name, function in ways.items()}
 
 

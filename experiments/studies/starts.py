@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -15,13 +15,13 @@ from experiments.protocol.context import Context, take
 from experiments.protocol.data import Examples
 from experiments.protocol.splits import Indices
 from experiments.studies.budget import Sharing, coefficients
+from experiments.studies.refreshing import refreshed
 from experiments.studies.ways import Coefficients
 
 LEAST_VALIDATION, MOST_VALIDATION, SHARE = 10, 1000, 5
 """Of n images, n // SHARE validate, but at least LEAST_VALIDATION and at most MOST_VALIDATION."""
 SCRATCH = "from scratch"
 """The start without any expert."""
-_REFRESH_BATCH, _REFRESH_BATCHES = 256, 8
 _GAUSS_NEWTON_BATCH = 32
 _VALIDATION_BATCH = 256
 # A seed's key is folded with this number. The protocol has other numbers.
@@ -54,13 +54,11 @@ class Bank(NamedTuple):
         context: of `experiments.protocol.context.prepare`.
         experts: stacked, each leaf `[K, ...]`.
         problem: from what has coefficients of its own to what is learned. Each is built once.
-        statistics: BatchNorm's statistics of a minibatch, jitted.
     """
 
     context: Context
     experts: Variables
     problem: Callable[[Sharing], Coefficients]
-    statistics: Callable[[Variables, jax.Array], Any]
 
     def images(self, rows: Indices) -> Examples:
         """Some images of the training split, with their labels."""
@@ -68,15 +66,13 @@ class Bank(NamedTuple):
 
     def refreshed(self, variables: Variables, labelled: Labelled) -> Variables:
         """A model with BatchNorm's statistics estimated on all labelled images."""
-        images = self.images(labelled.all[: _REFRESH_BATCH * _REFRESH_BATCHES]).images
-        batches = [images[at : at + _REFRESH_BATCH] for at in range(0, len(images), _REFRESH_BATCH)]
-        return glue_jax.merging.refresh_statistics(variables, batches, self.statistics)
+        return refreshed(self.context.problem, variables, self.images(labelled.all).images)
 
 
 def make_bank(context: Context, experts: Variables) -> Bank:
     """Returns what every start may use, from experts with leaves `[K, ...]`."""
     problem = functools.cache(functools.partial(coefficients, context, experts))
-    return Bank(context, experts, problem, jax.jit(context.problem.minibatch_statistics))
+    return Bank(context, experts, problem)
 
 
 def labelled_images(context: Context, seed: int, size: int) -> Labelled:

@@ -18,6 +18,7 @@ from experiments.protocol.expert_training import initial_variables
 from experiments.protocol.training import Problem
 from experiments.studies.ablation.prerequisites import Measured
 from experiments.studies.ablation.recipes import Recipe
+from experiments.studies.refreshing import has_statistics
 from glue_jax.directions import dimension
 from glue_jax.links import directions_of
 from glue_jax.types import LinkFn, LossFn, MergeFn
@@ -84,7 +85,7 @@ def make_learner(context: Context, recipe: Recipe, measured: Measured) -> Learne
         origin = initial_variables(context)
         experts = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), origin, experts)
         link = glue_jax.links.task_vector_weights
-    if recipe.statistics == "minibatch" and jax.tree.leaves(experts["batch_stats"]):
+    if recipe.statistics == "minibatch" and has_statistics(experts):
         _, experts = glue_jax.partition(experts, "^batch_stats/")
     num_groups = None
     if groups := recipe.groups(experts, context.config.network):

@@ -19,15 +19,13 @@ from experiments.protocol.data import Examples
 from experiments.protocol.expert_training import measure_experts, train_experts
 from experiments.protocol.fine_tuning import fine_tune
 from experiments.protocol.run import kept
-from experiments.protocol.training import Problem, cross_entropy
+from experiments.protocol.training import cross_entropy
 from experiments.runtime.sources import functions_in
 from experiments.runtime.stages import Stages
 from experiments.studies.ablation.learners import Learner, learn_beta, make_learner
 from experiments.studies.ablation.prerequisites import Alignment, Measured
 from experiments.studies.ablation.recipes import Recipe
-
-REFRESH_BATCH, REFRESH_BATCHES = 256, 8
-"""The size and the most number of the batches that estimate BatchNorm's statistics and RegMean's Gram matrices."""
+from experiments.studies.refreshing import REFRESH_BATCH, REFRESH_BATCHES, has_statistics, refresh_batches, refreshed
 
 
 def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: Stages) -> dict[str, Any]:
@@ -145,10 +143,8 @@ def _model(
 ) -> tuple[Variables, dict[str, Any]]:
     """A recipe's model, and what is known of it: `forward_passes`, and what `_learn` returned."""
     measured.passes, passes, details = 0, 0, {}
-    images = target.images[: REFRESH_BATCH * REFRESH_BATCHES]
-    batches = [images[at : at + REFRESH_BATCH] for at in range(0, len(images), REFRESH_BATCH)]
     if recipe.merge is not None:
-        variables = recipe.merge(measured, batches)
+        variables = recipe.merge(measured, refresh_batches(target.images))
     elif learned is None:
         alpha = recipe.start(measured)
         variables = glue_jax.blend(measured.experts(recipe.aligned), alpha)
@@ -162,9 +158,9 @@ def _model(
         variables = learner().merge_fn(learner().experts, alpha)
         # The start is computed once, but every seed needs it.
         measured.passes, passes = learner().start_passes, learned["forward_passes"]
-    if recipe.statistics != "blended":
-        variables = glue_jax.merging.refresh_statistics(variables, batches, _statistics_fn(context.problem))
-        passes += len(images)
+    if recipe.statistics != "blended" and has_statistics(variables):
+        variables = refreshed(context.problem, variables, target.images)
+        passes += min(len(target.images), REFRESH_BATCH * REFRESH_BATCHES)
     return variables, {**details, "forward_passes": measured.passes + passes}
 
 
@@ -180,12 +176,6 @@ def _learn(context: Context, learner: Learner, target: Examples, seed: int) -> d
         "steps": learned.steps,
         "forward_passes": learned.passes,
     }
-
-
-@functools.cache
-def _statistics_fn(problem: Problem) -> Callable[[Variables, jax.Array], Any]:
-    """BatchNorm's statistics of a minibatch of images, compiled once for a problem."""
-    return jax.jit(problem.minibatch_statistics)
 
 
 def _aligned(context: Context, experts: Variables, how: Alignment) -> Variables:

@@ -1,0 +1,38 @@
+"""BatchNorm's statistics of a blend, estimated anew on target images."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+import glue_jax
+from experiments.models.network import Variables
+from experiments.protocol.training import Problem
+
+REFRESH_BATCH, REFRESH_BATCHES = 256, 8
+"""The size and the most number of the batches that statistics are estimated on."""
+
+
+def refresh_batches(images: jax.Array) -> list[jax.Array]:
+    """Returns the first images, `[N, H, W, C]`, as batches `[B, H, W, C]`. The last batch may be smaller."""
+    last = min(len(images), REFRESH_BATCH * REFRESH_BATCHES)
+    return [images[at : min(at + REFRESH_BATCH, last)] for at in range(0, last, REFRESH_BATCH)]
+
+
+def has_statistics(variables: Variables) -> bool:
+    """Whether the network has BatchNorm. The ViT has none."""
+    return bool(jax.tree.leaves(variables["batch_stats"]))
+
+
+def refreshed(problem: Problem, variables: Variables, images: jax.Array) -> Variables:
+    """Returns a model with the statistics of the first images. A network without BatchNorm is returned as it is."""
+    if not has_statistics(variables):
+        return variables
+    return glue_jax.merging.refresh_statistics(variables, refresh_batches(images), _statistics_fn(problem))
+
+
+@functools.cache
+def _statistics_fn(problem: Problem) -> Callable[[Variables, jax.Array], Any]:
+    """BatchNorm's statistics of a minibatch of images, compiled once for a problem."""
+    return jax.jit(problem.minibatch_statistics)
