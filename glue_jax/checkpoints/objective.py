@@ -115,8 +115,10 @@ def load_objective(path: Path) -> Objective:
     data = _arrays(path, "load_data", defined)
     validation = _arrays(path, "load_validation_data", defined) if "load_validation_data" in defined else None
     if way == "module":
-        functions = module_functions(defined["module"]())
         data, validation = (_by_name(path, each) for each in (data, validation))
+        if "loss" not in defined:
+            _check_targets(path, data)
+        functions = module_functions(defined["module"]())
         loss_fn = OutputLoss(functions.outputs_fn, defined.get("loss", default_loss))
         statistics_fn, patterns = functions.statistics_fn, ("", r"running_mean$", r"running_var$")
     else:
@@ -213,6 +215,19 @@ def _by_name(path: Path, data: Any) -> Any:
     if not isinstance(data, tuple | list) or len(data) != 2:
         raise ObjectiveError(f"{path}: load_data returned a {type(data).__name__}; expected (inputs, labels) or a dict")
     return {"x": data[0], "y": data[1]}
+
+
+def _check_targets(path: Path, data: dict[str, Any]) -> None:
+    """Refuses one-hot labels, and other probabilities, which `default_loss` would take for targets of a regression."""
+    targets = data.get("y", data.get("labels"))
+    if not isinstance(targets, np.ndarray) or np.issubdtype(targets.dtype, np.integer):
+        return
+    probabilities = targets.ndim > 1 and targets.shape[-1] > 1 and (targets >= 0).all()
+    if targets.dtype == bool or (probabilities and np.allclose(targets.sum(axis=-1, dtype=np.float32), 1, atol=1e-2)):
+        raise ObjectiveError(
+            f"{path}: load_data returned {targets.dtype} labels {list(targets.shape)} that look one-hot or binary; "
+            "expected integers [N], the numbers of the classes, or a function loss(outputs, batch) in the file"
+        )
 
 
 def default_loss(outputs: jax.Array, batch: Any) -> jax.Array:

@@ -372,6 +372,11 @@ MISTAKES = {
         "--estimator is gauss-newton; expected an objective with module or outputs",
     ),
     "no data": (objective("def loss_fn(params, batch): ..."), LEARNS, "but no load_data"),
+    "labels are one-hot": (
+        objective("import numpy as np\ndef module(): ...\ndef load_data(): return np.ones((3, 4)), np.eye(3)"),
+        LEARNS,
+        "float64 labels [3, 3] that look one-hot or binary; expected integers [N]",
+    ),
     "a number as data": (
         objective("def loss_fn(params, batch): ...\ndef load_data(): return 3"),
         LEARNS,
