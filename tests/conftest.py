@@ -1,13 +1,21 @@
 """What holds for every test: ranks are never promoted silently, no key is used twice, and programs compile quickly."""
 
+import os
 import signal
 
-import jax
+import jaxlib
 import pytest
+
+# Most of a test's time is compilation, and XLA's fusion emitters treble it. Later releases cannot do without them, and
+# XLA aborts on a flag that it does not know. XLA reads its flags when it starts.
+if jaxlib.version.__version_info__ < (0, 11):
+    _QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    os.environ["XLA_FLAGS"] = f"{_QUICK} {os.environ.get('XLA_FLAGS', '')}"
+
+import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
-# Most of a test's time is compilation.
 jax.config.update("jax_disable_most_optimizations", True)
 
 
