@@ -170,7 +170,7 @@ def coefficients(context: Context, experts: Variables, sharing: Sharing) -> Coef
     if sharing == "softmax":
         merge = functools.partial(glue_jax.blend, min_dtype=jnp.float32)
         return Coefficients(experts, jnp.zeros(k), jax.nn.softmax, merge, output_loss(context.problem))
-    if has_statistics(experts):
+    if has_statistics(context.problem):
         _, experts = glue_jax.partition(experts, "^batch_stats/")
     problem, beta, rows = context.problem, jnp.full((k,), 1 / k), None
     if sharing != "free":

@@ -154,7 +154,9 @@ def _barriers(context: Context, experts: Variables, count: int) -> dict[str, lis
     def refreshed_loss(variables: Variables) -> float:
         return loss(refreshed(context.problem, variables, images))
 
-    ways = {"blended statistics": loss} | ({"statistics refreshed": refreshed_loss} if has_statistics(first) else {})
+    ways = {"blended statistics": loss}
+    if has_statistics(context.problem):
+        ways["statistics refreshed"] = refreshed_loss
     return {name: glue_jax.merging.loss_barriers(first, function).tolist() for name, function in ways.items()}
 
 

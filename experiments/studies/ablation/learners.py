@@ -85,7 +85,7 @@ def make_learner(context: Context, recipe: Recipe, measured: Measured) -> Learne
         origin = initial_variables(context)
         experts = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), origin, experts)
         link = glue_jax.links.task_vector_weights
-    if recipe.statistics == "minibatch" and has_statistics(experts):
+    if recipe.statistics == "minibatch" and has_statistics(context.problem):
         _, experts = glue_jax.partition(experts, "^batch_stats/")
     num_groups = None
     if groups := recipe.groups(experts, context.config.network):

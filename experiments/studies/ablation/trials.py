@@ -158,7 +158,7 @@ def _model(
         variables = learner().merge_fn(learner().experts, alpha)
         # The start is computed once, but every seed needs it.
         measured.passes, passes = learner().start_passes, learned["forward_passes"]
-    if recipe.statistics != "blended" and has_statistics(variables):
+    if recipe.statistics != "blended" and has_statistics(context.problem):
         variables = refreshed(context.problem, variables, target.images)
         passes += min(len(target.images), REFRESH_BATCH * REFRESH_BATCHES)
     return variables, {**details, "forward_passes": measured.passes + passes}
