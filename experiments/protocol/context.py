@@ -40,7 +40,6 @@ class Context(NamedTuple):
         problem: the network with the preparation of its images.
         training: the trainer of the experts.
         tuning: the trainer that fine-tunes the blends.
-        alpha_optimizer: the optimizer of the coefficients.
         evaluate: `evaluate(variables, examples) -> {"loss", "accuracy"}`.
         stages: the results that are kept on disk.
         progress: what is shown meanwhile.
@@ -56,10 +55,13 @@ class Context(NamedTuple):
     problem: Problem
     training: Trainer
     tuning: Trainer
-    alpha_optimizer: optax.GradientTransformation
     evaluate: Callable[[Variables, Examples], dict[str, float]]
     stages: Stages
     progress: ProgressBars
+
+    def target(self, seed: int) -> Examples:
+        """The target images of a seed, on the device."""
+        return take(self.train, self.targets[seed])
 
     @property
     def trained_together(self) -> int:
@@ -150,7 +152,6 @@ def prepare(
         training=training,
         # With the same numbers it is the same program. It is compiled once if the shapes agree, as they do on a CPU.
         tuning=training if tuned_as == trained_as else trainer(*tuned_as),
-        alpha_optimizer=optax.adam(config.alpha_learning_rate, b1=config.alpha_b1, b2=config.alpha_b2),
         evaluate=make_evaluate(problem),
         stages=Stages(folder, accept_stages, progress.say),
         progress=progress,

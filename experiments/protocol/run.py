@@ -13,8 +13,8 @@ from experiments.protocol.coefficients import (
     make_steps,
 )
 from experiments.protocol.config import CONFIGS
-from experiments.protocol.context import Context, counts, take
-from experiments.protocol.expert_training import measure_experts, measurement, train_experts
+from experiments.protocol.context import Context, counts
+from experiments.protocol.expert_training import measured_experts, measurement, train_experts
 from experiments.protocol.fine_tuning import fine_tuned, fine_tuning_stage
 from experiments.protocol.passes import prior_cost
 
@@ -37,17 +37,16 @@ def run(context: Context) -> dict[str, Any]:
     config, progress = context.config, context.progress
     drawn = counts(context)
     experts, training = train_experts(context)
-    measured = measure_experts(context, experts)
+    measured = measured_experts(context, experts)
     stacked = glue_jax.stack_experts(experts)
     machines = {record["machine"] for record in (*training, measured)}
     seconds = {"Experts": sum(record["seconds"] for record in training), "Experts' accuracies": measured["seconds"]}
     coefficients = progress.stage("Coefficients", len(make_steps(config)) * len(config.seeds) * config.alpha_steps)
     learned = {}
     for seed in config.seeds:
-        target = take(context.train, context.targets[seed])
         for number in CONFIGS:
-            learned[seed, number] = coefficients_of(context, number, seed, target, stacked, measured, coefficients)
-    tuning = progress.stage("Fine-tuning", len(learned) * config.fine_tuning_epochs)
+            learned[seed, number] = coefficients_of(context, number, seed, stacked, measured, coefficients)
+    tuning = progress.stage("Fine-tuning", len(learned) * (1 + config.fine_tuning_epochs))
     runs = []
     for (seed, number), weights in learned.items():
         tuned = fine_tuned(context, number, seed, stacked, weights["alpha"], tuning)

@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 
 import glue_jax
 from experiments.models.network import Variables
-from experiments.protocol.coefficients import coefficients_key, make_steps
+from experiments.protocol.coefficients import alpha_optimizer, coefficients_key, make_steps
 from experiments.protocol.config import CoefficientFields, part
 from experiments.protocol.context import Context, take
 from experiments.protocol.expert_training import train_experts
@@ -142,7 +142,7 @@ def measure(context: Context, parsed: Arguments, stages: Stages) -> list[dict[st
         rates = RATES[sharing] if parsed.rate is None else dict.fromkeys(RATES[sharing], parsed.rate)
         chosen = [
             way
-            for way in ways(rates, make_steps(config)[4], context.alpha_optimizer)
+            for way in ways(rates, make_steps(config)[4], alpha_optimizer(config))
             if problem.dimension > way.above and (not parsed.ways or any(word in way.name for word in parsed.ways))
         ]
         evaluate = _evaluation(context, problem)
@@ -207,7 +207,7 @@ def _evaluation(context: Context, problem: Coefficients) -> Any:
 
 def _curve(context: Context, problem: Coefficients, way: Way, seed: int, passes: int, evaluate: Any) -> dict[str, Any]:
     """What a way reaches by passes and seconds."""
-    target = take(context.train, context.targets[seed])
+    target = context.target(seed)
     size = min(way.batch_size, len(target.labels))
     per_step = way.forward(problem.dimension) * size
     num_steps = max(2, passes // (1 + _BACKWARD * way.backward) // per_step)

@@ -141,10 +141,9 @@ def _learn(context: Context, experts: Variables, seed: int, radius: float) -> di
         4,
         coefficients_key(seed),
         experts,
-        take(context.train, context.targets[seed]),
+        context.target(seed),
         context.validation,
         problem=context.problem,
-        optimizer=context.alpha_optimizer,
         config=dataclasses.replace(context.config, radius=radius),
     )
     history = result.history

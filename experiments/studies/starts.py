@@ -112,7 +112,6 @@ def _glue(bank: Bank, labelled: Labelled) -> Variables:
         bank.images(labelled.learning),
         bank.images(labelled.validation),
         problem=context.problem,
-        optimizer=context.alpha_optimizer,
         config=dataclasses.replace(context.config, alpha_batch_size=batch_size),
     )
     return glue_jax.blend(bank.experts, result.alpha)

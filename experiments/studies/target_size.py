@@ -39,7 +39,7 @@ from experiments.protocol.config import CoefficientFields, FineTuningFields, par
 from experiments.protocol.context import Context, take
 from experiments.protocol.expert_training import train_experts
 from experiments.protocol.presets import ExpertArguments
-from experiments.protocol.training import Trainer, make_trainer
+from experiments.protocol.training import Trainer, make_trainer, train
 from experiments.reporting.presentation import STYLE, Report, TableCells, markdown_table, page, spread
 from experiments.runtime.session import exit_on, process
 from experiments.runtime.stages import Stages
@@ -196,9 +196,9 @@ def fine_tune(
     key = jax.random.fold_in(jax.random.key(labelled.seed), _TUNING)
     validation, rows = take(context.train, labelled.validation), jnp.asarray(labelled.learning)
     best, losses = prior, [context.evaluate(prior, validation)["loss"]]
-    state = trainer.init(jax.tree.map(lambda leaf: leaf[None], prior))
-    for epoch in range(most_epochs):
-        state, _ = trainer.epoch(key[None], epoch, state, context.train, rows[None])
+    start = jax.tree.map(lambda leaf: leaf[None], prior)
+    epochs = train(trainer, key[None], start, context.train, rows[None], num_epochs=most_epochs)
+    for epoch, (state, _) in enumerate(epochs):
         variables = jax.tree.map(lambda leaf: leaf[0], state.variables)
         losses.append(context.evaluate(variables, validation)["loss"])
         chosen = int(np.argmin(losses))

@@ -14,9 +14,9 @@ import glue_jax
 from experiments.models.network import Variables
 from experiments.models.permutations import SPECS
 from experiments.protocol.config import CoefficientFields, FineTuningFields, part
-from experiments.protocol.context import Context, take
+from experiments.protocol.context import Context
 from experiments.protocol.data import Examples
-from experiments.protocol.expert_training import measure_experts, train_experts
+from experiments.protocol.expert_training import measured_experts, train_experts
 from experiments.protocol.fine_tuning import fine_tune
 from experiments.protocol.run import kept
 from experiments.protocol.training import cross_entropy
@@ -46,7 +46,7 @@ def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: St
         alignment), `machine`, and, if they are learned, `alpha`, `temperature`, `steps` and `learned_on`, a machine.
     """
     experts, _ = train_experts(context)
-    table = measure_experts(context, experts)["experts"]
+    table = measured_experts(context, experts)["experts"]
     stacked = glue_jax.stack_experts(experts)
     aligned = functools.cache(functools.partial(_aligned, context, stacked))
     measured = Measured(context.problem, aligned, table, context.validation, context.evaluate)
@@ -55,13 +55,17 @@ def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: St
     fields = {**learning_fields, **part(context.config, FineTuningFields)}
     bar = context.progress.stage("Recipes", len(recipes) * len(context.config.seeds) * (1 + num_epochs))
 
+    def test(model: Variables) -> dict[str, float]:
+        bar.advance()
+        return context.evaluate(model, context.test)
+
     def measure_row(recipe: Recipe, learner: Callable[[], Learner], seed: int) -> dict[str, Any]:
         name = f"ablation/{recipe.slug}-seed{seed}"
         code = context.code(measure, *functions_in(recipe))
         how = {"recipe": recipe.fingerprint, "seed": seed, "code": code}
 
         def compute() -> dict[str, Any]:
-            target, learned = take(context.train, context.targets[seed]), None
+            target, learned = context.target(seed), None
             # The alignment is computed once, so it is not part of any recipe's seconds.
             measured.experts(recipe.aligned)
             if recipe.step_fn is not None:
@@ -73,9 +77,9 @@ def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: St
             variables, details = _model(context, recipe, measured, learner, learned, target)
             jax.block_until_ready(variables)
             seconds = time.perf_counter() - begin + (learned["seconds"] if learned else 0.0)
-            bar.advance()
             judged = context.evaluate(variables, context.validation)
-            tuned = fine_tune(context, variables, seed, num_epochs=num_epochs, stage=bar)
+            rows = context.targets[seed]
+            tuned = fine_tune(context.tuning, variables, seed, context.train, rows, num_epochs=num_epochs, test=test)
             judged = {f"validation_{name}": value for name, value in judged.items()}
             return {**details, **judged, **tuned, "prior_seconds": seconds}
 

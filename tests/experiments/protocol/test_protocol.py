@@ -298,8 +298,8 @@ def test_all_functions_that_run_in_a_stage_are_of_its_digest(digits, tmp_path, m
     monkeypatch.setattr(
         Stages,
         "run",
-        lambda self, name, depends_on, compute: run(
-            self, name, depends_on, lambda: watched(_kind(name), depends_on["code"], compute)
+        lambda self, name, depends_on, compute, *rest: run(
+            self, name, depends_on, lambda: watched(_kind(name), depends_on["code"], compute), *rest
         ),
     )
     monkeypatch.setattr(
@@ -489,7 +489,8 @@ def test_an_expert_whose_losses_alone_are_finite_is_named_and_not_kept(digits, t
     train = experts.train
 
     def diverged(*arguments, **words):
-        return jax.tree.map(lambda leaf: leaf * jnp.inf, train(*arguments, **words))
+        for state, loss in train(*arguments, **words):
+            yield state._replace(variables=jax.tree.map(lambda leaf: leaf * jnp.inf, state.variables)), loss
 
     monkeypatch.setattr(experts, "train", diverged)
     with pytest.raises(FloatingPointError, match="experts/0: it has weights or statistics that are not finite"):
