@@ -141,9 +141,8 @@ def coefficients_stage(context: Context, number: int, seed: int) -> tuple[str, d
     """Returns the name of a stage that learns coefficients, and all that it depends on."""
     fields = part(context.config, CoefficientFields)
     depends_on = {
-        **context.expert_fields,
+        **context.bank_fields,
         **{name: value for name, value in fields.items() if name not in _NOT_USED.get(number, ())},
-        "experts": context.config.num_experts,
         "seed": seed,
         "code": context.code(coefficients_of),
     }

@@ -118,8 +118,7 @@ def measurement(context: Context) -> tuple[str, dict[str, Any]]:
     """Returns the name of the stage that measures the experts, and all that it depends on."""
     config = context.config
     depends_on = {
-        **context.expert_fields,
-        "experts": config.num_experts,
+        **context.bank_fields,
         "seed": config.seeds[0],
         "target_examples": config.target_examples,
         "test_examples": config.test_examples,

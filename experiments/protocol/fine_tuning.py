@@ -63,9 +63,8 @@ def fine_tuning_stage(context: Context, number: int, seed: int, alpha: list[floa
     """Returns the name of a stage that fine-tunes, and all that it depends on: it has the coefficients themselves."""
     config = context.config
     depends_on = {
-        **context.expert_fields,
+        **context.bank_fields,
         **part(config, FineTuningFields),
-        "experts": config.num_experts,
         "target_examples": config.target_examples,
         "seed": seed,
         "alpha": alpha,

@@ -34,7 +34,7 @@ def run(context: Context) -> dict[str, Any]:
     Raises:
         FloatingPointError: a loss that is infinite or not a number, with its stage and step.
     """
-    config, progress = context.config, context.progress
+    config, progress, target = context.config, context.progress, context.targets[context.config.seeds[0]]
     drawn = counts(context)
     experts, training = train_experts(context)
     measured = measured_experts(context, experts)
@@ -64,8 +64,9 @@ def run(context: Context) -> dict[str, Any]:
         "config": dataclasses.asdict(config),
         "data": drawn,
         "experts": [
-            {"training_loss": record["training_loss"], "target_images_seen": seen, **row}
-            for record, seen, row in zip(training, _target_images_seen(context), measured["experts"], strict=True)
+            # Experts' and target images are drawn from the same rest.
+            {"training_loss": record["training_loss"], "target_images_seen": len(np.intersect1d(rows, target)), **row}
+            for record, rows, row in zip(training, context.splits.experts, measured["experts"], strict=True)
         ],
         "runs": runs,
         "seconds": seconds,
@@ -95,9 +96,3 @@ def kept(context: Context, number: int, seed: int) -> tuple[dict[str, Any] | Non
         weights = measured and {"alpha": heuristic_coefficients(context.splits, number, measured)}
     tuned = weights and context.stages.read(*fine_tuning_stage(context, number, seed, weights["alpha"]))
     return weights, tuned
-
-
-def _target_images_seen(context: Context) -> list[int]:
-    """How many of the first seed's target images each expert was trained on: both are drawn from the same rest."""
-    target = context.targets[context.config.seeds[0]]
-    return [len(np.intersect1d(rows, target)) for rows in context.splits.experts]

@@ -31,12 +31,12 @@ from experiments.protocol.context import Context, take
 from experiments.protocol.expert_training import train_experts
 from experiments.protocol.presets import ExpertArguments
 from experiments.protocol.training import cross_entropy, output_loss
-from experiments.reporting.presentation import STYLE, markdown_table, spread
+from experiments.reporting.presentation import STYLE, Report, markdown_table, page, spread
 from experiments.runtime.session import process
 from experiments.runtime.stages import Stages
 from experiments.studies import frame
 from experiments.studies.ablation.recipes import BLOCKS, LAYERS
-from experiments.studies.frame import slug as _slug
+from experiments.studies.frame import slug
 from experiments.studies.refreshing import has_statistics
 from experiments.studies.ways import Coefficients, Way, ways
 from glue_jax.checks import check_counts, check_positive
@@ -131,8 +131,7 @@ def measure(context: Context, parsed: Arguments, stages: Stages) -> list[dict[st
     config = context.config
     experts = glue_jax.stack_experts(train_experts(context)[0])
     fields = {
-        **context.expert_fields,
-        "experts": config.num_experts,
+        **context.bank_fields,
         "code": context.code(_curve, ways, coefficients, _evaluation),
     }
     fields |= {**part(config, CoefficientFields), "test_examples": config.test_examples, "passes": parsed.passes}
@@ -151,7 +150,7 @@ def measure(context: Context, parsed: Arguments, stages: Stages) -> list[dict[st
             for seed in config.seeds:
                 compute = functools.partial(_curve, context, problem, way, seed, parsed.passes, evaluate)
                 depends_on = {**fields, "sharing": sharing, "way": way.name, "seed": seed, "rates": rates}
-                curve = stages.run(f"budget/{_slug(sharing)}-{_slug(way.name)}-seed{seed}", depends_on, compute)
+                curve = stages.run(f"budget/{slug(sharing)}-{slug(way.name)}-seed{seed}", depends_on, compute)
                 described = {"sharing": sharing, "dimension": problem.dimension, "way": way.name, "seed": seed}
                 curves.append({**described, **curve})
                 bar.advance()
@@ -272,19 +271,16 @@ def table(results: Mapping[str, Any], sharing: str) -> tuple[list[str], list[lis
     return head, rows
 
 
-def present(results: Mapping[str, Any]) -> frame.Report:
+def present(results: Mapping[str, Any]) -> Report:
     """All that is shown."""
     sharings = list(dict.fromkeys(curve["sharing"] for curve in results["curves"]))
-    figures = {f"{_slug(sharing)}.png": _figure(results, sharing) for sharing in sharings}
-    return frame.Report(_markdown(results), figures, {sharing: table(results, sharing) for sharing in sharings})
+    figures = {f"{slug(sharing)}.png": _figure(results, sharing) for sharing in sharings}
+    return Report(_markdown(results), figures, {sharing: table(results, sharing) for sharing in sharings})
 
 
 def _markdown(results: Mapping[str, Any]) -> str:
     """The report."""
     parts = [
-        f"# {results['title']}",
-        f"    {results['command']}",
-        f"Run on {results['machine']}.",
         "Forward passes are of one model on one image. Seconds are of learning alone: compilation and what is measured "
         "on the way are left out. *There* is within 1 % of the lowest validation loss that any way reaches with the "
         "same seed. The first point there counts, and neighbouring points are up to a third apart. A tangent counts as "
@@ -294,9 +290,9 @@ def _markdown(results: Mapping[str, Any]) -> str:
     ]
     for sharing in dict.fromkeys(curve["sharing"] for curve in results["curves"]):
         d = next(curve["dimension"] for curve in results["curves"] if curve["sharing"] == sharing)
-        parts += [f"## {sharing}: {d} directions", f"![validation loss by passes]({_slug(sharing)}.png)"]
+        parts += [f"## {sharing}: {d} directions", f"![validation loss by passes]({slug(sharing)}.png)"]
         parts.append(markdown_table(*table(results, sharing)))
-    return "\n\n".join(parts) + "\n"
+    return page(results, *parts)
 
 
 def _figure(results: Mapping[str, Any], sharing: str) -> Figure:

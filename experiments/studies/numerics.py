@@ -91,8 +91,7 @@ def measure(context: Context, stages: Stages) -> dict[str, Any]:
     near, distance = drawn_together(trained, NEAR)
     banks = {"as trained": trained, f"{100 * NEAR:g} % apart": near}
     fields = {
-        **context.expert_fields,
-        "experts": context.config.num_experts,
+        **context.bank_fields,
         "seed": context.config.seeds[0],
         **part(context.config, CoefficientFields),
         "code": context.code(_errors, drawn_together),

@@ -158,9 +158,8 @@ class _Setting(NamedTuple):
         """One part. It is computed with a key of its own, or it is kept, and then its units are taken off the bar."""
         config = self.context.config
         depends_on = {
-            **self.context.expert_fields,
+            **self.context.bank_fields,
             **depends_on,
-            "experts": config.num_experts,
             "target": [config.seeds[0], config.target_examples],
             "matmul_precision": config.matmul_precision,
             "examples": self.settings.examples,
