@@ -4,7 +4,7 @@ Configs 3, 4 and 5 learn theirs, each by its own step. They see the same minibat
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ _ONLY_OF_SPSA = ("radius", "num_directions", "directions")
 _NOT_USED = {3: _ONLY_OF_SPSA, 5: (*_ONLY_OF_SPSA, "alpha_learning_rate", "alpha_b1", "alpha_b2", "validate_every")}
 # A seed's key is folded with this number, so that no two uses share a key. Fine-tuning has another number.
 _COEFFICIENTS = 2
+_adam = functools.cache(optax.adam)
 
 
 @functools.cache
@@ -43,6 +44,11 @@ def make_steps(config: Config) -> Mapping[int, Any]:
         matmul_precision=config.matmul_precision,
     )
     return {3: glue_jax.full_gradient_step, 4: glue, 5: gauss_newton}
+
+
+def alpha_optimizer(config: Config) -> optax.GradientTransformation:
+    """Returns the optimizer of beta in Configs 3 and 4. Equal numbers share it, and so compile once."""
+    return _adam(config.alpha_learning_rate, b1=config.alpha_b1, b2=config.alpha_b2)
 
 
 def validate_every(config: Config, number: int) -> int:
@@ -63,10 +69,9 @@ def learn_coefficients(
     validation: Examples | None,
     *,
     problem: Problem,
-    optimizer: optax.GradientTransformation,
     config: Config,
     max_steps: int | None = None,
-    callback: Callable[[glue_jax.types.Progress], None] | None = None,
+    bar: Stage | None = None,
 ) -> glue_jax.LearnResult:
     """Learns the coefficients of Config 3, 4 or 5.
 
@@ -77,10 +82,9 @@ def learn_coefficients(
         target: the images to learn on.
         validation: the images that find the plateau; None: all steps are taken.
         problem: the network.
-        optimizer: of beta. Config 5 does not use it.
-        config: for the step, the minibatch, the number of steps, the validations and the precision.
+        config: for the step, its optimizer, the minibatch, the number of steps, the validations and the precision.
         max_steps: the most steps; None is the config's.
-        callback: of `glue_jax.learn`.
+        bar: counts the steps. Those that are not needed are taken off it.
 
     Returns:
         As `glue_jax.learn` does.
@@ -88,21 +92,32 @@ def learn_coefficients(
     Raises:
         glue_jax.NonFiniteLossError: a loss or a gradient that is infinite or not a number, with its step.
     """
+    max_steps, done = config.alpha_steps if max_steps is None else max_steps, 0
+
+    def count(progress: glue_jax.types.Progress) -> None:
+        nonlocal done
+        if bar:
+            bar.advance(progress.step - done)
+        done = progress.step
+
     with jax.default_matmul_precision(config.matmul_precision):
-        return glue_jax.learn(
+        result = glue_jax.learn(
             key,
             experts,
             target,
             loss_fn=output_loss(problem),
-            optimizer=None if number == 5 else optimizer,
+            optimizer=None if number == 5 else alpha_optimizer(config),
             step_fn=make_steps(config)[number],
             validation_data=validation,
             batch_size=config.alpha_batch_size,
-            max_steps=config.alpha_steps if max_steps is None else max_steps,
+            max_steps=max_steps,
             validate_every=validate_every(config, number),
             patience=None if validation is None else config.patience,
-            callback=callback,
+            callback=count,
         )
+    if bar:
+        bar.skip(max_steps - done)
+    return result
 
 
 def heuristic_coefficients(splits: Splits, number: int, measured: dict[str, Any]) -> list[float]:
@@ -126,9 +141,8 @@ def coefficients_stage(context: Context, number: int, seed: int) -> tuple[str, d
     """Returns the name of a stage that learns coefficients, and all that it depends on."""
     fields = part(context.config, CoefficientFields)
     depends_on = {
-        **context.expert_fields,
+        **context.bank_fields,
         **{name: value for name, value in fields.items() if name not in _NOT_USED.get(number, ())},
-        "experts": context.config.num_experts,
         "seed": seed,
         "code": context.code(coefficients_of),
     }
@@ -139,33 +153,25 @@ def coefficients_of(
     context: Context,
     number: int,
     seed: int,
-    target: Examples,
     experts: Variables,
     measured: dict[str, Any],
     stage: Stage,
 ) -> dict[str, Any]:
-    """Returns the coefficients of one Config, and how they were learned."""
+    """Returns the coefficients of one Config, and how they were learned. The stage counts the steps."""
     config = context.config
     if number not in make_steps(config):
         return {"alpha": heuristic_coefficients(context.splits, number, measured)}
-    steps_done = 0
-
-    def callback(progress: glue_jax.types.Progress) -> None:
-        nonlocal steps_done
-        stage.advance(progress.step - steps_done)
-        steps_done = progress.step
 
     def compute() -> dict[str, Any]:
         result = learn_coefficients(
             number,
             coefficients_key(seed),
             experts,
-            target,
+            context.target(seed),
             context.validation,
             problem=context.problem,
-            optimizer=context.alpha_optimizer,
             config=config,
-            callback=callback,
+            bar=stage,
         )
         history = result.history
         alphas = np.concatenate([history.metrics.alpha, np.asarray(result.last_alpha)[None]])
@@ -178,6 +184,4 @@ def coefficients_of(
             "alphas": alphas[rows].tolist(),
         }
 
-    learned = context.stages.run(*coefficients_stage(context, number, seed), compute)
-    stage.skip(config.alpha_steps - steps_done)
-    return learned
+    return context.stages.run(*coefficients_stage(context, number, seed), compute, stage, config.alpha_steps)

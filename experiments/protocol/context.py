@@ -40,7 +40,6 @@ class Context(NamedTuple):
         problem: the network with the preparation of its images.
         training: the trainer of the experts.
         tuning: the trainer that fine-tunes the blends.
-        alpha_optimizer: the optimizer of the coefficients.
         evaluate: `evaluate(variables, examples) -> {"loss", "accuracy"}`.
         stages: the results that are kept on disk.
         progress: what is shown meanwhile.
@@ -56,10 +55,17 @@ class Context(NamedTuple):
     problem: Problem
     training: Trainer
     tuning: Trainer
-    alpha_optimizer: optax.GradientTransformation
     evaluate: Callable[[Variables, Examples], dict[str, float]]
     stages: Stages
     progress: ProgressBars
+
+    def images(self, rows: Indices) -> Examples:
+        """Some images of the training split, on the device."""
+        return take(self.train, rows)
+
+    def target(self, seed: int) -> Examples:
+        """The target images of a seed, on the device."""
+        return self.images(self.targets[seed])
 
     @property
     def trained_together(self) -> int:
@@ -74,6 +80,11 @@ class Context(NamedTuple):
         fields["num_experts"] = self.trained_together
         fields |= {"data": self.dataset.name, "checksum": self.dataset.checksum, "version": _FINGERPRINT_VERSION}
         return {**fields, "code": self._code(leaving_out=_NOT_OF_EXPERTS)}
+
+    @property
+    def bank_fields(self) -> dict[str, Any]:
+        """What all experts depend on."""
+        return {**self.expert_fields, "experts": self.config.num_experts}
 
     def code(self, *functions: Callable[..., Any]) -> str:
         """Returns the digest of the source of this context, of its experts, and of what functions compute with them."""
@@ -131,12 +142,7 @@ def prepare(
     problem = Problem(network, *channel_statistics(dataset.train.images), mesh)
     trained_as = config.expert_learning_rate, config.expert_batch_size
     tuned_as = config.fine_tuning_learning_rate, config.fine_tuning_batch_size
-
-    def trainer(learning_rate: float, batch_size: int) -> Trainer:
-        adam = optax.adam(learning_rate, b1=config.expert_b1, b2=config.expert_b2)
-        return make_trainer(problem, adam, batch_size=batch_size, augmentation=config.augmentation)
-
-    training = trainer(*trained_as)
+    training = adam_trainer(problem, config, *trained_as)
     train_split = put(dataset.train, mesh)
     return Context(
         config=config,
@@ -149,12 +155,17 @@ def prepare(
         problem=problem,
         training=training,
         # With the same numbers it is the same program. It is compiled once if the shapes agree, as they do on a CPU.
-        tuning=training if tuned_as == trained_as else trainer(*tuned_as),
-        alpha_optimizer=optax.adam(config.alpha_learning_rate, b1=config.alpha_b1, b2=config.alpha_b2),
+        tuning=training if tuned_as == trained_as else adam_trainer(problem, config, *tuned_as),
         evaluate=make_evaluate(problem),
         stages=Stages(folder, accept_stages, progress.say),
         progress=progress,
     )
+
+
+def adam_trainer(problem: Problem, config: Config, learning_rate: float, batch_size: int) -> Trainer:
+    """Returns a trainer with the config's moments of Adam and augmentation."""
+    adam = optax.adam(learning_rate, b1=config.expert_b1, b2=config.expert_b2)
+    return make_trainer(problem, adam, batch_size=batch_size, augmentation=config.augmentation)
 
 
 def counts(context: Context) -> dict[str, Any]:

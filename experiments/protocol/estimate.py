@@ -3,17 +3,21 @@
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+import glue_jax
+from experiments.models.network import Variables
 from experiments.protocol.coefficients import learn_coefficients, validate_every
-from experiments.protocol.context import Context, take
+from experiments.protocol.config import Config
+from experiments.protocol.context import Context
+from experiments.protocol.data import Examples
 from experiments.protocol.expert_training import missing_experts
 from experiments.protocol.run import remaining
-from experiments.protocol.training import Trainer
+from experiments.protocol.training import Problem, Trainer
 from experiments.runtime.devices import put
 from glue_jax.batches import on_cpu
 
@@ -41,29 +45,32 @@ def estimate(context: Context) -> dict[str, float]:
     left = remaining(context)
     if not (missing or any(left.values())):
         return {}
-    num_validation = len(context.validation.labels)
+    num_validation, num_target = len(context.validation.labels), len(context.targets[config.seeds[0]])
     per_image = _second_call(lambda: context.evaluate(variables, context.validation)) / num_validation
     if missing:
         together = context.trained_together
         groups = {index // together for index in missing}
-        step = _training_step(
-            context, context.training, together, config.expert_examples, config.expert_batch_size, variables
-        )
-        steps = config.expert_epochs * (config.expert_examples // config.expert_batch_size)
-        images = num_validation + len(context.targets[config.seeds[0]]) + len(context.test.labels)
+        count, batch_size = config.expert_examples, config.expert_batch_size
+        step = _training_step(context.training, [variables] * together, context.train, count, batch_size)
+        steps = config.expert_epochs * (count // batch_size)
+        images = num_validation + num_target + len(context.test.labels)
         seconds["experts"] = len(groups) * steps * step + config.num_experts * images * per_image
     if left["coefficients"]:
-        experts = jax.tree.map(lambda leaf: jnp.stack([leaf] * config.num_experts), variables)
-        target = take(context.train, context.targets[config.seeds[0]])
-        step = {number: _alpha_step(context, number, experts, target) for number in set(left["coefficients"])}
+        experts = glue_jax.stack_experts([variables] * config.num_experts)
+        target, steps = context.target(config.seeds[0]), config.alpha_steps
+        step = {
+            number: _alpha_step(number, experts, target, context.problem, config)
+            for number in set(left["coefficients"])
+        }
+        # At the start, and after each chunk of steps.
+        validations = {number: 1 + math.ceil(steps / validate_every(config, number)) for number in step}
         seconds["coefficients, at most"] = sum(
-            config.alpha_steps * step[number] + _most_validations(context, number) * num_validation * per_image
-            for number in left["coefficients"]
+            steps * step[number] + validations[number] * num_validation * per_image for number in left["coefficients"]
         )
     if left["fine-tuning"]:
-        count, batch_size = len(context.targets[config.seeds[0]]), config.fine_tuning_batch_size
-        step = _training_step(context, context.tuning, 1, count, batch_size, variables)
-        epoch = (count // batch_size) * step + len(context.test.labels) * per_image
+        batch_size = config.fine_tuning_batch_size
+        step = _training_step(context.tuning, [variables], context.train, num_target, batch_size)
+        epoch = (num_target // batch_size) * step + len(context.test.labels) * per_image
         seconds["fine-tuning"] = len(left["fine-tuning"]) * config.fine_tuning_epochs * epoch
     return seconds
 
@@ -94,49 +101,33 @@ def _second_call(call: Callable[[], Any]) -> float:
 
 
 def _training_step(
-    context: Context, trainer: Trainer, num_models: int, count: int, batch_size: int, variables: Any
+    trainer: Trainer, models: Sequence[Variables], examples: Examples, count: int, batch_size: int
 ) -> float:
     """The seconds of a training step of several models at once, each on `count` images."""
-    if on_cpu(context.train):
+    if on_cpu(examples):
         count = min(count, _STEPS * batch_size)
-    rows = jnp.tile(jnp.arange(count)[None], (num_models, 1))
-    state = trainer.init(jax.tree.map(lambda leaf: jnp.stack([leaf] * num_models), variables))
-    keys = jax.random.split(jax.random.key(0), num_models)
+    rows = jnp.tile(jnp.arange(count)[None], (len(models), 1))
+    state = trainer.init(glue_jax.stack_experts(models))
+    keys = jax.random.split(jax.random.key(0), len(models))
 
     def epoch() -> Any:
         # The state is donated, so the next call goes on from the state of this call.
         nonlocal state
-        state, loss = trainer.epoch(keys, 0, state, context.train, rows)
+        state, loss = trainer.epoch(keys, 0, state, examples, rows)
         return loss
 
     return _second_call(epoch) / (count // batch_size)
 
 
-def _most_validations(context: Context, number: int) -> int:
-    """The most validations of one Config: at the start, and after each chunk of steps."""
-    return 1 + math.ceil(context.config.alpha_steps / validate_every(context.config, number))
-
-
-def _alpha_step(context: Context, number: int, experts: Any, target: Any) -> float:
+def _alpha_step(number: int, experts: Variables, target: Examples, problem: Problem, config: Config) -> float:
     """The seconds of a step that learns one Config's coefficients, without validation."""
-    steps = _STEPS if on_cpu(context.train) else validate_every(context.config, number)
-    steps = min(steps, context.config.alpha_steps)
+    steps = min(_STEPS if on_cpu(target) else validate_every(config, number), config.alpha_steps)
 
     def learn() -> Any:
         with warnings.catch_warnings():
             # All experts are the same network, so the gradient is 0.
             warnings.filterwarnings("ignore", "the gradient was exactly 0")
-            found = learn_coefficients(
-                number,
-                jax.random.key(0),
-                experts,
-                target,
-                None,
-                problem=context.problem,
-                optimizer=context.alpha_optimizer,
-                config=context.config,
-                max_steps=steps,
-            )
-        return found.alpha
+            key, words = jax.random.key(0), {"problem": problem, "config": config, "max_steps": steps}
+            return learn_coefficients(number, key, experts, target, None, **words).alpha
 
     return _second_call(learn) / steps

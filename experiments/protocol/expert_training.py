@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.models.network import Variables
-from experiments.protocol.context import Context, take
-from experiments.protocol.training import train
+from experiments.protocol.config import Config
+from experiments.protocol.context import Context
+from experiments.protocol.data import Examples
+from experiments.protocol.training import Problem, train
 from experiments.runtime import checkpoints
 from experiments.runtime.devices import everywhere, put
 from experiments.runtime.progress import Stage
@@ -83,46 +86,52 @@ def describe_missing(context: Context) -> str:
     return text
 
 
-def measure_experts(context: Context, experts: list[Variables]) -> dict[str, Any]:
-    """Returns each expert's loss and accuracy on validation, test and the first seed's target images: Table 1."""
-    config = context.config
-    first_seed = config.seeds[0]
-
-    def compute() -> dict[str, Any]:
-        images = {
-            "validation": context.validation,
-            "target": take(context.train, context.targets[first_seed]),
-            "test": context.test,
+def measure_experts(
+    experts: Sequence[Variables],
+    images: Mapping[str, Examples],
+    evaluate: Callable[[Variables, Examples], Mapping[str, float]],
+) -> list[dict[str, float]]:
+    """Returns a row for each expert: its loss and accuracy on each set of images, for example `test_loss`."""
+    return [
+        {
+            f"{name}_{what}": value
+            for name, examples in images.items()
+            for what, value in evaluate(expert, examples).items()
         }
-        rows = []
-        for expert in experts:
-            measures = {name: context.evaluate(expert, examples) for name, examples in images.items()}
-            rows.append({f"{name}_{what}": value for name, row in measures.items() for what, value in row.items()})
-        return {"experts": rows}
+        for expert in experts
+    ]
 
-    return context.stages.run(*measurement(context), compute)
+
+def measured_experts(context: Context, experts: Sequence[Variables]) -> dict[str, Any]:
+    """Returns `experts`, the rows of `measure_experts` on validation, the first seed's target and test images."""
+    images = {
+        "validation": context.validation,
+        "target": context.target(context.config.seeds[0]),
+        "test": context.test,
+    }
+    return context.stages.run(
+        *measurement(context), lambda: {"experts": measure_experts(experts, images, context.evaluate)}
+    )
 
 
 def measurement(context: Context) -> tuple[str, dict[str, Any]]:
     """Returns the name of the stage that measures the experts, and all that it depends on."""
     config = context.config
     depends_on = {
-        **context.expert_fields,
-        "experts": config.num_experts,
+        **context.bank_fields,
         "seed": config.seeds[0],
         "target_examples": config.target_examples,
         "test_examples": config.test_examples,
-        "code": context.code(measure_experts),
+        "code": context.code(measured_experts),
     }
     return "experts/accuracies", depends_on
 
 
-def initial_variables(context: Context) -> Variables:
+def initial_variables(problem: Problem, config: Config) -> Variables:
     """Returns the variables that all experts of a common initialisation began with."""
-    if context.config.initialization != "common":
-        raise ValueError(f"initialization is {context.config.initialization!r}; expected 'common', with one origin")
-    numbers = jnp.zeros((1,), jnp.uint32)
-    return jax.tree.map(lambda leaf: leaf[0], _initialize(context, numbers))
+    if config.initialization != "common":
+        raise ValueError(f"initialization is {config.initialization!r}; expected 'common', with one origin")
+    return jax.tree.map(lambda leaf: leaf[0], _initialize(problem, config, [0]))
 
 
 def _stage_of(context: Context, index: int) -> tuple[str, dict[str, Any]]:
@@ -155,23 +164,20 @@ def _train_and_keep(context: Context, group: list[int], missing: list[int], stag
 def _train_experts(context: Context, group: list[int], stage: Stage) -> list[tuple[Variables, list[float]]]:
     """Trains some experts at once. Returns the variables of each, and its mean loss in each epoch."""
     config = context.config
-    key = jax.random.key(config.expert_seed)
-    numbers = jnp.asarray(group, jnp.uint32)
-    losses = []
-
-    def after_epoch(_: Variables, loss: np.ndarray) -> None:
-        losses.append(loss)
-        stage.advance(len(group))
-
-    trained = train(
+    key = jax.random.fold_in(jax.random.key(config.expert_seed), _EXPERT_TRAINING)
+    epochs = train(
         context.training,
-        _keys(jax.random.fold_in(key, _EXPERT_TRAINING), numbers),
-        _initialize(context, jnp.zeros_like(numbers) if config.initialization == "common" else numbers),
+        _keys(key, group),
+        _initialize(context.problem, config, [0] * len(group) if config.initialization == "common" else group),
         context.train,
         jnp.asarray(np.stack([context.splits.experts[index] for index in group])),
         num_epochs=config.expert_epochs,
-        after_epoch=after_epoch,
     )
+    trained, losses = {}, []
+    for state, loss in epochs:
+        trained = state.variables
+        losses.append(loss)
+        stage.advance(len(group))
     for index, loss in zip(group, losses[-1], strict=True):
         context.progress.say(f"expert {index}: training loss {loss:.3f} in the last epoch")
     return [
@@ -180,12 +186,12 @@ def _train_experts(context: Context, group: list[int], stage: Stage) -> list[tup
     ]
 
 
-def _initialize(context: Context, numbers: jax.Array) -> Variables:
+def _initialize(problem: Problem, config: Config, numbers: Sequence[int]) -> Variables:
     """Initial variables of each number, leaves `[M, ...]`."""
-    key = jax.random.fold_in(jax.random.key(context.config.expert_seed), _INITIALIZATION)
-    return put(jax.jit(jax.vmap(context.problem.network.init))(_keys(key, numbers)), context.problem.mesh)
+    key = jax.random.fold_in(jax.random.key(config.expert_seed), _INITIALIZATION)
+    return put(jax.jit(jax.vmap(problem.network.init))(_keys(key, numbers)), problem.mesh)
 
 
-def _keys(key: jax.Array, numbers: jax.Array) -> jax.Array:
+def _keys(key: jax.Array, numbers: Sequence[int]) -> jax.Array:
     """A key for each number."""
-    return jax.vmap(functools.partial(jax.random.fold_in, key))(numbers)
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.asarray(numbers, jnp.uint32))

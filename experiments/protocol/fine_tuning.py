@@ -1,31 +1,44 @@
 """The fine-tuning of a blend on a seed's target images. All fine-tunings of a seed see the same minibatches."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import glue_jax
 from experiments.models.network import Variables
 from experiments.protocol.config import FineTuningFields, part
 from experiments.protocol.context import Context
-from experiments.protocol.training import train
+from experiments.protocol.data import Examples
+from experiments.protocol.splits import Indices
+from experiments.protocol.training import Trainer, train
 from experiments.runtime.progress import Stage
 
 # A seed's key is folded with this number, so that no two uses share a key. Learning has another number.
 _FINE_TUNING = 3
 
 
-def fine_tune(context: Context, prior: Variables, seed: int, *, num_epochs: int, stage: Stage) -> dict[str, Any]:
+def fine_tune(
+    trainer: Trainer,
+    prior: Variables,
+    seed: int,
+    examples: Examples,
+    rows: Indices,
+    *,
+    num_epochs: int,
+    test: Callable[[Variables], dict[str, float]],
+) -> dict[str, Any]:
     """Fine-tunes all parameters of a model on a seed's target images.
 
     Args:
-        context: of `experiments.protocol.context.prepare`.
+        trainer: of `experiments.protocol.training.make_trainer`.
         prior: the model to begin with.
-        seed: of target images, minibatches and augmentation.
+        seed: of minibatches and augmentation.
+        examples: the training split.
+        rows: the target images in it, `[n]`.
         num_epochs: of all target images.
-        stage: counts the epochs.
+        test: from a model to its `loss` and `accuracy` on the test images.
 
     Returns:
         `test_loss` and `test_accuracy`, of the prior (epoch 0) and after each epoch, and `training_loss` of each epoch.
@@ -33,23 +46,12 @@ def fine_tune(context: Context, prior: Variables, seed: int, *, num_epochs: int,
     Raises:
         FloatingPointError: a loss that is infinite or not a number, with its epoch and step.
     """
-    measures = [context.evaluate(prior, context.test)]
-    losses = []
-
-    def after_epoch(variables: Variables, loss: np.ndarray) -> None:
+    key = jax.random.fold_in(jax.random.key(seed), _FINE_TUNING)
+    start = jax.tree.map(lambda leaf: leaf[None], prior)
+    measures, losses = [test(prior)], []
+    for state, loss in train(trainer, key[None], start, examples, jnp.asarray(rows)[None], num_epochs=num_epochs):
+        measures.append(test(jax.tree.map(lambda leaf: leaf[0], state.variables)))
         losses.append(float(loss[0]))
-        measures.append(context.evaluate(jax.tree.map(lambda leaf: leaf[0], variables), context.test))
-        stage.advance()
-
-    train(
-        context.tuning,
-        jax.random.fold_in(jax.random.key(seed), _FINE_TUNING)[None],
-        jax.tree.map(lambda leaf: leaf[None], prior),
-        context.train,
-        jnp.asarray(context.targets[seed])[None],
-        num_epochs=num_epochs,
-        after_epoch=after_epoch,
-    )
     return {
         "test_loss": [row["loss"] for row in measures],
         "test_accuracy": [row["accuracy"] for row in measures],
@@ -61,9 +63,8 @@ def fine_tuning_stage(context: Context, number: int, seed: int, alpha: list[floa
     """Returns the name of a stage that fine-tunes, and all that it depends on: it has the coefficients themselves."""
     config = context.config
     depends_on = {
-        **context.expert_fields,
+        **context.bank_fields,
         **part(config, FineTuningFields),
-        "experts": config.num_experts,
         "target_examples": config.target_examples,
         "seed": seed,
         "alpha": alpha,
@@ -75,14 +76,15 @@ def fine_tuning_stage(context: Context, number: int, seed: int, alpha: list[floa
 def fine_tuned(
     context: Context, number: int, seed: int, experts: Variables, alpha: list[float], stage: Stage
 ) -> dict[str, Any]:
-    """Returns what `fine_tune` does for the prior of one Config and seed."""
-    config = context.config
+    """Returns what `fine_tune` does for the prior of a Config. The stage counts the models that are tested."""
+    num_epochs = context.config.fine_tuning_epochs
+
+    def test(model: Variables) -> dict[str, float]:
+        stage.advance()
+        return context.evaluate(model, context.test)
 
     def compute() -> dict[str, Any]:
-        prior = glue_jax.blend(experts, jnp.asarray(alpha, jnp.float32))
-        return fine_tune(context, prior, seed, num_epochs=context.config.fine_tuning_epochs, stage=stage)
+        prior, rows = glue_jax.blend(experts, jnp.asarray(alpha, jnp.float32)), context.targets[seed]
+        return fine_tune(context.tuning, prior, seed, context.train, rows, num_epochs=num_epochs, test=test)
 
-    stage_of_this = fine_tuning_stage(context, number, seed, alpha)
-    if context.stages.read(*stage_of_this) is not None:
-        stage.skip(config.fine_tuning_epochs)
-    return context.stages.run(*stage_of_this, compute)
+    return context.stages.run(*fine_tuning_stage(context, number, seed, alpha), compute, stage, 1 + num_epochs)

@@ -25,12 +25,12 @@ def prior_cost(
     if number == 2:
         # The experts were measured on three sets of images. Config 2 needs only the validation images.
         seconds = measured["seconds"] * num_validation / (num_validation + images["target"] + images["test"])
-    forward, backward = _passes(config, num_validation, number, weights)
+    forward, backward = passes_of(config, num_validation, number, weights)
     return {"forward_passes": forward, "backward_passes": backward, "prior_seconds": seconds}
 
 
-def _passes(config: Config, num_validation: int, number: int, weights: Mapping[str, Any]) -> tuple[int, int]:
-    """Forward passes and backward passes."""
+def passes_of(config: Config, num_validation: int, number: int, weights: Mapping[str, Any]) -> tuple[int, int]:
+    """Returns the forward passes and the backward passes, with arguments as `prior_cost` has them."""
     if "validation_steps" not in weights:
         # Config 2 judges each expert.
         return config.num_experts * num_validation if number == 2 else 0, 0

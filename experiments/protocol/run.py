@@ -13,8 +13,8 @@ from experiments.protocol.coefficients import (
     make_steps,
 )
 from experiments.protocol.config import CONFIGS
-from experiments.protocol.context import Context, counts, take
-from experiments.protocol.expert_training import measure_experts, measurement, train_experts
+from experiments.protocol.context import Context, counts
+from experiments.protocol.expert_training import measured_experts, measurement, train_experts
 from experiments.protocol.fine_tuning import fine_tuned, fine_tuning_stage
 from experiments.protocol.passes import prior_cost
 
@@ -34,20 +34,19 @@ def run(context: Context) -> dict[str, Any]:
     Raises:
         FloatingPointError: a loss that is infinite or not a number, with its stage and step.
     """
-    config, progress = context.config, context.progress
+    config, progress, target = context.config, context.progress, context.targets[context.config.seeds[0]]
     drawn = counts(context)
     experts, training = train_experts(context)
-    measured = measure_experts(context, experts)
+    measured = measured_experts(context, experts)
     stacked = glue_jax.stack_experts(experts)
     machines = {record["machine"] for record in (*training, measured)}
     seconds = {"Experts": sum(record["seconds"] for record in training), "Experts' accuracies": measured["seconds"]}
     coefficients = progress.stage("Coefficients", len(make_steps(config)) * len(config.seeds) * config.alpha_steps)
     learned = {}
     for seed in config.seeds:
-        target = take(context.train, context.targets[seed])
         for number in CONFIGS:
-            learned[seed, number] = coefficients_of(context, number, seed, target, stacked, measured, coefficients)
-    tuning = progress.stage("Fine-tuning", len(learned) * config.fine_tuning_epochs)
+            learned[seed, number] = coefficients_of(context, number, seed, stacked, measured, coefficients)
+    tuning = progress.stage("Fine-tuning", len(learned) * (1 + config.fine_tuning_epochs))
     runs = []
     for (seed, number), weights in learned.items():
         tuned = fine_tuned(context, number, seed, stacked, weights["alpha"], tuning)
@@ -65,8 +64,9 @@ def run(context: Context) -> dict[str, Any]:
         "config": dataclasses.asdict(config),
         "data": drawn,
         "experts": [
-            {"training_loss": record["training_loss"], "target_images_seen": seen, **row}
-            for record, seen, row in zip(training, _target_images_seen(context), measured["experts"], strict=True)
+            # Experts' and target images are drawn from the same rest.
+            {"training_loss": record["training_loss"], "target_images_seen": len(np.intersect1d(rows, target)), **row}
+            for record, rows, row in zip(training, context.splits.experts, measured["experts"], strict=True)
         ],
         "runs": runs,
         "seconds": seconds,
@@ -96,9 +96,3 @@ def kept(context: Context, number: int, seed: int) -> tuple[dict[str, Any] | Non
         weights = measured and {"alpha": heuristic_coefficients(context.splits, number, measured)}
     tuned = weights and context.stages.read(*fine_tuning_stage(context, number, seed, weights["alpha"]))
     return weights, tuned
-
-
-def _target_images_seen(context: Context) -> list[int]:
-    """How many of the first seed's target images each expert was trained on: both are drawn from the same rest."""
-    target = context.targets[context.config.seeds[0]]
-    return [len(np.intersect1d(rows, target)) for rows in context.splits.experts]

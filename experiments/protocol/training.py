@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
@@ -217,9 +217,8 @@ def train(
     rows: jax.Array,
     *,
     num_epochs: int,
-    after_epoch: Callable[[Variables, np.ndarray], None],
-) -> Variables:
-    """Trains M models at once for some epochs.
+) -> Iterator[tuple[TrainingState, np.ndarray]]:
+    """Trains M models at once, an epoch for each item that is taken.
 
     Args:
         trainer: of `make_trainer`.
@@ -227,11 +226,10 @@ def train(
         variables: the start, each leaf `[M, ...]`.
         examples: on the device.
         rows: the examples that each model is trained on, int `[M, n]`.
-        num_epochs: of all of them.
-        after_epoch: called with the variables and the epoch's mean losses `[M]`. The next epoch donates the variables.
+        num_epochs: the most epochs.
 
-    Returns:
-        The trained variables, each leaf `[M, ...]`.
+    Yields:
+        The state after each epoch, which the next epoch donates, and the epoch's mean losses, `[M]`.
 
     Raises:
         ValueError: fewer examples than a minibatch holds.
@@ -247,8 +245,7 @@ def train(
                 f"the training loss{which} is {losses[model, step]} at step {step + 1} of {losses.shape[1]} in epoch "
                 f"{epoch + 1}: expected a finite number"
             )
-        after_epoch(state.variables, losses.mean(axis=1))
-    return state.variables
+        yield state, losses.mean(axis=1)
 
 
 def make_evaluate(problem: Problem) -> Callable[[Variables, Examples], dict[str, float]]:

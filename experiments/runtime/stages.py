@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from experiments.runtime.locks import locked
+from experiments.runtime.progress import Stage
 
 
 class DamagedStageError(RuntimeError):
@@ -83,9 +84,21 @@ class Stages:
         write_json(self.path(name, depends_on).with_suffix(".json"), _sealed(_stage(name, depends_on), result))
         return result
 
-    def run(self, name: str, depends_on: Mapping[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Returns the result of a stage with its `seconds` and its `machine`. It is read from disk if it is done."""
+    def run(
+        self,
+        name: str,
+        depends_on: Mapping[str, Any],
+        compute: Callable[[], dict[str, Any]],
+        bar: Stage | None = None,
+        units: int = 0,
+    ) -> dict[str, Any]:
+        """Returns the result of a stage with its `seconds` and its `machine`. It is read from disk if it is done.
+
+        Then its units are taken off the bar.
+        """
         if (done := self.read(name, depends_on)) is not None:
+            if bar:
+                bar.skip(units)
             return done
         start = time.perf_counter()
         with naming(name):

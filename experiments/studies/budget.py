@@ -25,18 +25,18 @@ from matplotlib.figure import Figure
 
 import glue_jax
 from experiments.models.network import Variables
-from experiments.protocol.coefficients import coefficients_key, make_steps
+from experiments.protocol.coefficients import alpha_optimizer, coefficients_key, make_steps
 from experiments.protocol.config import CoefficientFields, part
 from experiments.protocol.context import Context, take
 from experiments.protocol.expert_training import train_experts
 from experiments.protocol.presets import ExpertArguments
 from experiments.protocol.training import cross_entropy, output_loss
-from experiments.reporting.presentation import STYLE, markdown_table, spread
+from experiments.reporting.presentation import STYLE, Report, markdown_table, page, spread
 from experiments.runtime.session import process
 from experiments.runtime.stages import Stages
 from experiments.studies import frame
 from experiments.studies.ablation.recipes import BLOCKS, LAYERS
-from experiments.studies.frame import slug as _slug
+from experiments.studies.frame import slug
 from experiments.studies.refreshing import has_statistics
 from experiments.studies.ways import Coefficients, Way, ways
 from glue_jax.checks import check_counts, check_positive
@@ -131,8 +131,7 @@ def measure(context: Context, parsed: Arguments, stages: Stages) -> list[dict[st
     config = context.config
     experts = glue_jax.stack_experts(train_experts(context)[0])
     fields = {
-        **context.expert_fields,
-        "experts": config.num_experts,
+        **context.bank_fields,
         "code": context.code(_curve, ways, coefficients, _evaluation),
     }
     fields |= {**part(config, CoefficientFields), "test_examples": config.test_examples, "passes": parsed.passes}
@@ -142,7 +141,7 @@ def measure(context: Context, parsed: Arguments, stages: Stages) -> list[dict[st
         rates = RATES[sharing] if parsed.rate is None else dict.fromkeys(RATES[sharing], parsed.rate)
         chosen = [
             way
-            for way in ways(rates, make_steps(config)[4], context.alpha_optimizer)
+            for way in ways(rates, make_steps(config)[4], alpha_optimizer(config))
             if problem.dimension > way.above and (not parsed.ways or any(word in way.name for word in parsed.ways))
         ]
         evaluate = _evaluation(context, problem)
@@ -151,7 +150,7 @@ def measure(context: Context, parsed: Arguments, stages: Stages) -> list[dict[st
             for seed in config.seeds:
                 compute = functools.partial(_curve, context, problem, way, seed, parsed.passes, evaluate)
                 depends_on = {**fields, "sharing": sharing, "way": way.name, "seed": seed, "rates": rates}
-                curve = stages.run(f"budget/{_slug(sharing)}-{_slug(way.name)}-seed{seed}", depends_on, compute)
+                curve = stages.run(f"budget/{slug(sharing)}-{slug(way.name)}-seed{seed}", depends_on, compute)
                 described = {"sharing": sharing, "dimension": problem.dimension, "way": way.name, "seed": seed}
                 curves.append({**described, **curve})
                 bar.advance()
@@ -170,7 +169,7 @@ def coefficients(context: Context, experts: Variables, sharing: Sharing) -> Coef
     if sharing == "softmax":
         merge = functools.partial(glue_jax.blend, min_dtype=jnp.float32)
         return Coefficients(experts, jnp.zeros(k), jax.nn.softmax, merge, output_loss(context.problem))
-    if has_statistics(experts):
+    if has_statistics(context.problem):
         _, experts = glue_jax.partition(experts, "^batch_stats/")
     problem, beta, rows = context.problem, jnp.full((k,), 1 / k), None
     if sharing != "free":
@@ -207,7 +206,7 @@ def _evaluation(context: Context, problem: Coefficients) -> Any:
 
 def _curve(context: Context, problem: Coefficients, way: Way, seed: int, passes: int, evaluate: Any) -> dict[str, Any]:
     """What a way reaches by passes and seconds."""
-    target = take(context.train, context.targets[seed])
+    target = context.target(seed)
     size = min(way.batch_size, len(target.labels))
     per_step = way.forward(problem.dimension) * size
     num_steps = max(2, passes // (1 + _BACKWARD * way.backward) // per_step)
@@ -272,19 +271,16 @@ def table(results: Mapping[str, Any], sharing: str) -> tuple[list[str], list[lis
     return head, rows
 
 
-def present(results: Mapping[str, Any]) -> frame.Report:
+def present(results: Mapping[str, Any]) -> Report:
     """All that is shown."""
     sharings = list(dict.fromkeys(curve["sharing"] for curve in results["curves"]))
-    figures = {f"{_slug(sharing)}.png": _figure(results, sharing) for sharing in sharings}
-    return frame.Report(_markdown(results), figures, {sharing: table(results, sharing) for sharing in sharings})
+    figures = {f"{slug(sharing)}.png": _figure(results, sharing) for sharing in sharings}
+    return Report(_markdown(results), figures, {sharing: table(results, sharing) for sharing in sharings})
 
 
 def _markdown(results: Mapping[str, Any]) -> str:
     """The report."""
     parts = [
-        f"# {results['title']}",
-        f"    {results['command']}",
-        f"Run on {results['machine']}.",
         "Forward passes are of one model on one image. Seconds are of learning alone: compilation and what is measured "
         "on the way are left out. *There* is within 1 % of the lowest validation loss that any way reaches with the "
         "same seed. The first point there counts, and neighbouring points are up to a third apart. A tangent counts as "
@@ -294,9 +290,9 @@ def _markdown(results: Mapping[str, Any]) -> str:
     ]
     for sharing in dict.fromkeys(curve["sharing"] for curve in results["curves"]):
         d = next(curve["dimension"] for curve in results["curves"] if curve["sharing"] == sharing)
-        parts += [f"## {sharing}: {d} directions", f"![validation loss by passes]({_slug(sharing)}.png)"]
+        parts += [f"## {sharing}: {d} directions", f"![validation loss by passes]({slug(sharing)}.png)"]
         parts.append(markdown_table(*table(results, sharing)))
-    return "\n\n".join(parts) + "\n"
+    return page(results, *parts)
 
 
 def _figure(results: Mapping[str, Any], sharing: str) -> Figure:

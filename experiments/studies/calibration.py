@@ -25,7 +25,7 @@ import glue_jax
 from experiments.models.network import Variables
 from experiments.protocol.coefficients import coefficients_key, learn_coefficients
 from experiments.protocol.config import CoefficientFields, part
-from experiments.protocol.context import Context, take
+from experiments.protocol.context import Context
 from experiments.protocol.expert_training import train_experts
 from experiments.protocol.presets import ExpertArguments
 from experiments.reporting.presentation import STYLE, Report, TableCells, markdown_table, number, page, spread
@@ -76,9 +76,8 @@ def measure(context: Context, stages: Stages) -> list[dict[str, Any]]:
     config = context.config
     experts = glue_jax.stack_experts(train_experts(context)[0])
     fields = {
-        **context.expert_fields,
+        **context.bank_fields,
         **part(config, CoefficientFields),
-        "experts": config.num_experts,
         "code": context.code(_learn_calibrated),
     }
     bar = context.progress.stage("Radii", (len(FACTORS) + len(GUESSES)) * len(config.seeds))
@@ -111,7 +110,7 @@ def calibrated_radius(context: Context, experts: Variables, seed: int, guess: fl
     Raises:
         FloatingPointError: no radius changes the loss, for example since the change is rounded away.
     """
-    batch = take(context.train, context.targets[seed][:_IMAGES])
+    batch = context.images(context.targets[seed][:_IMAGES])
 
     @jax.jit
     def loss(beta: jax.Array) -> jax.Array:
@@ -141,10 +140,9 @@ def _learn(context: Context, experts: Variables, seed: int, radius: float) -> di
         4,
         coefficients_key(seed),
         experts,
-        take(context.train, context.targets[seed]),
+        context.target(seed),
         context.validation,
         problem=context.problem,
-        optimizer=context.alpha_optimizer,
         config=dataclasses.replace(context.config, radius=radius),
     )
     history = result.history

@@ -10,9 +10,7 @@ import numpy as np
 import glue_jax
 from experiments.models.network import Variables
 from experiments.protocol.coefficients import coefficients_key
-from experiments.protocol.context import Context, take
-from experiments.protocol.data import Examples
-from experiments.protocol.splits import Indices
+from experiments.protocol.context import Context
 from experiments.studies.refreshing import REFRESH_BATCH, REFRESH_BATCHES, refreshed
 from experiments.studies.training_run import Images
 from experiments.studies.ways import Coefficients
@@ -43,14 +41,10 @@ class Run(NamedTuple):
         """One of the last K models."""
         return jax.tree.map(lambda leaf: leaf[index], self.models)
 
-    def examples(self, rows: Indices) -> Examples:
-        """Some images of the training split, with their labels."""
-        return take(self.context.train, rows)
-
     def refreshed(self, variables: Variables) -> Variables:
         """A model with BatchNorm's statistics estimated on training images."""
         images = self.images.training[: REFRESH_BATCH * REFRESH_BATCHES]
-        return refreshed(self.context.problem, variables, self.examples(images).images)
+        return refreshed(self.context.problem, variables, self.context.images(images).images)
 
 
 class Choice(NamedTuple):
@@ -121,7 +115,7 @@ def _learned(
         result = glue_jax.learn(
             coefficients_key(run.seed),
             problem.experts,
-            run.examples(rows),
+            context.images(rows),
             loss_fn=problem.loss_fn,
             state=glue_jax.init(config.num_experts, beta=problem.beta, link_fn=problem.link_fn),
             step_fn=glue_jax.gauss_newton_step,

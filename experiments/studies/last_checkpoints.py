@@ -100,7 +100,7 @@ def measure(context: Context, parsed: Arguments, stages: Stages) -> dict[str, An
         DamagedStageError: a checkpoint that is not what was written.
     """
     config, decays = context.config, list(parsed.decays)
-    settings = {**context.expert_fields, "experts": config.num_experts, "decays": decays}
+    settings = {**context.bank_fields, "decays": decays}
     settings["target_examples"] = config.target_examples
     training = {**settings, "code": context.code(draw_images, train_run)}
     images = {seed: draw_images(context, seed) for seed in config.seeds}

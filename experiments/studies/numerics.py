@@ -28,7 +28,7 @@ from jax.typing import ArrayLike
 import glue_jax
 from experiments.models.network import Variables
 from experiments.protocol.config import CoefficientFields, part
-from experiments.protocol.context import Context, take
+from experiments.protocol.context import Context
 from experiments.protocol.data import Examples
 from experiments.protocol.expert_training import train_experts
 from experiments.protocol.presets import ExpertArguments
@@ -91,8 +91,7 @@ def measure(context: Context, stages: Stages) -> dict[str, Any]:
     near, distance = drawn_together(trained, NEAR)
     banks = {"as trained": trained, f"{100 * NEAR:g} % apart": near}
     fields = {
-        **context.expert_fields,
-        "experts": context.config.num_experts,
+        **context.bank_fields,
         "seed": context.config.seeds[0],
         **part(context.config, CoefficientFields),
         "code": context.code(_errors, drawn_together),
@@ -134,7 +133,7 @@ def _errors(context: Context, experts: Variables, dtype: str, arithmetic: str, l
     config = context.config
     bank = jax.tree.map(lambda leaf: leaf.astype(DTYPES[dtype]), experts)
     exact_bank = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), bank)
-    target, size = take(context.train, context.targets[config.seeds[0]]), config.alpha_batch_size
+    target, size = context.target(config.seeds[0]), config.alpha_batch_size
     batches = [jax.tree.map(lambda leaf, at=index: leaf[at * size :][:size], target) for index in range(BATCHES)]
     k, link_fn = config.num_experts, LINKS[link]
     points = [jnp.zeros(k), jax.random.normal(jax.random.key(0), (k,))]

@@ -20,14 +20,15 @@ def refresh_batches(images: jax.Array) -> list[jax.Array]:
     return [images[at : min(at + REFRESH_BATCH, last)] for at in range(0, last, REFRESH_BATCH)]
 
 
-def has_statistics(variables: Variables) -> bool:
+@functools.cache
+def has_statistics(problem: Problem) -> bool:
     """Whether the network has BatchNorm. The ViT has none."""
-    return bool(jax.tree.leaves(variables["batch_stats"]))
+    return bool(jax.tree.leaves(jax.eval_shape(problem.network.init, jax.random.key(0))["batch_stats"]))
 
 
 def refreshed(problem: Problem, variables: Variables, images: jax.Array) -> Variables:
     """Returns a model with the statistics of the first images. A network without BatchNorm is returned as it is."""
-    if not has_statistics(variables):
+    if not has_statistics(problem):
         return variables
     return glue_jax.merging.refresh_statistics(variables, refresh_batches(images), _statistics_fn(problem))
 

@@ -21,7 +21,7 @@ import numpy as np
 import glue_jax
 from experiments.models.network import Variables
 from experiments.models.permutations import SPECS
-from experiments.protocol.context import Context, take
+from experiments.protocol.context import Context
 from experiments.protocol.expert_training import initial_variables, train_experts
 from experiments.protocol.presets import ExpertArguments
 from experiments.reporting.presentation import Report, TableCells, markdown_table, page
@@ -117,7 +117,7 @@ def advice(cosine: float, barriers: Mapping[str, list[list[float]]]) -> str:
 def _weights(context: Context, experts: Variables) -> dict[str, Any]:
     """What the weights alone say."""
     is_common = context.config.initialization == "common"
-    origin = initial_variables(context)["params"] if is_common else None
+    origin = initial_variables(context.problem, context.config)["params"] if is_common else None
     spec = SPECS[context.config.network](**context.config.network_options)
     aligned = glue_jax.merging.align_experts(experts, spec).experts
     params = {"params": experts["params"]}
@@ -146,7 +146,7 @@ def _barriers(context: Context, experts: Variables, count: int) -> dict[str, lis
     if not count:
         return {}
     first = jax.tree.map(lambda leaf: leaf[:count], experts)
-    images = take(context.train, context.targets[context.config.seeds[0]]).images[:512]
+    images = context.target(context.config.seeds[0]).images[:512]
 
     def loss(variables: Variables) -> float:
         return context.evaluate(variables, context.validation)["loss"]
@@ -154,7 +154,9 @@ def _barriers(context: Context, experts: Variables, count: int) -> dict[str, lis
     def refreshed_loss(variables: Variables) -> float:
         return loss(refreshed(context.problem, variables, images))
 
-    ways = {"blended statistics": loss} | ({"statistics refreshed": refreshed_loss} if has_statistics(first) else {})
+    ways = {"blended statistics": loss}
+    if has_statistics(context.problem):
+        ways["statistics refreshed"] = refreshed_loss
     return {name: glue_jax.merging.loss_barriers(first, function).tolist() for name, function in ways.items()}
 
 

@@ -11,8 +11,7 @@ import numpy as np
 import glue_jax
 from experiments.models.network import Variables
 from experiments.protocol.coefficients import coefficients_key, learn_coefficients
-from experiments.protocol.context import Context, take
-from experiments.protocol.data import Examples
+from experiments.protocol.context import Context
 from experiments.protocol.splits import Indices
 from experiments.studies.budget import Sharing, coefficients
 from experiments.studies.refreshing import refreshed
@@ -60,13 +59,9 @@ class Bank(NamedTuple):
     experts: Variables
     problem: Callable[[Sharing], Coefficients]
 
-    def images(self, rows: Indices) -> Examples:
-        """Some images of the training split, with their labels."""
-        return take(self.context.train, rows)
-
     def refreshed(self, variables: Variables, labelled: Labelled) -> Variables:
         """A model with BatchNorm's statistics estimated on all labelled images."""
-        return refreshed(self.context.problem, variables, self.images(labelled.all).images)
+        return refreshed(self.context.problem, variables, self.context.images(labelled.all).images)
 
 
 def make_bank(context: Context, experts: Variables) -> Bank:
@@ -89,7 +84,7 @@ def labelled_images(context: Context, seed: int, size: int) -> Labelled:
 
 def _best_expert(bank: Bank, labelled: Labelled) -> Variables:
     """The most accurate expert. Among equals it is the one with the lowest loss."""
-    images = bank.images(labelled.all)
+    images = bank.context.images(labelled.all)
     experts = [jax.tree.map(lambda leaf, i=i: leaf[i], bank.experts) for i in range(bank.context.config.num_experts)]
     judged = [bank.context.evaluate(expert, images) for expert in experts]
     return experts[min(range(len(experts)), key=lambda i: (-judged[i]["accuracy"], judged[i]["loss"]))]
@@ -109,10 +104,9 @@ def _glue(bank: Bank, labelled: Labelled) -> Variables:
         4,
         coefficients_key(labelled.seed),
         bank.experts,
-        bank.images(labelled.learning),
-        bank.images(labelled.validation),
+        bank.context.images(labelled.learning),
+        bank.context.images(labelled.validation),
         problem=context.problem,
-        optimizer=context.alpha_optimizer,
         config=dataclasses.replace(context.config, alpha_batch_size=batch_size),
     )
     return glue_jax.blend(bank.experts, result.alpha)
@@ -130,13 +124,13 @@ def _gauss_newton(sharing: Sharing, bank: Bank, labelled: Labelled) -> Variables
         result = glue_jax.learn(
             coefficients_key(labelled.seed),
             problem.experts,
-            bank.images(labelled.learning),
+            bank.context.images(labelled.learning),
             loss_fn=problem.loss_fn,
             state=glue_jax.init(config.num_experts, beta=problem.beta, link_fn=problem.link_fn),
             step_fn=glue_jax.gauss_newton_step,
             link_fn=problem.link_fn,
             merge_fn=problem.merge_fn,
-            validation_data=bank.images(labelled.validation),
+            validation_data=bank.context.images(labelled.validation),
             batch_size=min(_GAUSS_NEWTON_BATCH, len(labelled.learning)),
             validation_batch_size=min(_VALIDATION_BATCH, len(labelled.validation)),
             max_steps=config.alpha_steps,

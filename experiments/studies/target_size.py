@@ -30,16 +30,15 @@ import jax
 import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
-import optax
 from matplotlib.figure import Figure
 
 import glue_jax
 from experiments.models.network import Variables
 from experiments.protocol.config import CoefficientFields, FineTuningFields, part
-from experiments.protocol.context import Context, take
+from experiments.protocol.context import Context, adam_trainer
 from experiments.protocol.expert_training import train_experts
 from experiments.protocol.presets import ExpertArguments
-from experiments.protocol.training import Trainer, make_trainer
+from experiments.protocol.training import Trainer, train
 from experiments.reporting.presentation import STYLE, Report, TableCells, markdown_table, page, spread
 from experiments.runtime.session import exit_on, process
 from experiments.runtime.stages import Stages
@@ -122,8 +121,8 @@ def measure(context: Context, parsed: Arguments, stages: Stages) -> dict[str, An
     experts = glue_jax.stack_experts(train_experts(context)[0])
     bank = make_bank(context, experts)
     trainer = functools.cache(functools.partial(_trainer, context))
-    fields = {**context.expert_fields, **part(config, CoefficientFields, FineTuningFields)}
-    fields |= {"experts": config.num_experts, "epochs": parsed.epochs, "least_steps": parsed.least_steps}
+    fields = {**context.bank_fields, **part(config, CoefficientFields, FineTuningFields)}
+    fields |= {"epochs": parsed.epochs, "least_steps": parsed.least_steps}
     fields["code"] = context.code(_measure, labelled_images, _trainer, make_bank, coefficients)
     starts = [name for name in STARTS if not parsed.starts or any(word in name for word in parsed.starts)]
     bar = context.progress.stage("Sizes, starts, seeds", len(sizes) * len(starts) * len(config.seeds))
@@ -173,8 +172,7 @@ def _trainer(context: Context, batch_size: int) -> Trainer:
     config = context.config
     if batch_size == config.fine_tuning_batch_size:
         return context.tuning
-    adam = optax.adam(config.fine_tuning_learning_rate, b1=config.expert_b1, b2=config.expert_b2)
-    return make_trainer(context.problem, adam, batch_size=batch_size, augmentation=config.augmentation)
+    return adam_trainer(context.problem, config, config.fine_tuning_learning_rate, batch_size)
 
 
 def fine_tune(
@@ -194,11 +192,11 @@ def fine_tune(
         first.
     """
     key = jax.random.fold_in(jax.random.key(labelled.seed), _TUNING)
-    validation, rows = take(context.train, labelled.validation), jnp.asarray(labelled.learning)
+    validation, rows = context.images(labelled.validation), jnp.asarray(labelled.learning)
     best, losses = prior, [context.evaluate(prior, validation)["loss"]]
-    state = trainer.init(jax.tree.map(lambda leaf: leaf[None], prior))
-    for epoch in range(most_epochs):
-        state, _ = trainer.epoch(key[None], epoch, state, context.train, rows[None])
+    start = jax.tree.map(lambda leaf: leaf[None], prior)
+    epochs = train(trainer, key[None], start, context.train, rows[None], num_epochs=most_epochs)
+    for epoch, (state, _) in enumerate(epochs):
         variables = jax.tree.map(lambda leaf: leaf[0], state.variables)
         losses.append(context.evaluate(variables, validation)["loss"])
         chosen = int(np.argmin(losses))

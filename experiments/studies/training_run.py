@@ -15,7 +15,7 @@ import optax
 from experiments.models.network import Variables
 from experiments.protocol.context import Context
 from experiments.protocol.splits import Indices
-from experiments.protocol.training import make_trainer
+from experiments.protocol.training import make_trainer, train
 from experiments.runtime import checkpoints
 from experiments.runtime.progress import Stage
 from experiments.runtime.stages import DamagedStageError
@@ -119,7 +119,7 @@ def train_run(
         `training_loss` by epoch, and `checksums` of the models by epoch.
 
     Raises:
-        FloatingPointError: a training loss that is infinite or not a number, with its epoch.
+        FloatingPointError: a training loss that is infinite or not a number, with its epoch and step.
     """
     config = context.config
     adam = optax.adam(config.expert_learning_rate, b1=config.expert_b1, b2=config.expert_b2)
@@ -129,13 +129,11 @@ def train_run(
     )
     key = jax.random.fold_in(jax.random.key(seed), _TRAINING)
     initial = jax.jit(context.problem.network.init)(jax.random.fold_in(key, _INITIALIZATION))
-    state = trainer.init(jax.tree.map(lambda leaf: leaf[None], initial))
+    start, rows = jax.tree.map(lambda leaf: leaf[None], initial), jnp.asarray(images.training)[None]
     found: dict[str, Any] = {"training_loss": [], "checksums": {}}
-    for epoch in range(config.expert_epochs):
-        state, losses = trainer.epoch(key[None], epoch, state, context.train, jnp.asarray(images.training)[None])
-        if not np.isfinite(losses).all():
-            raise FloatingPointError(f"a training loss of epoch {epoch + 1} is not finite: expected finite numbers")
-        found["training_loss"].append(float(losses.mean()))
+    epochs = train(trainer, key[None], start, context.train, rows, num_epochs=config.expert_epochs)
+    for epoch, (state, loss) in enumerate(epochs):
+        found["training_loss"].append(float(loss[0]))
         if epoch >= config.expert_epochs - config.num_experts:
             variables, (adam_state, averages) = jax.tree.map(lambda leaf: leaf[0], (state.variables, state.opt_state))
             content = {MODEL: variables, AVERAGES: averages.averages, "optimizer": adam_state}

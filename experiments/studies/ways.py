@@ -141,7 +141,7 @@ def _gradient(
 ) -> Stepper:
     """A step of the library with an optimizer."""
     optimizer = optimizer_of(num_steps)
-    state = glue_jax.init(_num_experts(problem), optimizer, beta=problem.beta, link_fn=problem.link_fn)
+    state = glue_jax.init(glue_jax.num_experts(problem.experts), optimizer, beta=problem.beta, link_fn=problem.link_fn)
     return _begun(functools.partial(step_fn, optimizer=optimizer), state, problem, key)
 
 
@@ -155,7 +155,7 @@ def _gauss_newton(
     tangents: Any, problem: Coefficients, key: jax.Array, num_steps: int, *, num_directions: int | None = None
 ) -> Stepper:
     """Gauss-Newton, which has nothing to tune."""
-    state = glue_jax.init(_num_experts(problem), beta=problem.beta, link_fn=problem.link_fn)
+    state = glue_jax.init(glue_jax.num_experts(problem.experts), beta=problem.beta, link_fn=problem.link_fn)
     step_fn = functools.partial(glue_jax.gauss_newton_step, tangents=tangents, num_directions=num_directions)
     return _begun(step_fn, state, problem, key)
 
@@ -208,7 +208,3 @@ def _cma(problem: Coefficients, key: jax.Array, num_steps: int) -> Stepper:
         return unravel(jnp.asarray(state.mean, jnp.float32))
 
     return Stepper(step, strategy, beta, functools.partial(loss, flat))
-
-
-def _num_experts(problem: Coefficients) -> int:
-    return glue_jax.num_experts(problem.experts)

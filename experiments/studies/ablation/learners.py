@@ -11,7 +11,7 @@ import optax
 
 import glue_jax
 from experiments.models.network import Variables
-from experiments.protocol.coefficients import coefficients_key
+from experiments.protocol.coefficients import alpha_optimizer, coefficients_key
 from experiments.protocol.context import Context
 from experiments.protocol.data import Examples
 from experiments.protocol.expert_training import initial_variables
@@ -82,10 +82,10 @@ def make_learner(context: Context, recipe: Recipe, measured: Measured) -> Learne
     experts, link = measured.experts(recipe.aligned), recipe.link_fn
     merge: MergeFn = glue_jax.blend
     if recipe.task_vectors:
-        origin = initial_variables(context)
+        origin = initial_variables(context.problem, context.config)
         experts = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), origin, experts)
         link = glue_jax.links.task_vector_weights
-    if recipe.statistics == "minibatch" and has_statistics(experts):
+    if recipe.statistics == "minibatch" and has_statistics(context.problem):
         _, experts = glue_jax.partition(experts, "^batch_stats/")
     num_groups = None
     if groups := recipe.groups(experts, context.config.network):
@@ -113,7 +113,7 @@ def make_learner(context: Context, recipe: Recipe, measured: Measured) -> Learne
         functools.partial(_logits, context.problem, recipe.statistics == "minibatch"),
         functools.partial(_loss, recipe.objective),
     )
-    config, optimizer = context.config, context.alpha_optimizer
+    config, optimizer = context.config, alpha_optimizer(context.config)
     max_steps = min(config.alpha_steps, recipe.most_steps or config.alpha_steps)
     if recipe.step_fn is glue_jax.gauss_newton_step:
         optimizer = None

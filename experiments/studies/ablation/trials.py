@@ -14,10 +14,11 @@ import glue_jax
 from experiments.models.network import Variables
 from experiments.models.permutations import SPECS
 from experiments.protocol.config import CoefficientFields, FineTuningFields, part
-from experiments.protocol.context import Context, take
+from experiments.protocol.context import Context
 from experiments.protocol.data import Examples
-from experiments.protocol.expert_training import measure_experts, train_experts
+from experiments.protocol.expert_training import measured_experts, train_experts
 from experiments.protocol.fine_tuning import fine_tune
+from experiments.protocol.passes import passes_of
 from experiments.protocol.run import kept
 from experiments.protocol.training import cross_entropy
 from experiments.runtime.sources import functions_in
@@ -46,14 +47,17 @@ def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: St
         alignment), `machine`, and, if they are learned, `alpha`, `temperature`, `steps` and `learned_on`, a machine.
     """
     experts, _ = train_experts(context)
-    table = measure_experts(context, experts)["experts"]
+    table = measured_experts(context, experts)["experts"]
     stacked = glue_jax.stack_experts(experts)
     aligned = functools.cache(functools.partial(_aligned, context, stacked))
     measured = Measured(context.problem, aligned, table, context.validation, context.evaluate)
-    shared = {**context.expert_fields, "experts": context.config.num_experts}
-    learning_fields = {**shared, **part(context.config, CoefficientFields)}
+    learning_fields = {**context.bank_fields, **part(context.config, CoefficientFields)}
     fields = {**learning_fields, **part(context.config, FineTuningFields)}
     bar = context.progress.stage("Recipes", len(recipes) * len(context.config.seeds) * (1 + num_epochs))
+
+    def test(model: Variables) -> dict[str, float]:
+        bar.advance()
+        return context.evaluate(model, context.test)
 
     def measure_row(recipe: Recipe, learner: Callable[[], Learner], seed: int) -> dict[str, Any]:
         name = f"ablation/{recipe.slug}-seed{seed}"
@@ -61,7 +65,7 @@ def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: St
         how = {"recipe": recipe.fingerprint, "seed": seed, "code": code}
 
         def compute() -> dict[str, Any]:
-            target, learned = take(context.train, context.targets[seed]), None
+            target, learned = context.target(seed), None
             # The alignment is computed once, so it is not part of any recipe's seconds.
             measured.experts(recipe.aligned)
             if recipe.step_fn is not None:
@@ -73,9 +77,9 @@ def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: St
             variables, details = _model(context, recipe, measured, learner, learned, target)
             jax.block_until_ready(variables)
             seconds = time.perf_counter() - begin + (learned["seconds"] if learned else 0.0)
-            bar.advance()
             judged = context.evaluate(variables, context.validation)
-            tuned = fine_tune(context, variables, seed, num_epochs=num_epochs, stage=bar)
+            rows = context.targets[seed]
+            tuned = fine_tune(context.tuning, variables, seed, context.train, rows, num_epochs=num_epochs, test=test)
             judged = {f"validation_{name}": value for name, value in judged.items()}
             return {**details, **judged, **tuned, "prior_seconds": seconds}
 
@@ -94,7 +98,7 @@ def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: St
             context.progress.say(
                 f"{recipe.name}, seed {seed}: {100 * row['test_accuracy'][0]:.1f} % before fine-tuning"
             )
-    of_ensemble = {**shared, "test": len(context.test.labels), "code": context.code(_ensemble)}
+    of_ensemble = {**context.bank_fields, "test": len(context.test.labels), "code": context.code(_ensemble)}
     ensemble = stages.run("ablation/ensemble", of_ensemble, lambda: _ensemble(context, experts))
     return {
         "config": dataclasses.asdict(context.config),
@@ -107,26 +111,23 @@ def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: St
 
 def _kept(context: Context, recipe: Recipe, measured: Measured, seed: int, num_epochs: int) -> dict[str, Any] | None:
     """A row of `measure` for one of the paper's Configs, if the experiment has it: hours of work at its scale."""
-    config = context.config
-    weights, tuned = (None, None) if recipe.paper_config is None else kept(context, recipe.paper_config, seed)
-    if weights is None or tuned is None or num_epochs > config.fine_tuning_epochs:
+    config, judging, number = context.config, context.validation, recipe.paper_config
+    if number is None or num_epochs > config.fine_tuning_epochs:
+        return None
+    weights, tuned = kept(context, number, seed)
+    if weights is None or tuned is None:
         return None
     variables = glue_jax.blend(measured.experts("no"), jnp.asarray(weights["alpha"], jnp.float32))
-    judged = context.evaluate(variables, context.validation)
-    measured.passes = 0
-    recipe.start(measured)
-    passes, details = measured.passes, {"alpha": weights["alpha"]}
+    judged = context.evaluate(variables, judging)
+    details = {"alpha": weights["alpha"]}
     if "validation_steps" in weights:
-        steps, validations = weights["validation_steps"][-1], len(weights["validation_steps"])
-        per_step = 2 * config.num_directions if recipe.paper_config == 4 else 1
-        details |= {"temperature": None, "steps": steps}
-        passes += steps * per_step * config.alpha_batch_size + validations * len(context.validation.labels)
+        details |= {"temperature": None, "steps": weights["validation_steps"][-1]}
     return {
         **details,
         **{f"validation_{name}": value for name, value in judged.items()},
         **{name: tuned[name][: 1 + num_epochs] for name in ("test_loss", "test_accuracy")},
         "training_loss": tuned["training_loss"][:num_epochs],
-        "forward_passes": passes,
+        "forward_passes": passes_of(config, len(judging.labels), number, weights)[0],
         "prior_seconds": weights.get("seconds", 0.0),
         "machine": tuned["machine"],
         "learned_on": weights.get("machine"),
@@ -158,7 +159,7 @@ def _model(
         variables = learner().merge_fn(learner().experts, alpha)
         # The start is computed once, but every seed needs it.
         measured.passes, passes = learner().start_passes, learned["forward_passes"]
-    if recipe.statistics != "blended" and has_statistics(variables):
+    if recipe.statistics != "blended" and has_statistics(context.problem):
         variables = refreshed(context.problem, variables, target.images)
         passes += min(len(target.images), REFRESH_BATCH * REFRESH_BATCHES)
     return variables, {**details, "forward_passes": measured.passes + passes}

@@ -70,7 +70,7 @@ def measure(context: Context, settings: Settings, stages: Stages) -> dict[str, A
     """
     config = context.config
     experts, training = train_experts(context)
-    target = take(context.train, context.targets[config.seeds[0]])
+    target = context.target(config.seeds[0])
     generator = np.random.default_rng(settings.measuring_seed)
     rows = np.sort(generator.choice(len(target.labels), settings.examples, replace=False))
     setting = _Setting(
@@ -158,19 +158,16 @@ class _Setting(NamedTuple):
         """One part. It is computed with a key of its own, or it is kept, and then its units are taken off the bar."""
         config = self.context.config
         depends_on = {
-            **self.context.expert_fields,
+            **self.context.bank_fields,
             **depends_on,
-            "experts": config.num_experts,
             "target": [config.seeds[0], config.target_examples],
             "matmul_precision": config.matmul_precision,
             "examples": self.settings.examples,
             "measuring_seed": self.settings.measuring_seed,
             "code": self.context.code(measure),
         }
-        if bar is not None and self.stages.read(name, depends_on) is not None:
-            bar.skip(units)
         key = jax.random.fold_in(jax.random.key(self.settings.measuring_seed), zlib.crc32(name.encode()))
-        return self.stages.run(name, depends_on, lambda: compute(key))
+        return self.stages.run(name, depends_on, lambda: compute(key), bar, units)
 
 
 def _learned(setting: _Setting) -> dict[str, Any]:
@@ -179,13 +176,6 @@ def _learned(setting: _Setting) -> dict[str, Any]:
     bar = context.progress.stage("Learning", max_steps)
 
     def compute(key: jax.Array) -> dict[str, Any]:
-        done = 0
-
-        def callback(progress: glue_jax.types.Progress) -> None:
-            nonlocal done
-            bar.advance(progress.step - done)
-            done = progress.step
-
         result = learn_coefficients(
             4,
             key,
@@ -193,12 +183,10 @@ def _learned(setting: _Setting) -> dict[str, Any]:
             setting.target,
             context.validation,
             problem=context.problem,
-            optimizer=context.alpha_optimizer,
             config=context.config,
-            callback=callback,
+            bar=bar,
         )
-        bar.skip(max_steps - done)
-        return {"alpha": np.asarray(result.last_alpha).tolist(), "steps": done}
+        return {"alpha": np.asarray(result.last_alpha).tolist(), "steps": len(result.history.metrics.loss)}
 
     return setting.part("points/learned", part(context.config, CoefficientFields), compute, bar, max_steps)
 

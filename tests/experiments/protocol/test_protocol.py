@@ -81,7 +81,7 @@ def test_the_prior_of_each_config_has_its_passes_and_seconds(done):
 
 def test_more_directions_are_more_passes_of_config_4_alone():
     config, weights = dataclasses.replace(TINY, num_directions=3), {"validation_steps": [0, 2, 4, 5]}
-    forward = [passes._passes(config, 20, number, weights)[0] for number in (3, 4, 5)]
+    forward = [passes.passes_of(config, 20, number, weights)[0] for number in (3, 4, 5)]
     assert forward == [80 + 80, 6 * 80 + 80, 3 * 80 + 80]
 
 
@@ -212,7 +212,7 @@ ALL = {"experts", "accuracies", "coefficients", "fine-tuning"}
         ("glue_jax.gauss_newton", "_quadratic", "curved", "bent", {"coefficients"}),
         ("experiments.protocol.coefficients", "make_steps", "5", "6", {"coefficients"}),
         ("experiments.protocol.training", "output_loss", "loss", "worth", {"coefficients"}),
-        ("experiments.protocol.passes", "_passes", "2", "3", set()),
+        ("experiments.protocol.passes", "passes_of", "2", "3", set()),
         ("experiments.protocol.fine_tuning", "fine_tune", "append", "extend", {"fine-tuning"}),
         (
             "experiments.protocol.training",
@@ -298,8 +298,8 @@ def test_all_functions_that_run_in_a_stage_are_of_its_digest(digits, tmp_path, m
     monkeypatch.setattr(
         Stages,
         "run",
-        lambda self, name, depends_on, compute: run(
-            self, name, depends_on, lambda: watched(_kind(name), depends_on["code"], compute)
+        lambda self, name, depends_on, compute, *rest: run(
+            self, name, depends_on, lambda: watched(_kind(name), depends_on["code"], compute), *rest
         ),
     )
     monkeypatch.setattr(
@@ -489,7 +489,8 @@ def test_an_expert_whose_losses_alone_are_finite_is_named_and_not_kept(digits, t
     train = experts.train
 
     def diverged(*arguments, **words):
-        return jax.tree.map(lambda leaf: leaf * jnp.inf, train(*arguments, **words))
+        for state, loss in train(*arguments, **words):
+            yield state._replace(variables=jax.tree.map(lambda leaf: leaf * jnp.inf, state.variables)), loss
 
     monkeypatch.setattr(experts, "train", diverged)
     with pytest.raises(FloatingPointError, match="experts/0: it has weights or statistics that are not finite"):

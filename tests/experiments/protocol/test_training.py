@@ -31,17 +31,8 @@ def _variables(problem, count):
 
 
 def _train(trainer, keys, variables, rows, epochs=2):
-    losses = []
-    trained = training.train(
-        trainer,
-        keys,
-        variables,
-        EXAMPLES,
-        rows,
-        num_epochs=epochs,
-        after_epoch=lambda _, loss: losses.append(loss),
-    )
-    return trained, np.array(losses)
+    found = list(training.train(trainer, keys, variables, EXAMPLES, rows, num_epochs=epochs))
+    return found[-1][0].variables, np.array([loss for _, loss in found])
 
 
 def test_training_lowers_the_loss(problem):
