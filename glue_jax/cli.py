@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         with interruptible(), warnings.catch_warnings():
-            # A warning of a library is no message for the user of a command. Ours are.
+            # Warnings of other libraries are not meant for the user of a command. Ours are.
             warnings.simplefilter("ignore")
             warnings.filterwarnings("once", category=UserWarning, module="glue_jax")
             warnings.showwarning = _show_warning

@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
 def _learn(
     experts: Sequence[Checkpoint], adapters: Adapters | None, base: Sequence[Checkpoint], options: argparse.Namespace
 ) -> None:
-    """Learns, from the results of a stopped run on if there are some, and writes the best model."""
+    """Learns, and writes the best model. If there are results of a stopped run, learning continues from them."""
     objective = load_objective(options.objective)
     kept = options.out.with_name(f"{options.out.name}.state.npz")
     about = _about([*experts, *base], objective, options)
