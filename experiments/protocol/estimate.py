@@ -17,8 +17,8 @@ from experiments.protocol.training import Trainer
 from experiments.runtime.devices import put
 from glue_jax.batches import on_cpu
 
-# Steps that are measured on a CPU, where a step is a call. A call of an accelerator is an epoch, or the steps between
-# two validations.
+# The number of steps that are measured on a CPU. There each step is a call. On an accelerator, a call is an epoch, or
+# the steps between two validations.
 _STEPS = 3
 
 
@@ -29,11 +29,11 @@ def estimate(context: Context) -> dict[str, float]:
     epoch for each number of images.
 
     Args:
-        context: of `experiments.protocol.context.prepare`.
+        context: what `experiments.protocol.context.prepare` returned.
 
     Returns:
-        The seconds of each stage that is not done, without compilation. Those of the coefficients are an upper bound,
-        since learning may reach its plateau before the most steps.
+        The seconds of each stage that is not done, without compilation. The seconds of the coefficients are an upper
+        bound, because learning may reach its plateau before the last step.
     """
     config, seconds = context.config, {}
     variables = put(jax.jit(context.problem.network.init)(jax.random.key(0)), context.problem.mesh)
@@ -77,7 +77,7 @@ def describe(seconds: dict[str, float]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Returns a time in the unit that suits it."""
+    """Returns a time in words, in the unit that suits it."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 5400:
@@ -86,7 +86,7 @@ def duration(seconds: float) -> str:
 
 
 def _second_call(call: Callable[[], Any]) -> float:
-    """The seconds of a call that is compiled."""
+    """Returns the seconds of a call that is compiled already."""
     jax.block_until_ready(call())
     start = time.perf_counter()
     jax.block_until_ready(call())
@@ -96,7 +96,7 @@ def _second_call(call: Callable[[], Any]) -> float:
 def _training_step(
     context: Context, trainer: Trainer, num_models: int, count: int, batch_size: int, variables: Any
 ) -> float:
-    """The seconds of a training step of several models at once, each on `count` images."""
+    """Returns the seconds of a training step of several models at once, each on `count` images."""
     if on_cpu(context.train):
         count = min(count, _STEPS * batch_size)
     rows = jnp.tile(jnp.arange(count)[None], (num_models, 1))
@@ -113,12 +113,12 @@ def _training_step(
 
 
 def _most_validations(context: Context, number: int) -> int:
-    """The most validations of one Config: at the start, and after each chunk of steps."""
+    """Returns the largest number of validations of one Config: one at the start, and one after each chunk of steps."""
     return 1 + math.ceil(context.config.alpha_steps / validate_every(context.config, number))
 
 
 def _alpha_step(context: Context, number: int, experts: Any, target: Any) -> float:
-    """The seconds of a step that learns one Config's coefficients, without validation."""
+    """Returns the seconds of a step that learns one Config's coefficients, without validation."""
     steps = _STEPS if on_cpu(context.train) else validate_every(context.config, number)
     steps = min(steps, context.config.alpha_steps)
 

@@ -21,17 +21,17 @@ def fine_tune(context: Context, prior: Variables, seed: int, *, num_epochs: int,
     """Fine-tunes all parameters of a model on a seed's target images.
 
     Args:
-        context: of `experiments.protocol.context.prepare`.
+        context: what `experiments.protocol.context.prepare` returned.
         prior: the model to begin with.
-        seed: of target images, minibatches and augmentation.
-        num_epochs: of all target images.
-        stage: counts the epochs.
+        seed: the seed of target images, minibatches and augmentation.
+        num_epochs: the number of epochs over all target images.
+        stage: the progress bar, which counts the epochs.
 
     Returns:
-        `test_loss` and `test_accuracy`, of the prior (epoch 0) and after each epoch, and `training_loss` of each epoch.
+        `test_loss` and `test_accuracy` of the prior (epoch 0) and after each epoch, and `training_loss` of each epoch.
 
     Raises:
-        FloatingPointError: a loss that is infinite or not a number, with its epoch and step.
+        FloatingPointError: if a loss is infinite or NaN; the error has the epoch and the step.
     """
     measures = [context.evaluate(prior, context.test)]
     losses = []
@@ -58,7 +58,7 @@ def fine_tune(context: Context, prior: Variables, seed: int, *, num_epochs: int,
 
 
 def fine_tuning_stage(context: Context, number: int, seed: int, alpha: list[float]) -> tuple[str, dict[str, Any]]:
-    """Returns the name of a stage that fine-tunes, and all that it depends on: it has the coefficients themselves."""
+    """Returns the name of a stage that fine-tunes, and all that it depends on, such as the coefficients themselves."""
     config = context.config
     depends_on = {
         **context.expert_fields,
@@ -75,7 +75,7 @@ def fine_tuning_stage(context: Context, number: int, seed: int, alpha: list[floa
 def fine_tuned(
     context: Context, number: int, seed: int, experts: Variables, alpha: list[float], stage: Stage
 ) -> dict[str, Any]:
-    """Returns what `fine_tune` does for the prior of one Config and seed."""
+    """Returns what `fine_tune` returns for the prior of one Config and seed."""
     config = context.config
 
     def compute() -> dict[str, Any]:
