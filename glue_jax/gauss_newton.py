@@ -245,8 +245,8 @@ def check_output_loss(loss_fn: Any) -> None:
     """Refuses a loss that does not have the outputs as a part of its own."""
     if not isinstance(loss_fn, OutputLoss):
         raise TypeError(
-            f"loss_fn is {loss_fn!r}; expected a glue_jax.OutputLoss(outputs_fn, loss), since Gauss-Newton needs the "
-            "outputs apart from their loss (a loss in one part is learned by spsa_step or full_gradient_step)"
+            f"loss_fn is {loss_fn!r}; expected a glue_jax.OutputLoss(outputs_fn, loss), because Gauss-Newton needs "
+            "the outputs apart from their loss (for a loss in one part, use spsa_step or full_gradient_step)"
         )
 
 
@@ -257,12 +257,12 @@ def check_gauss_newton_state(state: Any, link_fn: LinkFn) -> GaussNewtonState:
     if not isinstance(model, GaussNewtonState):
         raise TypeError(
             f"state.opt_state is a {type(model).__name__}; expected that of glue_jax.init(num_experts) without an "
-            "optimizer, which Gauss-Newton does not have"
+            "optimizer, because Gauss-Newton has none"
         )
     d = dimension(state.beta, directions_of(link_fn))
     if model.gradient.shape != (d,):
         raise ValueError(
-            f"state is of {model.gradient.shape[0]} directions, where beta has {d} under this link_fn: make the state "
+            f"state has {model.gradient.shape[0]} directions, but beta has {d} under this link_fn: make the state "
             "by init(num_experts, link_fn=link_fn) with the link_fn of the step"
         )
     return model

@@ -112,7 +112,9 @@ def load_objective(path: Path) -> Objective:
         return Objective(None, None, None, None, evaluate, None, "", "", "", rename, spec, _digest(path))
     if "metric" in defined and (way == "loss_fn" or "validation_fn" in defined):
         other = "loss_fn" if way == "loss_fn" else "validation_fn"
-        raise ObjectiveError(f"{path} defines metric and {other}; expected metric with module or outputs, and alone")
+        raise ObjectiveError(
+            f"{path} defines metric and {other}; expected one of them, and metric only with module or outputs"
+        )
     data = _arrays(path, "load_data", defined)
     validation = _arrays(path, "load_validation_data", defined) if "load_validation_data" in defined else None
     if way == "module":
