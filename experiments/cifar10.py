@@ -3,12 +3,14 @@
     python -m experiments.cifar10                     # the paper's scale, on a GPU or TPU
     python -m experiments.cifar10 --preset quick      # the same protocol, small, on a CPU
 
-The paper's scale took 6 hours of one CPU core. It has not been run on an accelerator. Test accuracy to expect (three
-seeds): experts 33 to 45 %, their uniform average 17 %, learned coefficients 38 %, after fine-tuning 65 to 67 %.
-The quick preset takes 10 minutes on 2 CPU cores: experts 25 to 34 %, blends 24 to 29 %, after fine-tuning 35 to 39 %.
+The paper's scale took 6 hours of one CPU core. It has not been run on an accelerator. These are its test accuracies,
+over three seeds: the experts have 33 to 45 %, their uniform average has 17 %, and a blend with learned coefficients has
+38 %. After fine-tuning, blends have 65 to 67 %.
+The quick preset takes 10 minutes on 2 CPU cores. Its experts have 25 to 34 %, and its blends 24 to 29 %. After
+fine-tuning, blends have 35 to 39 %.
 
-CIFAR-10 comes through tensorflow-datasets, from `--data-dir` or `TFDS_DATA_DIR`. If it is not prepared,
-it is downloaded and prepared. That needs `pip install -e '.[experiments,prepare]'` once.
+CIFAR-10 comes from tensorflow-datasets, in the folder `--data-dir` or `TFDS_DATA_DIR`. If it is not there, it is
+downloaded and prepared. That needs `pip install -e '.[experiments,prepare]'` once.
 """
 
 from experiments.cli import main

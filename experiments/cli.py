@@ -30,7 +30,7 @@ class Arguments(StageArguments):
     """What a command line says.
 
     Attributes:
-        preset: a set of defaults for all that follows. The presets are named above.
+        preset: a set of defaults for all other options. The presets are named above.
         data_dir: the data directory of tensorflow-datasets; the default is its own (TFDS_DATA_DIR, or
             ~/tensorflow_datasets).
         config: every number of the protocol.
@@ -47,10 +47,10 @@ def main(
     """Runs one experiment from a command line to its report.
 
     Args:
-        name: of the experiment, and of its folder under `runs/`.
-        description: what `--help` says.
-        presets: sets of defaults by name, the first the default.
-        arguments: the command line; None is the process's.
+        name: the name of the experiment, and of its folder under `runs/`.
+        description: the text of `--help`.
+        presets: sets of defaults, by name. The first one is the default.
+        arguments: the command line. None is that of this process.
 
     Returns:
         The results.
@@ -79,7 +79,7 @@ def main(
 
 
 def _plan(context: Context) -> str:
-    """What a run is going to do."""
+    """Returns what a run is going to do, in words."""
     config, dataset = context.config, context.dataset
     expert_steps = config.expert_epochs * (config.expert_examples // config.expert_batch_size)
     target = len(context.targets[config.seeds[0]])
@@ -105,7 +105,7 @@ def _plan(context: Context) -> str:
 
 
 def _title(name: str, preset: str, defaults: Config, config: Config) -> str:
-    """The experiment, its preset, and the fields that differ from the preset."""
+    """Returns the experiment, its preset, and the fields that differ from the preset."""
     changed = [
         f"{field.name} {getattr(config, field.name)}"
         for field in dataclasses.fields(config)
@@ -115,7 +115,7 @@ def _title(name: str, preset: str, defaults: Config, config: Config) -> str:
 
 
 def _parse(name: str, description: str, presets: Mapping[str, Config], arguments: Sequence[str] | None) -> Arguments:
-    """The command line, with the defaults of its preset."""
+    """Returns the options of a command line, with the defaults of its preset."""
     arguments = sys.argv[1:] if arguments is None else arguments
     first_pass = argparse.ArgumentParser(prog=f"python -m experiments.{name}", add_help=False, allow_abbrev=False)
     first_pass.add_argument("--preset", choices=list(presets), default=next(iter(presets)))

@@ -3,14 +3,14 @@
     python -m experiments.imagenette                     # the paper's scale, on a GPU or TPU
     python -m experiments.imagenette --preset quick      # the same protocol, small, on a CPU
 
-The paper's scale has not been run. The quick preset takes under 20 minutes of one CPU core and shows that all runs:
-experts 24 to 25 % (test accuracy), blends 19 to 26 %, after fine-tuning 25 to 26 %. An hour of one core gives experts
-of 24 to 28 %, blends of 22 to 30 %, and 31 to 35 % after fine-tuning (`experiments/results/imagenette`, whose report
-has the options).
+The paper's scale has not been run. The quick preset takes under 20 minutes of one CPU core, and shows that every stage
+runs. Its experts have a test accuracy of 24 to 25 %, and its blends of 19 to 26 %. After fine-tuning, blends have 25 to
+26 %. A run of an hour on one core has experts of 24 to 28 %, and blends of 22 to 30 %. After fine-tuning, its blends
+have 31 to 35 %. The report in `experiments/results/imagenette` has the options of that run.
 
-Imagenette comes through tensorflow-datasets (`imagenette/160px-v2`, the validation split for the test), from
-`--data-dir` or `TFDS_DATA_DIR`. If it is not prepared, it is downloaded and prepared. That needs
-`pip install -e '.[experiments,prepare]'` once. It has 9469 training images in all. The target set is all of them but
+Imagenette comes from tensorflow-datasets (`imagenette/160px-v2`), in the folder `--data-dir` or `TFDS_DATA_DIR`. Models
+are tested on its validation split. If the data set is not there, it is downloaded and prepared. That needs
+`pip install -e '.[experiments,prepare]'` once. It has 9469 training images in all. The target set is all of these but
 the validation images.
 """
 

@@ -3,7 +3,7 @@
     python -m experiments.report                                    # of all runs under runs/
     python -m experiments.report runs/cifar10 runs/imagenette       # of these, in this order
 
-The report of a run says how it came to its figures.
+The report of each run says how its figures were made.
 """
 
 import contextlib
@@ -45,8 +45,8 @@ class Arguments:
     """What a command line says.
 
     Attributes:
-        runs: the folders of runs, each with its results.json. None given: all finished runs under runs/.
-        out_dir: where the page and its picture go.
+        runs: the folders of runs, each with its results.json. The default is all finished runs under runs/.
+        out_dir: the folder of the page and its picture.
     """
 
     runs: tyro.conf.Positional[tuple[Path, ...]] = ()
@@ -54,7 +54,7 @@ class Arguments:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Writes the page of a command line's runs."""
+    """Writes the page of the runs that the command line names."""
     parsed = tyro.cli(Arguments, prog="python -m experiments.report", description=__doc__, args=arguments)
     try:
         runs = [read(folder) for folder in parsed.runs] or _found(Path("runs"))
@@ -70,7 +70,7 @@ def read(folder: Path) -> dict[str, Any]:
     """Returns a run's results.
 
     Raises:
-        ValueError: a folder without them, a damaged file, or the results of another command.
+        ValueError: if the folder has no results, if the file is damaged, or if it has the results of another command.
     """
     path = folder / "results.json"
     expected = "expected the folder of an experiment's run that came to its report"
@@ -82,14 +82,14 @@ def read(folder: Path) -> dict[str, Any]:
             holds = list(results) if isinstance(results, dict) else f"{results!r:.40}"
             raise ValueError(f"it holds {holds}, not the results of an experiment's Configs: {expected}")
         _check_runs(results)
-        # What a page of it alone needs is there.
+        # The file must have what a page of this run alone needs.
         list(_page([results]))
         figure1([results])
     return results
 
 
 def _check_runs(results: Mapping[str, Any]) -> None:
-    """Refuses runs that are not one for each seed and Config, and accuracies that are no fractions."""
+    """Refuses results without exactly one run for each seed and Config, and accuracies that are no fractions."""
     found = sorted((run["seed"], run["config"]) for run in results["runs"])
     # Older runs have only the paper's Configs.
     if found not in (sorted(itertools.product(results["config"]["seeds"], of)) for of in (PAPER_CONFIGS, CONFIGS)):
@@ -104,11 +104,11 @@ def write(runs: Sequence[Mapping[str, Any]], folder: Path) -> None:
     """Writes `report.md` and `figure1.png`.
 
     Args:
-        runs: the results of each, a panel each, from the left.
-        folder: where to.
+        runs: the results of each run. Each has a panel, from the left.
+        folder: the folder to write to.
 
     Raises:
-        ValueError: no runs.
+        ValueError: if there are no runs.
     """
     if not runs:
         expected = ", ".join(f"python -m experiments.{name}" for name in EXPERIMENTS)
@@ -117,7 +117,7 @@ def write(runs: Sequence[Mapping[str, Any]], folder: Path) -> None:
 
 
 def figure1(runs: Sequence[Mapping[str, Any]]) -> Figure:
-    """Returns Figure 1: test accuracy by fine-tuning epoch, a panel a run."""
+    """Returns Figure 1: test accuracy by fine-tuning epoch, with a panel for each run."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(4.6 * len(runs) + 0.4, 4.4), layout="constrained")
         for axes, results in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs, strict=True):
@@ -133,7 +133,7 @@ def figure1(runs: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def table1(runs: Sequence[Mapping[str, Any]]) -> TableCells:
-    """Returns Table 1, headers and rows: accuracy of each expert in percent, the paper's and ours."""
+    """Returns Table 1 as headers and rows: the accuracy of each expert in percent, in the paper and in our runs."""
     width = max(10, *(len(results["experts"]) for results in runs))
     rows = []
     for results in runs:
@@ -152,28 +152,31 @@ def table1(runs: Sequence[Mapping[str, Any]]) -> TableCells:
 
 
 def configs(runs: Sequence[Mapping[str, Any]]) -> TableCells:
-    """Returns the Configs, headers and rows, run by run: the test split before fine-tuning and after."""
+    """Returns accuracy and loss of the Configs as headers and rows, run by run.
+
+    They are those on the test split, before and after fine-tuning.
+    """
     return _by_run(runs, config_table)
 
 
 def costs(runs: Sequence[Mapping[str, Any]]) -> TableCells:
-    """Returns what it took to find each Config's prior, headers and rows, run by run."""
+    """Returns the cost of each Config's prior as headers and rows, run by run."""
     return _by_run(runs, cost_table)
 
 
 def leads(runs: Sequence[Mapping[str, Any]]) -> TableCells:
-    """Returns the leads of GLUE in section 5, headers and rows, run by run."""
+    """Returns the leads of GLUE in section 5 as headers and rows, run by run."""
     return _by_run(runs, claims.leads)
 
 
 def _by_run(runs: Sequence[Mapping[str, Any]], table: Callable[[Mapping[str, Any]], TableCells]) -> TableCells:
-    """A table of each run, one below the other."""
+    """Returns the tables of all runs, one below the other."""
     tables = [(results["title"], *table(results)) for results in runs]
     return ["run", *tables[0][1]], [[title, *row] for title, _, rows in tables for row in rows]
 
 
 def _page(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
-    """The page, block by block."""
+    """Yields the page, block by block."""
     yield "# The paper's tables and figures, from runs of this code"
     fields = ("network", "initialization", "num_experts", "expert_examples", "expert_epochs")
     yield markdown_table(
@@ -218,7 +221,7 @@ def _page(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
 
 
 def _found(folder: Path) -> list[dict[str, Any]]:
-    """The finished runs below a folder, the paper's experiments first."""
+    """Returns the finished runs below a folder. The paper's experiments come first."""
     runs = []
     for path in sorted(folder.glob("*/results.json")):
         # The studies keep their results beside the runs.

@@ -1,8 +1,8 @@
-"""Writes reports and pictures anew from the results that are kept beside them. Nothing is measured.
+"""Writes reports and pictures anew from the results that are kept beside them. It measures nothing.
 
     python -m experiments.rewrite experiments/results/*
 
-A folder without results.json is left as it is: the page of several runs is made by `python -m experiments.report`.
+A folder without results.json is left as it is. `python -m experiments.report` makes the page of several runs.
 """
 
 import dataclasses
@@ -25,14 +25,14 @@ class Arguments:
     """What a command line says.
 
     Attributes:
-        folders: of runs and studies. A folder without results.json is left as it is.
+        folders: the folders of runs and studies. A folder without results.json is left as it is.
     """
 
     folders: tyro.conf.Positional[tuple[Path, ...]]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Writes the reports of a command line's folders."""
+    """Writes the reports of the folders that the command line names."""
     parsed = tyro.cli(Arguments, prog="python -m experiments.rewrite", description=__doc__, args=arguments)
     with exit_on(ValueError, OSError):
         for folder in parsed.folders:
@@ -45,7 +45,7 @@ def present(folder: Path) -> Report:
     """Returns what the command that wrote a folder's results shows of them.
 
     Raises:
-        ValueError: a file that no command of this project wrote.
+        ValueError: if no command of this project wrote the file.
     """
     path = folder / "results.json"
     with reading(path, "give its command again"):

@@ -4,14 +4,14 @@
     python -m experiments.svhn --preset quick                       # the same protocol, small, on a CPU
     python -m experiments.svhn --preset quick --dataset cifar10     # its network on CIFAR-10
 
-The paper's scale has not been run, nor has SVHN. On CIFAR-10 the quick preset shows that all runs: experts 18 to 22 %
-(test accuracy), blends 18 to 19 %, after fine-tuning 24 to 26 %. A longer run gives experts of 20 to 25 %, blends of 16
-to 19 %, and 29 to 30 % after fine-tuning (`experiments/results/mobilenetv2`, whose report has the options). By version
-0.1, the first took under half an hour of one CPU core, and the second 33 minutes. A training step takes 0.6 of the time
-since then.
+The paper's scale has not been run, and SVHN has not been run at all. On CIFAR-10 the quick preset shows that every
+stage runs. Its experts have a test accuracy of 18 to 22 %, and its blends of 18 to 19 %. After fine-tuning, blends have
+24 to 26 %. A longer run has experts of 20 to 25 %, and blends of 16 to 19 %. After fine-tuning, its blends have 29 to
+30 %. The report in `experiments/results/mobilenetv2` has the options of that run. In version 0.1, the quick preset took
+under half an hour of one CPU core, and the longer run took 33 minutes. A training step now takes 0.6 times as long.
 
-SVHN comes through tensorflow-datasets (`svhn_cropped`), from `--data-dir` or `TFDS_DATA_DIR`. If it is not
-prepared, it is downloaded and prepared. That needs `pip install -e '.[experiments,prepare]'` once.
+SVHN comes from tensorflow-datasets (`svhn_cropped`), in the folder `--data-dir` or `TFDS_DATA_DIR`. If it is not there,
+it is downloaded and prepared. That needs `pip install -e '.[experiments,prepare]'` once.
 """
 
 from experiments.cli import main

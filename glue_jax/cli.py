@@ -31,8 +31,8 @@ objective.py holds load_data() and one of
   outputs(params, batch)        the network in JAX, with loss(outputs, batch)
   loss_fn(params, batch)        the loss in JAX
   evaluate(params) -> number    anything, lower is better; load_data() is not needed
-It may hold loss(outputs, batch), metric(outputs, batch) to choose the model by, load_validation_data(),
-rename(name), and spec(params) to align experts of separate initialisations, too.""",
+It may also hold loss(outputs, batch), metric(outputs, batch) to choose the model by, load_validation_data(),
+rename(name), and spec(params) to align experts of separate initialisations.""",
 }
 
 
@@ -48,13 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         with interruptible(), warnings.catch_warnings():
-            # A warning of a library is no message for the user of a command. Ours are.
+            # Warnings of other libraries are not meant for the user of a command. Ours are.
             warnings.simplefilter("ignore")
             warnings.filterwarnings("once", category=UserWarning, module="glue_jax")
             warnings.showwarning = _show_warning
             options.run(options)
     except KeyboardInterrupt:
-        advice = "; the same command goes on from what was kept" if options.run is _learn else ""
+        advice = "; the same command continues from the kept results" if options.run is _learn else ""
         print(f"glue-jax: stopped{advice}", file=sys.stderr)
         return _INTERRUPTED
     except (ValueError, TypeError, OSError, ImportError, ArithmeticError, MemoryError, RuntimeError) as error:
@@ -127,29 +127,42 @@ def _parser() -> argparse.ArgumentParser:
     given.add_argument("--weights-from", type=Path, metavar="FILE", help="the glue.json of an earlier blend")
     blend.add_argument("--any-sum", action="store_true", help="accepts coefficients whose sum is not 1")
     learn = command("learn", _learn, "Learns the coefficients on target data, and writes the best model.")
-    learn.add_argument("--objective", type=Path, required=True, metavar="FILE.py", help="what to learn by (see below)")
+    learn.add_argument(
+        "--objective", type=Path, required=True, metavar="FILE.py", help="what the blend is for (see below)"
+    )
     learn.add_argument("--base", type=Path, help="the model that LoRA adapters belong to")
     learn.add_argument(
-        "--groups", choices=("layers", "none"), default="layers", help="also learn coefficients by layer"
+        "--groups",
+        choices=("layers", "none"),
+        default="layers",
+        help="layers (default) also learns coefficients by layer",
     )
     learn.add_argument(
         "--estimator",
         choices=("auto", "gauss-newton", "spsa"),
         default="auto",
-        help="how to learn; auto is gauss-newton where the network's outputs are known (default)",
+        help="auto (default) is gauss-newton if the objective gives the network's outputs, and spsa otherwise",
     )
     learn.add_argument("--seed", type=int, default=0, help="decides minibatches and directions (default: 0)")
-    learn.add_argument("--batch-size", type=int, help="examples of a minibatch; 64, or all if there are fewer")
     learn.add_argument(
-        "--max-steps", type=int, default=200, help="the most steps of each of the two stages (default: 200)"
+        "--batch-size", type=int, help="the number of examples in a minibatch (default: 64, or all if there are fewer)"
     )
     learn.add_argument(
-        "--patience", type=int, default=10, help="a stage ends after so many validations without a gain (10)"
+        "--max-steps",
+        type=int,
+        default=200,
+        help="the largest number of steps of each of the two stages (default: 200)",
     )
-    learn.add_argument("--fresh", action="store_true", help="begins anew where a run was stopped")
+    learn.add_argument(
+        "--patience",
+        type=int,
+        default=10,
+        help="a stage ends after this many validations without a new best value (default: 10)",
+    )
+    learn.add_argument("--fresh", action="store_true", help="begins anew, even if a stopped run could continue")
     for added in (blend, learn):
         added.add_argument("--out", type=_place, required=True, help="a new folder, or a new .safetensors file")
-        added.add_argument("--overwrite", action="store_true", help="replaces --out")
+        added.add_argument("--overwrite", action="store_true", help="replaces an earlier result at --out")
     return parser
 
 

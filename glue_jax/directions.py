@@ -1,7 +1,7 @@
 """Random probe directions.
 
-Let d be the dimension of the space that is probed. Every distribution has `E[u u^T] = I/d` on that space. So the
-radius is the root mean square length of a probe's step.
+Let d be the dimension of the space that is probed. Every distribution has `E[u u^T] = I/d` on that space. So the radius
+is the root mean square length of a probe's step.
 
 | name | a direction u | d |
 | --- | --- | --- |
@@ -32,7 +32,7 @@ DirectionName = Literal["rademacher", "sphere", "gaussian", "orthogonal", "simpl
 
 
 class DirectionFn(Protocol):
-    """A distribution of one's own: `(key, beta, num_directions) -> u` with `E[u u^T] = I/d`, d the size of beta.
+    """Your own distribution: `(key, beta, num_directions) -> u` with `E[u u^T] = I/d`, where d is the size of beta.
 
     To probe a subspace, learn the coordinates of the subspace, and let `link_fn` lift them.
     """
@@ -49,12 +49,14 @@ def dimension(beta: PyTree, directions: Directions = "rademacher") -> int:
     """Returns d, the dimension of the space that `directions` probe around `beta`.
 
     Args:
-        beta: any pytree of coefficients. For `simplex_orthogonal` a leaf's last axis runs over the experts; a leaf
-            of shape `[]` is one dimension of its own.
-        directions: a name of the module's table, or a function, which is taken to probe all of beta.
+        beta: any pytree of coefficients. For `simplex_orthogonal`, the last axis of a leaf runs over the experts, and a
+            leaf of shape `[]` adds one dimension.
+        directions: a name from the table of `glue_jax.directions`, or a function. A function is assumed to probe all of
+            beta.
 
     Raises:
-        ValueError: an unknown name, or nothing to probe (d = 0, as for `simplex_orthogonal` with one expert).
+        ValueError: if the name is unknown, or if there is nothing to probe (d is 0), as for `simplex_orthogonal` with
+            one expert.
     """
     if not callable(directions) and directions not in get_args(DirectionName):
         raise ValueError(f"directions is {directions!r}; expected one of {get_args(DirectionName)} or a function")
@@ -72,21 +74,21 @@ def dimension(beta: PyTree, directions: Directions = "rademacher") -> int:
 def sample_directions(
     key: jax.Array, beta: PyTree, num_directions: int, directions: Directions = "rademacher"
 ) -> PyTree:
-    """Draws m directions.
+    """Draws m random directions.
 
     Args:
         key: a `jax.random.key`.
         beta: any pytree of floating-point coefficients.
-        num_directions: m.
-        directions: a name of the module's table, or a `DirectionFn`.
+        num_directions: m, the number of directions.
+        directions: a name from the table of `glue_jax.directions`, or a `DirectionFn`.
 
     Returns:
-        A pytree of beta's structure and dtypes with leaves `[m, ...]`.
+        A pytree with the structure and the dtypes of beta, and leaves `[m, ...]`.
 
     Raises:
-        ValueError: an m below 1, an unknown name, nothing to probe, or a function's
-            directions of a wrong shape.
-        TypeError: coefficients that are not floating point, or an m that is no integer.
+        ValueError: if `num_directions` is below 1, if the name is unknown, if there is nothing to probe, or if a
+            function returns directions of another shape.
+        TypeError: if the coefficients are not floating point, or if `num_directions` is no integer.
     """
     check_floating(beta)
     check_counts(num_directions=num_directions)
@@ -106,18 +108,19 @@ def sample_directions(
 
 
 def basis(beta: PyTree, directions: DirectionName = "orthogonal") -> PyTree:
-    """Returns an orthonormal basis of the space that `directions` probe around `beta`, always the same one.
+    """Returns an orthonormal basis of the space that `directions` probe around `beta`. It is always the same basis.
 
     Args:
         beta: any pytree of floating-point coefficients.
-        directions: a name of the module's table.
+        directions: a name from the table of `glue_jax.directions`.
 
     Returns:
-        A pytree of beta's structure and dtypes with leaves `[d, ...]`, d by `dimension`.
+        A pytree with the structure and the dtypes of beta, and leaves `[d, ...]`, where d is
+        `dimension(beta, directions)`.
 
     Raises:
-        ValueError: an unknown name, or nothing to probe.
-        TypeError: coefficients that are not floating point.
+        ValueError: if the name is unknown, or if there is nothing to probe.
+        TypeError: if the coefficients are not floating point.
     """
     check_floating(beta)
     d = dimension(beta, directions)
@@ -131,30 +134,30 @@ def basis(beta: PyTree, directions: DirectionName = "orthogonal") -> PyTree:
 
 
 def _flat_like(sample: Any, key: Any, tree: PyTree, num_directions: int) -> PyTree:
-    """Directions drawn as rows `[m, d]`, given the structure and dtypes of `tree`."""
+    """Draws directions as rows `[m, d]`, and returns them with the structure and the dtypes of `tree`."""
     flat, unravel = ravel_pytree(tree)
     dtype = jnp.promote_types(flat.dtype, jnp.float32)
     return jax.vmap(unravel)(sample(key, num_directions, flat.size, dtype).astype(flat.dtype))
 
 
 def _rademacher(key: jax.Array, m: int, d: int, dtype: Any) -> jax.Array:
-    """Entries of one size and random signs."""
+    """Returns rows whose entries have one size and random signs."""
     return jax.random.rademacher(key, (m, d), dtype) / math.sqrt(d)
 
 
 def _gaussian(key: jax.Array, m: int, d: int, dtype: Any) -> jax.Array:
-    """Independent normal entries."""
+    """Returns rows of independent normal entries."""
     return jax.random.normal(key, (m, d), dtype) / math.sqrt(d)
 
 
 def _sphere(key: jax.Array, m: int, d: int, dtype: Any) -> jax.Array:
-    """Normal entries, each row normalised."""
+    """Returns rows of independent normal entries, each row normalised."""
     normal = jax.random.normal(key, (m, d), dtype)
     return normal / jnp.linalg.norm(normal, axis=1, keepdims=True)
 
 
 def _orthogonal(key: jax.Array, m: int, d: int, dtype: Any) -> jax.Array:
-    """Orthonormal rows, in independent blocks of d."""
+    """Returns orthonormal rows, in independent blocks of d."""
     if min(m, d) == 1:
         return _sphere(key, m, d, dtype)
     blocks = -(-m // d)
@@ -166,12 +169,12 @@ def _orthogonal(key: jax.Array, m: int, d: int, dtype: Any) -> jax.Array:
 
 
 def _without_last(beta: PyTree) -> PyTree:
-    """Coordinates of the zero-sum vectors: one fewer along the last axis."""
+    """Returns coordinates for the vectors that sum to zero. There is one fewer along the last axis."""
     return jax.tree.map(lambda leaf: leaf if np.ndim(leaf) == 0 else leaf[..., 1:], beta)
 
 
 def _to_zero_sum(reduced: jax.Array, beta: jax.Array) -> jax.Array:
-    """From coordinates `[m, ..., K-1]` to vectors `[m, ..., K]` that sum to zero, lengths kept."""
+    """Returns vectors `[m, ..., K]` that sum to zero, from coordinates `[m, ..., K-1]`. Lengths stay the same."""
     if np.ndim(beta) == 0:
         return reduced
     basis = jnp.asarray(_zero_sum_basis(beta.shape[-1]), reduced.dtype)
@@ -179,7 +182,7 @@ def _to_zero_sum(reduced: jax.Array, beta: jax.Array) -> jax.Array:
 
 
 def _zero_sum_basis(k: int) -> np.ndarray:
-    """Helmert's orthonormal basis of the vectors that sum to zero, rows `[K-1, K]`."""
+    """Returns Helmert's orthonormal basis of the vectors that sum to zero, as rows `[K-1, K]`."""
     rows = np.arange(1, k)[:, None]
     columns = np.arange(k)[None, :]
     helmert = np.where(columns < rows, 1.0, np.where(columns == rows, -rows, 0.0))
@@ -187,7 +190,7 @@ def _zero_sum_basis(k: int) -> np.ndarray:
 
 
 def _checked(sampled: PyTree, beta: PyTree, num_directions: int) -> PyTree:
-    """A function's directions in beta's dtypes, refused where their shapes do not fit."""
+    """Returns a function's directions in beta's dtypes. Refuses directions of another shape."""
     shapes = jax.tree.map(np.shape, sampled)
     expected = jax.tree.map(lambda leaf: (num_directions, *np.shape(leaf)), beta)
     if shapes != expected:

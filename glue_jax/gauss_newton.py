@@ -1,12 +1,12 @@
 """Gauss-Newton for the coefficients, from forward passes alone.
 
-A forward pass gives more than one loss: it gives the outputs of every example. The outputs of d + 1 nearby blends say
-how the outputs change with the d coefficients, the Jacobian J. The loss's own derivatives for the outputs, l' and l'',
-complete the gradient `J^T l'` and the Gauss-Newton curvature `J^T l'' J`. A damped step then solves d equations. The
-network is never differentiated backwards.
+A forward pass gives more than one loss: it gives the outputs of every example. The outputs of d + 1 nearby blends tell
+how the outputs change with the d coefficients. This is the Jacobian J. Let l' and l'' be the derivatives of the loss
+with respect to the outputs. The gradient for the coefficients is `J^T l'`, and the Gauss-Newton curvature is
+`J^T l'' J`. A damped step then solves d equations. The network is never differentiated backwards.
 
-Minibatches are noisy. So the gradient and the curvature are running means over the minibatches so far, and a step is
-proposed only: the next minibatch accepts the proposal or turns it down. `glue_jax.quadratic_model` does both.
+Minibatches are noisy. So the gradient and the curvature are running means over the minibatches so far. And a step is
+    only proposed: the next minibatch accepts the proposal or turns it down. `glue_jax.quadratic_model` does both.
 """
 
 import functools
@@ -29,8 +29,8 @@ from glue_jax.types import Batch, GlueMetrics, GlueState, LinkFn, MergeFn, Param
 
 Tangents = Literal["differences", "forward_mode"]
 
-# One-sided differences are wrong in proportion to the radius, the pairs of SPSA to its square. So they want a shorter
-# one than the link's.
+# The error of one-sided differences is proportional to the radius. The error of SPSA's pairs is proportional to its
+# square. So one-sided differences need a shorter radius than the link's.
 _ONE_SIDED = 0.1
 
 
@@ -49,7 +49,7 @@ def gauss_newton_step(
     probe_batch_size: int | None = None,
     matmul_precision: str | None = "highest",
 ) -> tuple[GlueState, GlueMetrics]:
-    """Takes one damped Gauss-Newton step: d + 2 blended forward passes, no backward pass, no learning rate.
+    """Takes one damped Gauss-Newton step: d + 2 blended forward passes, no backward pass and no learning rate.
 
     First, the minibatch judges the step that was proposed last time. If that step does not raise the loss on this
     minibatch, beta takes the step. Then the minibatch refines a quadratic model of the loss, and the model proposes the
@@ -59,20 +59,20 @@ def gauss_newton_step(
     The curvature takes twice that memory again.
 
     Args:
-        key: draws the directions of a step with `num_directions`. Without `num_directions` it is not used and may be
-            None.
+        key: a `jax.random.key` that draws the directions, if `num_directions` is given. Otherwise it is not used and
+            may be None.
         state: the state from `init(num_experts, link_fn=link_fn)` or from the previous step.
         experts: as for `spsa_step`.
-        batch: as for `spsa_step`. Minibatches of 16 to 32 examples take the fewest passes, where the default of `learn`
-            is 64. The quadratic model is a mean over minibatches, so more steps improve it. The number of outputs
+        batch: as for `spsa_step`. Minibatches of 16 to 32 examples take the fewest passes. The default of `learn` is
+            64. The quadratic model is a mean over minibatches, so more steps improve it. The number of outputs
             (examples times classes) should exceed the number of directions.
         loss_fn: an `OutputLoss`, deterministic as for `spsa_step`. Its `outputs_fn` needs no backward pass. With
             `differences` it is not differentiated at all.
-        link_fn: as for `spsa_step`. Under a softmax d is K - 1, else the number of coefficients.
+        link_fn: as for `spsa_step`. Under a softmax d is K - 1. Under other links d is the number of coefficients.
         merge_fn: as for `spsa_step`.
-        tangents: how the Jacobian of the outputs is computed. `differences` takes one-sided differences.
-            `forward_mode` takes `jax.jvp`, which needs about twice the time and is right in every number format. None
-            is `differences`. If the network itself multiplies bfloat16 or float16 arrays, None is `forward_mode`.
+        tangents: how the Jacobian of the outputs is computed. `differences` takes one-sided differences. `forward_mode`
+            takes `jax.jvp`, which needs about twice the time and is right in every number format. None is
+            `forward_mode` if the network itself multiplies bfloat16 or float16 arrays, and `differences` otherwise.
         radius: the length of a difference's step in beta, a number. None is a tenth of the radius that `spsa_step`
             takes for the link. In `forward_mode` the radius has no effect.
         num_directions: m, the number of random directions that a step looks along, at most d. Then a step takes m + 2
@@ -87,10 +87,10 @@ def gauss_newton_step(
         at the next beta.
 
     Raises:
-        ValueError: an argument out of its range, coefficients and experts that do not fit, a loss that is no scalar,
-            outputs without an axis of examples, more directions than there are.
-        TypeError: a `loss_fn` that is no `OutputLoss`, a state of an optimizer, `num_directions` without a key, an
-            argument of another type.
+        ValueError: if an argument is out of its range, if the coefficients do not fit the experts, if the loss is no
+            scalar, if the outputs have no axis of examples, or if `num_directions` exceeds d.
+        TypeError: if `loss_fn` is no `OutputLoss`, if the state has the state of an optimizer, if `num_directions` has
+            no key, or if an argument has the wrong type.
 
     Examples:
         >>> from functools import partial
@@ -142,11 +142,11 @@ def difference_radius(link_fn: LinkFn) -> float:
 def subspace(
     key: jax.Array | None, state: GlueState, model: GaussNewtonState, num_directions: int | None
 ) -> jax.Array | None:
-    """Returns the directions of a step, orthonormal rows `[m, d]` in coordinates; None for all d of them.
+    """Returns the directions of a step as orthonormal rows `[m, d]` of coordinates. None stands for all d directions.
 
     Raises:
-        ValueError: more directions than there are.
-        TypeError: a number of directions that is no integer, or no key to draw them.
+        ValueError: if there are not so many directions.
+        TypeError: if the number of directions is no integer, or if there is no key to draw them.
     """
     if num_directions is None:
         return None
@@ -162,10 +162,10 @@ def subspace(
 def probe_points(
     beta: PyTree, model: GaussNewtonState, link_fn: LinkFn, radius: ArrayLike, rows: jax.Array | None
 ) -> PyTree:
-    """The coefficients whose outputs a step wants: beta, the proposal, and the proposal a radius along each direction.
+    """Returns the points whose outputs a step needs: beta, the proposal, and a point around it along each direction.
 
     Returns:
-        A pytree of beta's structure with leaves `[m + 2, ...]`.
+        A pytree with the structure of beta, and leaves `[m + 2, ...]`.
     """
 
     def points(leaf: jax.Array, directions: jax.Array, step: jax.Array) -> jax.Array:
@@ -242,34 +242,34 @@ def move(
 
 
 def check_output_loss(loss_fn: Any) -> None:
-    """Refuses a loss whose outputs cannot be had apart."""
+    """Refuses a loss that does not have the outputs as a part of its own."""
     if not isinstance(loss_fn, OutputLoss):
         raise TypeError(
-            f"loss_fn is {loss_fn!r}; expected a glue_jax.OutputLoss(outputs_fn, loss), since Gauss-Newton needs the "
-            "outputs apart from their loss (a loss in one part is learned by spsa_step or full_gradient_step)"
+            f"loss_fn is {loss_fn!r}; expected a glue_jax.OutputLoss(outputs_fn, loss), because Gauss-Newton needs "
+            "the outputs apart from their loss (for a loss in one part, use spsa_step or full_gradient_step)"
         )
 
 
 def check_gauss_newton_state(state: Any, link_fn: LinkFn) -> GaussNewtonState:
-    """Returns the model of a state; refuses a state of an optimizer, or of a link with other directions."""
+    """Returns the model of a state. Refuses a state of an optimizer, and a state of a link with other directions."""
     check_state(state)
     model = state.opt_state
     if not isinstance(model, GaussNewtonState):
         raise TypeError(
             f"state.opt_state is a {type(model).__name__}; expected that of glue_jax.init(num_experts) without an "
-            "optimizer, which Gauss-Newton does not have"
+            "optimizer, because Gauss-Newton has none"
         )
     d = dimension(state.beta, directions_of(link_fn))
     if model.gradient.shape != (d,):
         raise ValueError(
-            f"state is of {model.gradient.shape[0]} directions, where beta has {d} under this link_fn: make the state "
+            f"state has {model.gradient.shape[0]} directions, but beta has {d} under this link_fn: make the state "
             "by init(num_experts, link_fn=link_fn) with the link_fn of the step"
         )
     return model
 
 
 def _checked_outputs(outputs: Any) -> Any:
-    """The outputs in at least float32; refuses those that are not floating point, or have no axis of examples."""
+    """Returns outputs in at least float32. Refuses outputs that are not floating point, or have no axis of examples."""
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(outputs)]
     if not leaves or any(not leaf.ndim or not jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves):
         found = jax.tree.map(lambda leaf: f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}", outputs)
@@ -278,7 +278,7 @@ def _checked_outputs(outputs: Any) -> Any:
 
 
 def _directions(beta: PyTree, link_fn: LinkFn, rows: jax.Array | None) -> PyTree:
-    """The directions of a step, leaves `[m, ...]`: of all rows of a basis where `rows` is None."""
+    """Returns the directions of a step, leaves `[m, ...]`. If `rows` is None, they are the whole basis."""
     whole = basis(beta, directions_of(link_fn))
     return whole if rows is None else jax.vmap(lift, (0, None))(rows, whole)
 
@@ -302,15 +302,15 @@ def _by_forward_mode(
 
 
 def _quadratic(loss_of: Callable[[Any], jax.Array], outputs: Any, jacobian: Any) -> tuple[jax.Array, jax.Array]:
-    """Gradient `[d]` and Gauss-Newton curvature `[d, d]` of a minibatch's loss, from J with leaves `[d, B, ...]`."""
+    """Returns the gradient `[d]` and the curvature `[d, d]` of a minibatch's loss, from J with leaves `[d, B, ...]`."""
     gradient_fn = jax.grad(loss_of)
-    # The loss's own second derivative, times each row of J: the network has no part in it.
+    # This is the second derivative of the loss alone, times each row of J. It does not differentiate the network.
     curved = jax.vmap(lambda row: jax.jvp(gradient_fn, (outputs,), (row,))[1])(jacobian)
     slopes = jax.tree.map(lambda leaf: leaf[None], gradient_fn(outputs))
     return _over_outputs(jacobian, slopes)[:, 0], _over_outputs(jacobian, curved)
 
 
 def _over_outputs(first: Any, second: Any) -> jax.Array:
-    """The products `[m, n]` of outputs with leaves `[m, B, ...]` and `[n, B, ...]`, summed over all but the first."""
+    """Returns the inner products `[m, n]` of outputs, from leaves `[m, B, ...]` and leaves `[n, B, ...]`."""
     products = jax.tree.map(lambda a, b: product(a.reshape(len(a), -1), b.reshape(len(b), -1).T), first, second)
     return functools.reduce(jnp.add, jax.tree.leaves(products))

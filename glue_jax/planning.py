@@ -107,7 +107,9 @@ def plan(
     check_callable(loss_fn=loss_fn, link_fn=link_fn, merge_fn=merge_fn)
     check_counts(repeats=repeats)
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((experts, batch, state))):
-        raise TypeError("plan was called under a transformation of JAX, such as jit: call it outside, since it times")
+        raise TypeError(
+            "plan was called under a transformation of JAX, such as jit: call it outside, because it measures times"
+        )
     experts, batch = jax.tree.map(jnp.asarray, (experts, batch))
     beta = _beta_of(state, experts, link_fn)
     d = dimension(beta, directions_of(link_fn))

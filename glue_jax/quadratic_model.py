@@ -15,32 +15,33 @@ from glue_jax.links import directions_of
 from glue_jax.types import LinkFn, PyTree
 
 _HIGHEST = jax.lax.Precision.HIGHEST
-# Learning starts with much damping, so with short steps. The loss of a blend has several minima, and long steps from
-# the uniform blend end in one of a few experts that happened to be near.
+# Learning starts with much damping, so with short steps. The loss of a blend has several minima. Long steps from the
+# uniform blend end in the minimum of a few experts that happened to be near.
 _FIRST_DAMPING, _LEAST_DAMPING, _MOST_DAMPING = 10.0, 3e-3, 100.0
-# A proposal that is turned down multiplies the damping by the first. A proposal whose fall of the loss is at least a
-# quarter of the predicted fall multiplies the damping by the second. Near a minimum, minibatches turn down about half
-# of the proposals, whatever the damping. So the damping rises by less than it falls.
+# If a proposal is turned down, the damping is multiplied by the first number. If the loss falls by at least a quarter
+# of the predicted fall, the damping is multiplied by the second number. Near a minimum, minibatches turn down about
+# half of the proposals, whatever the damping is. So the damping rises by less than it falls.
 _MORE, _LESS, _ENOUGH = 1.5, 0.5, 0.25
 # The least damping of a coefficient that no output depends on, as a share of the mean coefficient's.
 _FLOOR = 1e-3
-# No coefficient moves farther than this in a step. Under a softmax, two alphas then change against each other by at
-# most a factor e^2. A small minibatch accepts a wild step now and then.
+# No coefficient moves farther than this in a step, because a small minibatch sometimes accepts a wild step. Under a
+# softmax, the ratio of two alphas then changes by at most a factor e^2.
 _LONGEST = 1.0
-# The weight of a minibatch against the one after it: at first this, at step t of many t / (t + _FORGETTING).
+# A minibatch's weight relative to that of the next minibatch is the first number at first, and t / (t + the second
+# number) at a late step t.
 _LEAST_MEMORY, _FORGETTING = 0.8, 3.0
 
 
 class GaussNewtonState(NamedTuple):
-    """What Gauss-Newton carries on beside beta: a quadratic model of the loss around beta, and a proposed step.
+    """What Gauss-Newton keeps beside beta: a quadratic model of the loss around beta, and a proposed step.
 
-    Vectors are coordinates in `glue_jax.directions.basis`, d of them.
+    A vector has d entries, its coordinates in `glue_jax.directions.basis`.
 
     Attributes:
         proposal: the step from beta that the next minibatch judges, `[d]`.
-        gradient: of the model at beta, `[d]`.
-        curvature: of the model, `[d, d]`.
-        weight: how many minibatches the model is the mean of, older ones counted less, `[]`.
+        gradient: the gradient of the model at beta, `[d]`.
+        curvature: the curvature of the model, `[d, d]`.
+        weight: over how many minibatches the model is a mean, `[]`. Older minibatches count less.
         damping: how much is added to the curvature, `[]`. To a coefficient's own curvature, the step adds `damping`
             times the geometric mean of that curvature and the mean curvature of all coefficients.
     """
@@ -53,14 +54,14 @@ class GaussNewtonState(NamedTuple):
 
 
 def start(beta: PyTree, link_fn: LinkFn) -> GaussNewtonState:
-    """Returns the state in which nothing is known and nothing is proposed.
+    """Returns the state before the first step: nothing is known, and nothing is proposed.
 
     Args:
-        beta: where learning starts.
-        link_fn: of the steps. It says which directions matter.
+        beta: the coefficients at which learning starts.
+        link_fn: the link of the steps. It decides which directions matter.
 
     Raises:
-        ValueError: nothing to learn, as with one expert under a softmax.
+        ValueError: if there is nothing to learn, as with one expert under a softmax.
     """
     d = dimension(beta, directions_of(link_fn))
     return GaussNewtonState(
@@ -76,8 +77,9 @@ def judged(model: GaussNewtonState, fall: jax.Array) -> tuple[jax.Array, GaussNe
     """Returns whether the proposal is accepted, and the model with the damping that follows.
 
     Args:
-        model: with the proposal.
-        fall: of the loss, on a minibatch that the model has not seen. It is NaN where a loss is not finite.
+        model: the model, with the proposal.
+        fall: by how much the proposal lowers the loss of a minibatch that the model has not seen. It is NaN if a loss
+            is not finite.
     """
     accepted = fall >= 0
     predicted = -model.proposal @ (model.gradient + 0.5 * product(model.curvature, model.proposal))
@@ -100,19 +102,20 @@ def refined(
     step: jax.Array,
     accepted: jax.Array,
 ) -> GaussNewtonState:
-    """Returns the model around the next beta, with a minibatch taken into its mean.
+    """Returns the model around the next beta. Its mean includes the new minibatch.
 
     Args:
-        model: around the beta before.
-        gradient: of the minibatch at the proposal along the step's directions, `[m]`.
-        curvature: of the minibatch at the proposal along the step's directions, `[m, m]`.
-        rows: the step's directions in coordinates, orthonormal, `[m, d]`; None for all of them, m = d.
-        step: steps taken before.
-        accepted: whether the next beta is the proposal.
+        model: the model around the present beta.
+        gradient: the minibatch's gradient at the proposal, along the directions of the step, `[m]`.
+        curvature: the minibatch's curvature at the proposal, along the directions of the step, `[m, m]`.
+        rows: the directions of the step, as orthonormal rows of coordinates, `[m, d]`. None stands for all directions;
+            m is then d.
+        step: the number of steps taken before.
+        accepted: whether the proposal is accepted, so that it is the next beta.
     """
     if rows is not None:
-        # The mean over random subspaces is then the whole gradient. The mean of the curvature is rounder than the whole
-        # curvature, which acts as damping.
+        # With this factor, the mean over random subspaces is the whole gradient. The mean of the curvature is closer to
+        # a multiple of the identity than the whole curvature is. This acts as damping.
         m, d = rows.shape
         gradient = d / m * product(rows.T, gradient)
         curvature = d / m * product(rows.T, product(curvature, rows))
@@ -137,20 +140,20 @@ def refined(
 def with_proposal(model: GaussNewtonState, directions: PyTree) -> GaussNewtonState:
     """Returns the model with its damped minimum as the proposal.
 
-    Levenberg damps all directions alike. Then the steepest coefficients alone move. Marquardt damps each coefficient
-    by its own curvature. Then a coefficient that hardly matters leaps on noise. The geometric mean lies between. Under
-    a softmax an expert's curvature falls with the square of its alpha, and its gradient falls with its alpha. So the
-    step of beta is as long for an expert of small alpha as for an expert of large alpha.
+    Levenberg damps all directions alike. Then only the steepest coefficients move. Marquardt damps each coefficient by
+    its own curvature. Then noise moves a coefficient far that hardly matters. This function takes the geometric mean of
+    the two. Under a softmax an expert's curvature falls with the square of its alpha, and its gradient falls with its
+    alpha. So the step of beta is as long for an expert of small alpha as for an expert of large alpha.
 
     Args:
-        model: with gradient and curvature at the next beta.
-        directions: all d of them, leaves `[d, ...]`.
+        model: the model, with its gradient and its curvature at the next beta.
+        directions: all d directions, leaves `[d, ...]`.
     """
     d = len(model.gradient)
     rows = jnp.concatenate([leaf.reshape(d, -1) for leaf in jax.tree.leaves(directions)], axis=1)
     own = jnp.maximum(jnp.sum(rows * product(model.curvature, rows), axis=0), 0)
     mean = jnp.mean(own)
-    # Where no output changes at all, any damping will do.
+    # If no output changes at all, any damping will do.
     damped = model.damping * jnp.where(mean > 0, jnp.sqrt(own * mean) + _FLOOR * mean, 1.0)
     step = -jnp.linalg.solve(model.curvature + product(rows * damped[None], rows.T), model.gradient)
     longest = jnp.max(jnp.abs(product(step, rows)))

@@ -25,11 +25,11 @@ def build(name: str, *, image_shape: tuple[int, ...], num_classes: int, **option
     Args:
         name: a key of `MODULES`.
         image_shape: height, width and channels of the images.
-        num_classes: of the labels.
-        **options: of the network's module.
+        num_classes: the number of classes.
+        **options: options of the network's module.
 
     Raises:
-        ValueError: an unknown name, or a shape that the network cannot take.
+        ValueError: if the name is unknown, or if the network cannot take images of this shape.
     """
     if name not in MODULES:
         raise ValueError(f"network is {name!r}; expected one of {sorted(MODULES)}")

@@ -14,7 +14,7 @@ class DepthwiseConv(nnx.Module):
     """A 3 x 3 convolution of each channel by itself, without a bias."""
 
     def __init__(self, features: int, *, strides: int, rngs: nnx.Rngs):
-        """Builds `[B, H, W, features]` to `[B, ceil(H/strides), ceil(W/strides), features]`, padded with a 0 around."""
+        """Builds a map from `[B, H, W, features]` to `[B, ceil(H/strides), ceil(W/strides), features]`."""
         initializer = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
         self.kernel = nnx.Param(initializer(rngs.params(), (3, 3, 1, features)))
         self.strides = strides
@@ -34,7 +34,7 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, strides: int) -> jax.Array:
     Args:
         x: `[B, H, W, C]`.
         kernel: `[3, 3, 1, C]`.
-        strides: of both axes.
+        strides: the stride of both axes.
 
     Returns:
         `[B, ceil(H / strides), ceil(W / strides), C]`.
@@ -44,7 +44,7 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, strides: int) -> jax.Array:
 
 
 def _grouped(x: jax.Array, kernel: jax.Array, *, strides: int) -> jax.Array:
-    """The convolution with one group for each channel."""
+    """Returns the convolution with one group for each channel."""
     return jax.lax.conv_general_dilated(
         x,
         kernel,
@@ -57,7 +57,7 @@ def _grouped(x: jax.Array, kernel: jax.Array, *, strides: int) -> jax.Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _on_cpu(x: jax.Array, kernel: jax.Array, strides: int) -> jax.Array:
-    """The sum of nine shifted images, with a fast gradient."""
+    """Returns the sum of nine shifted images. Its gradient is fast."""
     return _shifted(x, kernel, strides=strides)
 
 
@@ -65,14 +65,14 @@ def _on_cpu(x: jax.Array, kernel: jax.Array, strides: int) -> jax.Array:
 def _on_cpu_jvp(
     strides: int, primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    """The derivative, in a form whose transpose is fast: the transpose is the gradient."""
+    """Returns the derivative, in a form whose transpose is fast. The transpose is the gradient."""
     x, kernel = primals
     of_x, of_kernel = _shifted(tangents[0], kernel, strides=strides), _in_chunks(x, tangents[1], strides=strides)
     return _on_cpu(x, kernel, strides), of_x + of_kernel
 
 
 def _shifted(x: jax.Array, kernel: jax.Array, *, strides: int) -> jax.Array:
-    """The sum of nine shifted images, each times its weights."""
+    """Returns the sum of nine shifted images, each times its weights."""
     height, width = x.shape[1:3]
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     terms = [
@@ -84,7 +84,7 @@ def _shifted(x: jax.Array, kernel: jax.Array, *, strides: int) -> jax.Array:
 
 
 def _in_chunks(x: jax.Array, kernel: jax.Array, *, strides: int) -> jax.Array:
-    """`_shifted` of a few images at a time, so that the gradient for `kernel` reads them from the cache."""
+    """Computes `_shifted` of a few images at a time, so that the gradient for `kernel` reads them from the cache."""
     batch = len(x)
     size = max(1, min(batch, _CHUNK // (x.size // batch)))
     size = next(divisor for divisor in range(size, 0, -1) if batch % divisor == 0)

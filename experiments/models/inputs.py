@@ -19,17 +19,17 @@ def input_grams(
 ) -> dict[str, jax.Array]:
     """Returns the Gram matrix of the inputs of each linear layer and convolution of a network, in one forward pass.
 
-    Grouped convolutions, for example depthwise ones, have no Gram matrix. The network computes as usual: during this
-    pass, the inputs of each layer are read when the layer is called. The path of a layer is the path of its kernel in
+    Grouped convolutions, for example depthwise ones, have no Gram matrix. The network computes as usual. During this
+    pass, the inputs of each layer are read when the layer is called. The name of a layer is the path of its kernel in
     `variables`.
 
     Args:
         apply: `apply(variables, images)`, a forward pass of an NNX module made of `variables`.
-        variables: of the network.
+        variables: the variables of the network.
         images: `[B, ...]`.
 
     Returns:
-        By the path of each kernel, `[in, in]`.
+        The Gram matrices `[in, in]`, by the path of the kernel.
     """
     paths = {id(leaf): path for path, leaf in by_path(variables).items()}
     grams: dict[str, jax.Array] = {}
@@ -47,7 +47,7 @@ def input_grams(
 
 
 def _gram(layer: Any, inputs: jax.Array) -> jax.Array | None:
-    """The Gram matrix of one layer's inputs; None if the layer is not one linear map."""
+    """Returns the Gram matrix of one layer's inputs. Returns None if the layer is not one linear map."""
     if isinstance(layer, nnx.LinearGeneral):
         # Our networks contract the last axes.
         return layer_gram(inputs.reshape(*inputs.shape[: -len(layer.axis)], -1))

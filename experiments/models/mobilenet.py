@@ -19,7 +19,10 @@ _conv = functools.partial(
 
 
 def _pointwise_product(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **options: Any) -> jax.Array:
-    """A 1 x 1 convolution. On a CPU it is a matrix product: its gradient needs no transposed copy of the images."""
+    """Returns a 1 x 1 convolution.
+
+    On a CPU it is a matrix product, so its gradient needs no transposed copy of the images.
+    """
 
     def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], -1)
@@ -55,10 +58,10 @@ _batch_norm = functools.partial(_BatchNorm, momentum=0.9)
 
 
 class InvertedResidual(nnx.Module):
-    """Expansion, a depthwise convolution and a linear projection, added to the input where the shapes agree."""
+    """Expansion, a depthwise convolution and a linear projection. The input is added if the shapes agree."""
 
     def __init__(self, in_features: int, out_features: int, *, expansion: int, strides: int, rngs: nnx.Rngs):
-        """Builds `[B, H, W, in_features]` to `[B, ceil(H/strides), ceil(W/strides), out_features]`."""
+        """Builds a map from `[B, H, W, in_features]` to `[B, ceil(H/strides), ceil(W/strides), out_features]`."""
         features = expansion * in_features
         if expansion > 1:
             self.expand = _pointwise(in_features, features, rngs=rngs)
@@ -93,13 +96,13 @@ class MobileNetV2(nnx.Module):
 
         Args:
             image_shape: height, width and channels.
-            num_classes: of the labels.
-            rngs: of the initialisation.
-            strides: those of its paper; or, for images of about 32 pixels, 1 in the stem and in the first strided
-                stage.
+            num_classes: the number of classes.
+            rngs: the random numbers of the initialisation.
+            strides: `paper` is the strides of MobileNetV2's paper. `small_images` has stride 1 in the stem and in the
+                first strided stage, for images of about 32 pixels.
 
         Raises:
-            ValueError: other strides.
+            ValueError: if `strides` has another value.
         """
         if strides not in get_args(Strides):
             raise ValueError(f"strides is {strides!r}; expected one of {get_args(Strides)}")

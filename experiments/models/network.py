@@ -16,11 +16,11 @@ class Network(NamedTuple):
 
     Attributes:
         init: `init(key) -> variables`.
-        apply: `apply(variables, images) -> logits [B, classes]`, BatchNorm by its running statistics.
-        apply_training: `apply_training(variables, images) -> (logits, batch_stats)`, BatchNorm by the minibatch; the
-            statistics returned are the updated running ones.
-        apply_minibatch: `apply_minibatch(params, images) -> (logits, batch_stats)`, BatchNorm by the minibatch; the
-            statistics returned are those of the minibatch alone.
+        apply: `apply(variables, images) -> logits [B, classes]`. BatchNorm normalises by its running statistics.
+        apply_training: `apply_training(variables, images) -> (logits, batch_stats)`. BatchNorm normalises by the
+            minibatch. The returned statistics are the updated running statistics.
+        apply_minibatch: `apply_minibatch(params, images) -> (logits, batch_stats)`. BatchNorm normalises by the
+            minibatch. The returned statistics are those of the minibatch alone.
     """
 
     init: Callable[[jax.Array], Variables]
@@ -33,8 +33,8 @@ def as_functions(build: Callable[[nnx.Rngs], Any]) -> Network:
     """Returns the pure functions of the module that `build(rngs)` makes.
 
     Args:
-        build: makes a module that has only `nnx.Param` and `nnx.BatchStat` variables. It is called with images
-            `[B, H, W, C]`.
+        build: a function that makes a module. The module has only `nnx.Param` and `nnx.BatchStat` variables. It is
+            called with images `[B, H, W, C]`.
     """
     abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
 

@@ -1,6 +1,6 @@
 """A small transformer on the patches of digits, in PyTorch and in JAX, with the same weights.
 
-PEFT adapts the one in PyTorch. Coefficients are learned on the one in JAX.
+PEFT adapts the transformer in PyTorch. Coefficients are learned on the transformer in JAX.
 """
 
 from collections.abc import Mapping

@@ -23,8 +23,8 @@ def convnet() -> PermutationSpec:
 def resnet20() -> PermutationSpec:
     """Returns what may be permuted in `ResNet20`: the channels within each block, and those of each stage's stream.
 
-    The shortcut from one stage to the next adds zero channels, half on either side. So the middle of a stream is the
-    stream before it, and only the channels on either side belong to the stage.
+    The shortcut from one stage to the next adds zero channels, half of them on either side. So the middle channels of a
+    stream are the stream of the stage before. Only the channels on either side belong to the stage itself.
     """
     streams: list[Axis] = ["stream1"]
     for stage, features in ((2, 32), (3, 64)):
@@ -72,9 +72,10 @@ def mobilenetv2(**_: Any) -> PermutationSpec:
 
 
 def vit(*, depth: int, positions: str, pooling: str, **_: Any) -> PermutationSpec:
-    """Returns what may be permuted in `ViT`: heads and units of each block, and the stream's features.
+    """Returns what may be permuted in `ViT`: the heads and units of each block, and the features of the stream.
 
-    Fixed positions are the same in every expert, so they hold the stream's features in their places.
+    Fixed positions are the same in every expert. So with fixed positions, the features of the stream stay in their
+    places.
     """
     stream = "stream" if positions == "learned" else None
     spec: _Spec = {"params/patches/kernel": (None, None, None, stream), "params/patches/bias": (stream,)}

@@ -9,15 +9,18 @@ from flax import nnx
 _conv = functools.partial(
     nnx.Conv, use_bias=False, kernel_init=nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
 )
-# The momentum that the field's ResNets train with; NNX's default of 0.99 lags behind short training.
+# ResNets are usually trained with this momentum. NNX's default of 0.99 lags behind in short training.
 _batch_norm = functools.partial(nnx.BatchNorm, momentum=0.9)
 
 
 class BasicBlock(nnx.Module):
-    """Two 3 x 3 convolutions and a shortcut without parameters: strided, and padded with zero channels."""
+    """Two 3 x 3 convolutions and a shortcut without parameters.
+
+    The shortcut is strided, and padded with zero channels.
+    """
 
     def __init__(self, in_features: int, out_features: int, *, strides: int, rngs: nnx.Rngs):
-        """Builds `[B, H, W, in_features]` to `[B, H/strides, W/strides, out_features]`."""
+        """Builds a map from `[B, H, W, in_features]` to `[B, H/strides, W/strides, out_features]`."""
         self.conv1 = _conv(in_features, out_features, (3, 3), strides=strides, rngs=rngs)
         self.norm1 = _batch_norm(out_features, rngs=rngs)
         self.conv2 = _conv(out_features, out_features, (3, 3), rngs=rngs)

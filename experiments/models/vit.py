@@ -12,10 +12,10 @@ Positions = Literal["learned", "sincos"]
 
 
 class EncoderBlock(nnx.Module):
-    """Self-attention and an MLP, each behind a LayerNorm and added to its input."""
+    """Self-attention and an MLP. Each comes after a LayerNorm, and is added to its input."""
 
     def __init__(self, *, width: int, heads: int, mlp_width: int, rngs: nnx.Rngs):
-        """Builds `[B, N, width]` to the same."""
+        """Builds a map from `[B, N, width]` to `[B, N, width]`."""
         self.norm1 = nnx.LayerNorm(width, rngs=rngs)
         self.attention = nnx.MultiHeadAttention(heads, width, decode=False, rngs=rngs)
         self.norm2 = nnx.LayerNorm(width, rngs=rngs)
@@ -52,18 +52,18 @@ class ViT(nnx.Module):
 
         Args:
             image_shape: height, width and channels.
-            num_classes: of the labels.
-            rngs: of the initialisation.
-            patch_size: height and width of a patch, in pixels; divides the image's.
-            depth: encoder blocks.
-            width: features of a patch.
-            heads: of the attention; divides the width.
-            mlp_width: features within the MLP.
-            pooling: of the features for the head: their mean over the patches, or a class token's.
-            positions: what is added to the patches' features: learned, or fixed sines and cosines.
+            num_classes: the number of classes.
+            rngs: the random numbers of the initialisation.
+            patch_size: height and width of a patch, in pixels. It divides the height and the width of the image.
+            depth: the number of encoder blocks.
+            width: the number of features of a patch.
+            heads: the number of attention heads. It divides the width.
+            mlp_width: the number of features within the MLP.
+            pooling: the features for the head. They are the mean over the patches, or those of a class token.
+            positions: what is added to the features of the patches: learned numbers, or fixed sines and cosines.
 
         Raises:
-            ValueError: sizes that do not divide one another, or an unknown pooling or kind of positions.
+            ValueError: if sizes do not divide one another, or if `pooling` or `positions` is unknown.
         """
         *size, channels = image_shape
         for name, value, expected in (("pooling", pooling, Pooling), ("positions", positions, Positions)):
@@ -103,7 +103,7 @@ class ViT(nnx.Module):
 
 
 def _sincos(rows: int, columns: int, width: int) -> np.ndarray:
-    """Sines and cosines of row and column at geometric frequencies, `[1, rows * columns, width]` (Vaswani et al.)."""
+    """Returns sines and cosines of row and column, `[1, rows * columns, width]` (Vaswani et al., 2017)."""
     frequencies = 1e4 ** -(np.arange(width // 4) / (width // 4))
     grid = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), axis=-1).reshape(-1, 2, 1)
     angles = grid * frequencies

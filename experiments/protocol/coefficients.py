@@ -1,6 +1,6 @@
 """The coefficients of the paper's Configs 1 to 4 and of our Config 5.
 
-Configs 3, 4 and 5 learn theirs, each by its own step. They see the same minibatches.
+Configs 3, 4 and 5 learn their coefficients, each by its own step. They see the same minibatches.
 """
 
 import functools
@@ -22,7 +22,7 @@ from experiments.runtime.progress import Stage
 
 # The coefficients of at most so many steps are kept, evenly spaced.
 _MOST_ALPHAS = 201
-# Steps between two validations of Config 5, as `glue_jax.learn` does by default: few of its steps go far.
+# Steps between two validations of Config 5. This is the default of `glue_jax.learn`, because few of its steps go far.
 _GAUSS_NEWTON_VALIDATES_EVERY = 5
 _ONLY_OF_SPSA = ("radius", "num_directions", "directions")
 # The fields of `CoefficientFields` that a Config does not use. Its coefficients do not depend on them.
@@ -77,20 +77,21 @@ def learn_coefficients(
 
     Args:
         number: 3, 4 or 5.
-        key: of the directions, and of the minibatches, which are the same for these Configs.
-        experts: stacked, each leaf `[K, ...]`.
+        key: the key of the directions and the minibatches. These Configs see the same minibatches.
+        experts: the stacked experts, each leaf `[K, ...]`.
         target: the images to learn on.
-        validation: the images that find the plateau; None: all steps are taken.
-        problem: the network.
-        config: for the step, its optimizer, the minibatch, the number of steps, the validations and the precision.
-        max_steps: the most steps; None is the config's.
-        bar: counts the steps. Those that are not needed are taken off it.
+        validation: the images that decide when the plateau is reached. None takes all steps.
+        problem: the network, with the preparation of its images.
+        config: it decides the step, its optimizer, the minibatch, the number of steps, the validations and the
+            precision.
+        max_steps: the largest number of steps. None is the config's.
+        bar: the progress bar, which counts the steps. Steps that are not needed are taken off it.
 
     Returns:
-        As `glue_jax.learn` does.
+        What `glue_jax.learn` returns.
 
     Raises:
-        glue_jax.NonFiniteLossError: a loss or a gradient that is infinite or not a number, with its step.
+        glue_jax.NonFiniteLossError: if a loss or a gradient is infinite or NaN; the error has the step.
     """
     max_steps, done = config.alpha_steps if max_steps is None else max_steps, 0
 
@@ -124,9 +125,9 @@ def heuristic_coefficients(splits: Splits, number: int, measured: dict[str, Any]
     """Returns the coefficients of Config 1 or 2.
 
     Args:
-        splits: Config 1 counts the images of each expert.
+        splits: the rows of each expert's images, which Config 1 counts.
         number: 1 or 2.
-        measured: of `experiments.protocol.expert_training.measure_experts`. Config 2 takes the accuracies.
+        measured: what `experiments.protocol.expert_training.measure_experts` returned. Config 2 takes the accuracies.
     """
     if number == 1:
         weights = glue_jax.coefficients.data_size_weights([len(rows) for rows in splits.experts])

@@ -1,4 +1,4 @@
-"""Every number of the protocol, as frozen dataclasses: the paper's values, and reasons for what it leaves open.
+"""Every number of the protocol, as frozen dataclasses. If a value is not the paper's, its reason is beside it.
 
 The parts follow the stages of the protocol. The result of a stage depends on its own part and on those before it.
 """
@@ -16,10 +16,10 @@ from experiments.protocol.training import Augmentation
 from glue_jax.directions import DirectionName, dimension
 
 PAPER_CONFIGS: Mapping[int, str] = {1: "Data size", 2: "Proxy accuracy", 3: "Full gradient", 4: "GLUE (SPSA)"}
-"""The paper's four ways to coefficients, by its numbers."""
+"""The paper's four ways to find the coefficients, by the paper's numbers."""
 
 CONFIGS: Mapping[int, str] = {**PAPER_CONFIGS, 5: "Gauss-Newton (ours)"}
-"""All ways to coefficients: the paper's, and one of ours, `glue_jax.gauss_newton_step`."""
+"""All ways to find the coefficients: the paper's four, and one of ours, `glue_jax.gauss_newton_step`."""
 
 Initialization = Literal["common", "separate"]
 # JAX makes keys of 32 bits. Two seeds that differ by a multiple of this would share a key.
@@ -35,8 +35,9 @@ class ExpertFields:
     dataset: str = "cifar10"
     """The data set of the experts and of the target images."""
     image_size: int | None = None
-    """Height and width that images are resized to, in pixels; None keeps them as they are. The paper names no size. For
-    Imagenette it is 64: this is 64 patches of 8 x 8 pixels, as many as ViTs for small images have."""
+    """Height and width that images are resized to, in pixels. None keeps the images as they are. The paper names no
+    size. For Imagenette it is 64. This gives 64 patches of 8 x 8 pixels, as many as ViTs for small images have.
+    """
     network: str = "resnet20"
     """The architecture of the experts (section 5)."""
     num_experts: int = 10
@@ -56,13 +57,18 @@ class ExpertFields:
     expert_b2: float = 0.999
     """Adam's decay of the second moment for the experts (section 5)."""
     augmentation: Augmentation = "crop_flip"
-    """Open in the paper; `crop_flip` is usual for small images. With it our CIFAR-10 experts reach 39.3 % on average;
-    the paper's reach 42.7 % (Table 1; `experiments/results/cifar10`). Fine-tuning uses it too. SVHN uses `crop`, since
-    a mirrored digit is another one."""
+    """The paper names no augmentation. `crop_flip` is usual for small images. With it our CIFAR-10 experts reach 39.3 %
+    on average (`experiments/results/cifar10`). The paper's experts reach 42.7 % (Table 1). Fine-tuning uses the same
+    augmentation. SVHN uses `crop`, because a mirrored digit is no longer that digit.
+    """
     initialization: Initialization = "common"
-    """Open in the paper; averages of weights presume a common initialisation (model soups, federated averaging)."""
+    """The paper does not say whether the experts share an initialisation. Averages of weights presume a common one
+    (model soups, federated averaging).
+    """
     validation_examples: int = 1000
-    """Open in the paper ('small'): target images that judge only proxy accuracy and the plateau."""
+    """Target images that are used only for the proxy accuracy and the plateau. The paper says only that they are few
+    ('small').
+    """
     expert_seed: int = 0
     """Seed of the validation images, and of the experts' images, initialisation and training."""
 
@@ -72,22 +78,28 @@ class NetworkFields:
     """What the paper leaves open about its networks. Each field begins with the name of its network."""
 
     mobilenetv2_strides: Strides = "small_images"
-    """`paper`: the strides of its paper, which make an image 32 times smaller. `small_images`: stride 1 in the stem and
-    in the first strided stage, as usual for 32 x 32 pixels. Otherwise the last stages would see a single pixel."""
+    """`paper`: the strides of MobileNetV2's paper, which make an image 32 times smaller. `small_images`: stride 1 in
+    the stem and in the first strided stage, as usual for 32 x 32 pixels. With the paper's strides the last stages would
+    see a single pixel.
+    """
     vit_patch_size: int = 8
     """Height and width of a patch, in pixels (section 5)."""
     vit_depth: int = 8
     """Layers (section 5)."""
     vit_width: int = 192
-    """Open in the paper; that of ViT-Tiny, the smallest in common use. At this depth it has 3.6 million parameters."""
+    """The paper names no width. This is the width of ViT-Tiny, the smallest in common use. At this depth the network
+    has 3.6 million parameters.
+    """
     vit_heads: int = 3
-    """Open in the paper; that of ViT-Tiny, 64 features for each head."""
+    """The paper names no number of heads. This is the number of ViT-Tiny, with 64 features for each head."""
     vit_mlp_width: int = 768
-    """Open in the paper; four times the width, as in every ViT of the ViT's own paper."""
+    """The paper names no width of the MLP. This is four times the width, as in every ViT of the ViT's own paper."""
     vit_pooling: Pooling = "mean"
-    """Open in the paper; a mean over patches trains better than a class token (Beyer et al., 2022, on ImageNet-1k)."""
+    """The paper names no pooling. A mean over patches trains better than a class token (Beyer et al., 2022, on
+    ImageNet-1k).
+    """
     vit_positions: Positions = "learned"
-    """Open in the paper; as in the ViT's own paper."""
+    """The paper names no kind of positions. These are those of the ViT's own paper."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,7 +107,9 @@ class CoefficientFields:
     """Target images, and how the coefficients are learned on them."""
 
     target_examples: int = 10_000
-    """Images that learn the coefficients and fine-tune the blend; at most those that are left (section 5)."""
+    """Images on which the coefficients are learned and the blend is fine-tuned (section 5). If fewer are left, all of
+    them are used.
+    """
     alpha_learning_rate: float = 1e-2
     """Adam's learning rate for beta (section 5)."""
     alpha_b1: float = 0.9
@@ -103,23 +117,34 @@ class CoefficientFields:
     alpha_b2: float = 0.99
     """Adam's decay of the second moment for beta (section 5)."""
     alpha_batch_size: int = 64
-    """Minibatch that the coefficients are learned from. Open in the paper; it is the experts'."""
+    """Minibatch for learning the coefficients. The paper does not name it. This is the experts' minibatch."""
     num_directions: int = 1
-    """m, the directions of a step (section 5)."""
+    """m, the number of directions of a step (section 5)."""
     directions: DirectionName = "sphere"
-    """Distribution of the directions. The paper normalises Gaussian or random-sign entries, 'e.g.' (section 3.2)."""
+    """Distribution of the directions. The paper's examples are normalised Gaussian entries and random signs (section
+    3.2).
+    """
     radius: float = 1e-2
-    """Open in the paper (mu): the length of a probe's step in beta. A shorter step is lost in the rounding of float32;
-    over a longer step the loss curves (measured by `experiments.studies.variance`)."""
+    """The length of a probe's step in beta (the paper's mu). The paper does not name it. With a shorter step, rounding
+    to float32 hides the difference of the losses. Over a longer step, the loss curves. `experiments.studies.variance`
+    measures both.
+    """
     alpha_steps: int = 2000
-    """Open in the paper: the most steps. On CIFAR-10 all runs but one take them all."""
+    """The largest number of steps. The paper does not name it. On CIFAR-10 all runs but one take this number of
+    steps.
+    """
     validate_every: int = 50
-    """Open in the paper: steps between two validations of Configs 3 and 4. Our Config 5 validates every 5 steps."""
+    """Steps between two validations of Configs 3 and 4. The paper does not name this number. Our Config 5 validates
+    every 5 steps.
+    """
     patience: int = 10
-    """Open in the paper: so many validations without a new best are the plateau."""
+    """After this many validations without a new best value, learning has reached its plateau. The paper does not name
+    this number.
+    """
     matmul_precision: Literal["highest", "high", "default"] = "highest"
-    """Precision of the networks' products while the coefficients are learned. An accelerator's default rounds the
-    weights of both probes to bfloat16 or TF32. Their small difference is lost in it."""
+    """Precision of the networks' products while the coefficients are learned. By default an accelerator rounds the
+    weights of both probes to bfloat16 or TF32. That hides their small difference.
+    """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,13 +152,15 @@ class FineTuningFields:
     """Fine-tuning of the blend on the target images."""
 
     fine_tuning_epochs: int = 10
-    """Epochs of fine-tuning. Open in the paper ('lightweight')."""
+    """Epochs of fine-tuning. The paper says only that it is 'lightweight'."""
     fine_tuning_learning_rate: float = 1e-3
-    """Adam's learning rate, with the experts' decays. Open in the paper; it is the experts'."""
+    """Adam's learning rate for fine-tuning. The paper does not name it. This is the experts' learning rate. The decays
+    are the experts' too.
+    """
     fine_tuning_batch_size: int = 64
-    """Minibatch of fine-tuning. Open in the paper; it is the experts'."""
+    """Minibatch of fine-tuning. The paper does not name it. This is the experts' minibatch."""
     test_examples: int | None = None
-    """Number of test images that models are reported on; None is all of them (section 5)."""
+    """Number of test images for the report. None is all of them (section 5)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,7 +171,7 @@ class Config(FineTuningFields, CoefficientFields, NetworkFields, ExpertFields):
     """Seeds of target images, minibatches, directions and fine-tuning. Results are means over them (section 5)."""
 
     def __post_init__(self) -> None:
-        """Refuses values out of their range, by a ValueError with the field, its value, and what was expected."""
+        """Refuses values out of their range. The ValueError has the field, its value, and what was expected."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if get_origin(field.type) is Literal and value not in get_args(field.type):
@@ -199,4 +226,6 @@ QUICK: Mapping[str, Any] = {
     "test_examples": 1000,
     "seeds": (0, 1),
 }
-"""The protocol in minutes, for a network that is slow on a CPU. It shows that all runs, not what the method gives."""
+"""The protocol in minutes, for a network that is slow on a CPU. It shows that every stage runs. It does not show what
+the method gives.
+"""

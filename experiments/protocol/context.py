@@ -21,7 +21,7 @@ from glue_jax.batches import on_cpu
 
 # It is part of the fingerprint of every stage since version 0.1. It stays as it is, so that old stages are found.
 _FINGERPRINT_VERSION = "0.1.0"
-# The function that makes a context; and the parts of a context that no expert depends on.
+# The function that makes a context, and the parts of a context that no expert depends on.
 _PREPARE = "experiments.protocol.context:prepare"
 _NOT_OF_EXPERTS = ("experiments.protocol.training:make_evaluate", "experiments.protocol.splits:draw_target")
 
@@ -31,9 +31,9 @@ class Context(NamedTuple):
 
     Attributes:
         config: every number of the protocol.
-        dataset: as it was loaded, in the memory of the host.
-        splits: rows of the training split: the validation images, the images of each expert, and the rest.
-        targets: rows of the target images of each seed.
+        dataset: the data set, in the memory of the host.
+        splits: the rows of the validation images, of each expert's images, and of the rest, in the training split.
+        targets: the rows of the target images, by seed.
         train: the training split, on the device.
         test: the images that models are reported on, on the device.
         validation: the validation images, on the device.
@@ -102,17 +102,17 @@ class Context(NamedTuple):
 def prepare(
     config: Config, dataset: Dataset, folder: Path, progress: ProgressBars, *, accept_stages: Collection[str] = ()
 ) -> Context:
-    """Draws the splits and builds the network; a config that does not fit the data is refused here.
+    """Draws the splits and builds the network. Refuses a config that does not fit the data.
 
     Args:
         config: every number of the protocol.
-        dataset: the config's, in memory.
-        folder: where the stages are kept.
+        dataset: the data set of the config, in memory.
+        folder: the folder that keeps the stages.
         progress: what is shown meanwhile.
-        accept_stages: kinds of stages that are taken even if other source computed them, see `Stages`.
+        accept_stages: kinds of stages that are taken even if other source computed them. See `Stages`.
 
     Raises:
-        ValueError: more images or larger minibatches asked for than there are.
+        ValueError: if the config asks for more images than there are, or for larger minibatches.
     """
     splits = draw_splits(
         dataset.train.labels,

@@ -1,4 +1,4 @@
-"""Data sets as uint8 images and int32 labels: tensorflow-datasets' on ArrayRecord, and scikit-learn's digits."""
+"""Data sets as uint8 images and int32 labels. They are those of tensorflow-datasets, and scikit-learn's digits."""
 
 import contextlib
 import json
@@ -38,12 +38,12 @@ class Dataset(NamedTuple):
     """A data set in memory.
 
     Attributes:
-        name: with its version.
-        description: where it comes from, in its keeper's words.
-        train: the split that experts, target and validation images are drawn from.
-        test: the split that is only reported on.
-        num_classes: labels lie in `range(num_classes)`.
-        checksum: of all images and labels.
+        name: the name, with the version.
+        description: where the data come from, in the words of those who keep them.
+        train: the split from which the images of experts, target and validation are drawn.
+        test: the split that is used only for the report.
+        num_classes: the number of classes. Labels lie in `range(num_classes)`.
+        checksum: the checksum of all images and labels.
     """
 
     name: str
@@ -59,7 +59,7 @@ class DatasetNotFoundError(RuntimeError):
 
 
 class DamagedDatasetError(ValueError):
-    """A data set's files cannot be read, or do not hold what they must."""
+    """The files of a data set cannot be read, or do not hold what they must hold."""
 
 
 def load(name: str, data_dir: str | None = None, image_size: int | None = None) -> Dataset:
@@ -69,13 +69,14 @@ def load(name: str, data_dir: str | None = None, image_size: int | None = None) 
         name: one of `DATASETS`.
         data_dir: tensorflow-datasets' data directory. None is its own default: `TFDS_DATA_DIR`, or
             `~/tensorflow_datasets`.
-        image_size: height and width of the images: the largest square in the middle is resized. None keeps the images
-            as they are.
+        image_size: height and width of the images. The largest square in the middle of an image is resized to it. None
+            keeps the images as they are.
 
     Raises:
-        ValueError: an unknown name, no size for images of different sizes, or a size whose images exceed the memory.
-        DatasetNotFoundError: a set that is not there and cannot be prepared.
-        DamagedDatasetError: files that cannot be read, a split without images, or a label of no class.
+        ValueError: if the name is unknown, if images differ in size and no `image_size` is given, or if the images
+            exceed the memory.
+        DatasetNotFoundError: if the data set is not there and cannot be prepared.
+        DamagedDatasetError: if a file cannot be read, if a split has no images, or if a label belongs to no class.
     """
     if name not in DATASETS:
         raise ValueError(f"dataset is {name!r}; expected one of {DATASETS}")
@@ -101,7 +102,7 @@ def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _digits(image_size: int | None) -> tuple[str, str, Examples, Examples, int]:
-    """scikit-learn's 1797 digits, 8 x 8, every fourth one for the test."""
+    """Returns scikit-learn's 1797 digits of 8 x 8 pixels. Every fourth one is for the test."""
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
@@ -140,7 +141,7 @@ def _tfds(name: str, data_dir: str | None, image_size: int | None) -> tuple[str,
         if not builder.is_prepared():
             _prepare(builder)
         train, test = (_decode(builder, split, image_size) for split in _TFDS_SPLITS[name])
-    # The words of the prepared copy. Those of `builder.info` are the code's.
+    # This is the description of the prepared copy. That of `builder.info` comes from the code.
     description = json.loads((builder.data_path / "dataset_info.json").read_text())["description"]
     return builder.info.full_name, description, train, test, builder.info.features["label"].num_classes
 
@@ -216,7 +217,7 @@ def _check_memory(name: str, num_images: int, size: int, num_channels: int) -> N
 
 
 def _resized(image: np.ndarray, size: int | None, num_channels: int) -> np.ndarray:
-    """The largest square in the middle of an image of any size, gray or in color, as `[size, size, num_channels]`."""
+    """Returns the largest square in the middle of an image, as `[size, size, num_channels]`. The image may be gray."""
     if size is None or image.shape == (size, size, num_channels):
         return image
     picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)

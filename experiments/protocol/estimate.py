@@ -21,8 +21,8 @@ from experiments.protocol.training import Problem, Trainer
 from experiments.runtime.devices import put
 from glue_jax.batches import on_cpu
 
-# Steps that are measured on a CPU, where a step is a call. A call of an accelerator is an epoch, or the steps between
-# two validations.
+# The number of steps that are measured on a CPU. There each step is a call. On an accelerator, a call is an epoch, or
+# the steps between two validations.
 _STEPS = 3
 
 
@@ -33,11 +33,11 @@ def estimate(context: Context) -> dict[str, float]:
     epoch for each number of images.
 
     Args:
-        context: of `experiments.protocol.context.prepare`.
+        context: what `experiments.protocol.context.prepare` returned.
 
     Returns:
-        The seconds of each stage that is not done, without compilation. Those of the coefficients are an upper bound,
-        since learning may reach its plateau before the most steps.
+        The seconds of each stage that is not done, without compilation. The seconds of the coefficients are an upper
+        bound, because learning may reach its plateau before the last step.
     """
     config, seconds = context.config, {}
     variables = put(jax.jit(context.problem.network.init)(jax.random.key(0)), context.problem.mesh)
@@ -84,7 +84,7 @@ def describe(seconds: dict[str, float]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Returns a time in the unit that suits it."""
+    """Returns a time in words, in the unit that suits it."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 5400:
@@ -93,7 +93,7 @@ def duration(seconds: float) -> str:
 
 
 def _second_call(call: Callable[[], Any]) -> float:
-    """The seconds of a call that is compiled."""
+    """Returns the seconds of a call that is compiled already."""
     jax.block_until_ready(call())
     start = time.perf_counter()
     jax.block_until_ready(call())
@@ -103,7 +103,7 @@ def _second_call(call: Callable[[], Any]) -> float:
 def _training_step(
     trainer: Trainer, models: Sequence[Variables], examples: Examples, count: int, batch_size: int
 ) -> float:
-    """The seconds of a training step of several models at once, each on `count` images."""
+    """Returns the seconds of a training step of several models at once, each on `count` images."""
     if on_cpu(examples):
         count = min(count, _STEPS * batch_size)
     rows = jnp.tile(jnp.arange(count)[None], (len(models), 1))
@@ -120,7 +120,7 @@ def _training_step(
 
 
 def _alpha_step(number: int, experts: Variables, target: Examples, problem: Problem, config: Config) -> float:
-    """The seconds of a step that learns one Config's coefficients, without validation."""
+    """Returns the seconds of a step that learns one Config's coefficients, without validation."""
     steps = min(_STEPS if on_cpu(target) else validate_every(config, number), config.alpha_steps)
 
     def learn() -> Any:

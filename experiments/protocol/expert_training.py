@@ -28,15 +28,15 @@ def train_experts(context: Context) -> tuple[list[Variables], list[dict[str, Any
     """Trains the experts that are missing, and reads the others.
 
     Args:
-        context: of `experiments.protocol.context.prepare`.
+        context: what `experiments.protocol.context.prepare` returned.
 
     Returns:
         The variables of each expert, and a record of each: `training_loss` by epoch, `checksum`, `seconds`, `machine`.
 
     Raises:
-        FloatingPointError: a loss that is infinite or not a number, with the expert, the epoch and the step.
-        DamagedStageError: a kept expert that is not what was written.
-        LockedError: experts are missing, and another process trains some into the same folder.
+        FloatingPointError: if a loss is infinite or NaN; the error has the expert, the epoch and the step.
+        DamagedStageError: if a kept expert is not what was written.
+        LockedError: if experts are missing, and another process trains some into the same folder.
     """
     config, stages = context.config, context.stages
     keys = [_stage_of(context, index) for index in range(config.num_experts)]
@@ -135,7 +135,7 @@ def initial_variables(problem: Problem, config: Config) -> Variables:
 
 
 def _stage_of(context: Context, index: int) -> tuple[str, dict[str, Any]]:
-    """The name of an expert's stage, and all that it depends on."""
+    """Returns the name of an expert's stage, and all that it depends on."""
     return f"experts/{index}", {**context.expert_fields, "expert": index}
 
 
@@ -187,11 +187,11 @@ def _train_experts(context: Context, group: list[int], stage: Stage) -> list[tup
 
 
 def _initialize(problem: Problem, config: Config, numbers: Sequence[int]) -> Variables:
-    """Initial variables of each number, leaves `[M, ...]`."""
+    """Returns the initial variables of the experts with these numbers, leaves `[M, ...]`."""
     key = jax.random.fold_in(jax.random.key(config.expert_seed), _INITIALIZATION)
     return put(jax.jit(jax.vmap(problem.network.init))(_keys(key, numbers)), problem.mesh)
 
 
 def _keys(key: jax.Array, numbers: Sequence[int]) -> jax.Array:
-    """A key for each number."""
+    """Returns a key for each number."""
     return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.asarray(numbers, jnp.uint32))

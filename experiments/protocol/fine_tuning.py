@@ -32,19 +32,19 @@ def fine_tune(
     """Fine-tunes all parameters of a model on a seed's target images.
 
     Args:
-        trainer: of `experiments.protocol.training.make_trainer`.
+        trainer: what `experiments.protocol.training.make_trainer` returned.
         prior: the model to begin with.
-        seed: of minibatches and augmentation.
+        seed: the seed of minibatches and augmentation.
         examples: the training split.
-        rows: the target images in it, `[n]`.
-        num_epochs: of all target images.
-        test: from a model to its `loss` and `accuracy` on the test images.
+        rows: the rows of the target images in the training split, `[n]`.
+        num_epochs: the number of epochs over all target images.
+        test: `test(model)` returns `loss` and `accuracy` on the test images.
 
     Returns:
-        `test_loss` and `test_accuracy`, of the prior (epoch 0) and after each epoch, and `training_loss` of each epoch.
+        `test_loss` and `test_accuracy` of the prior (epoch 0) and after each epoch, and `training_loss` of each epoch.
 
     Raises:
-        FloatingPointError: a loss that is infinite or not a number, with its epoch and step.
+        FloatingPointError: if a loss is infinite or NaN; the error has the epoch and the step.
     """
     key = jax.random.fold_in(jax.random.key(seed), _FINE_TUNING)
     start = jax.tree.map(lambda leaf: leaf[None], prior)
@@ -60,7 +60,7 @@ def fine_tune(
 
 
 def fine_tuning_stage(context: Context, number: int, seed: int, alpha: list[float]) -> tuple[str, dict[str, Any]]:
-    """Returns the name of a stage that fine-tunes, and all that it depends on: it has the coefficients themselves."""
+    """Returns the name of a stage that fine-tunes, and all that it depends on, such as the coefficients themselves."""
     config = context.config
     depends_on = {
         **context.bank_fields,
@@ -76,7 +76,10 @@ def fine_tuning_stage(context: Context, number: int, seed: int, alpha: list[floa
 def fine_tuned(
     context: Context, number: int, seed: int, experts: Variables, alpha: list[float], stage: Stage
 ) -> dict[str, Any]:
-    """Returns what `fine_tune` does for the prior of a Config. The stage counts the models that are tested."""
+    """Returns what `fine_tune` returns for the prior of one Config and seed.
+
+    The stage counts the models that are tested.
+    """
     num_epochs = context.config.fine_tuning_epochs
 
     def test(model: Variables) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What it takes to find a prior, in passes of one model on one image and in seconds."""
+"""The cost of finding a prior, in passes of one model on one image, and in seconds."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,17 +9,17 @@ from experiments.protocol.config import Config
 def prior_cost(
     config: Config, images: Mapping[str, Any], number: int, weights: Mapping[str, Any], measured: Mapping[str, Any]
 ) -> dict[str, int | float]:
-    """Returns what the coefficients of a Config and a seed took.
+    """Returns the cost of the coefficients of a Config and a seed.
 
     Args:
-        config: of the run.
+        config: the config of the run.
         images: the numbers of `validation`, `target` and `test` images.
-        number: of the Config.
+        number: the number of the Config.
         weights: the coefficients, as `experiments.protocol.run.kept` returns them.
-        measured: of `experiments.protocol.expert_training.measure_experts`. Config 2 needs a part of it.
+        measured: what `experiments.protocol.expert_training.measure_experts` returned. Config 2 needs a part of it.
 
     Returns:
-        `forward_passes`, of steps and of validations; `backward_passes`; and `prior_seconds`, compilation included.
+        `forward_passes` of steps and of validations; `backward_passes`; and `prior_seconds`, compilation included.
     """
     num_validation, seconds = images["validation"], weights.get("seconds", 0.0)
     if number == 2:

@@ -1,4 +1,4 @@
-"""Which experiment a command line is about, for the commands that use an experiment's experts."""
+"""Finds the experiment of a command line, for the commands that use an experiment's experts."""
 
 import argparse
 import dataclasses
@@ -19,13 +19,13 @@ Parsed = TypeVar("Parsed", bound="ExpertArguments")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertArguments(StageArguments):
-    """What the command line of a command that uses an experiment's experts says.
+    """The options of a command that uses an experiment's experts.
 
     Attributes:
-        experiment: the experiment whose experts are used: a module of `experiments` with presets, for example
+        experiment: the experiment whose experts are used. It is a module of `experiments` with presets, for example
             cifar10.
-        preset: a preset of that experiment: the defaults of its fields. The default is its first preset.
-        run_dir: the experiment's folder, which keeps the experts; the default is its own.
+        preset: a preset of that experiment. It has the defaults of its fields. The default is its first preset.
+        run_dir: the folder of the experiment, which keeps the experts. The default is the experiment's own folder.
         data_dir: the data directory of tensorflow-datasets; the default is its own (TFDS_DATA_DIR, or
             ~/tensorflow_datasets).
         config: every number of the experiment.
@@ -38,13 +38,13 @@ class ExpertArguments(StageArguments):
     config: tyro.conf.OmitArgPrefixes[Config]
 
     def check(self, *, least_experts: int = 1) -> None:
-        """Refuses what no command can do, before any work.
+        """Refuses options that no command can follow, before any work.
 
         Args:
-            least_experts: that the command needs.
+            least_experts: the number of experts that the command needs at least.
 
         Raises:
-            ValueError: the experiment's own folder for the report, or too few experts.
+            ValueError: if the report would go into the experiment's own folder, or if there are too few experts.
         """
         if self.out_dir.resolve() == self.run_dir.resolve():
             raise ValueError(
@@ -58,16 +58,16 @@ class ExpertArguments(StageArguments):
 
 
 def parse(arguments: Callable[..., Parsed], command: str, description: str, words: Sequence[str]) -> Parsed:
-    """Returns a command line, with the defaults of its experiment's preset: by default digits, and its first preset.
+    """Returns the options of a command line, with the defaults of its experiment's preset. The default is the digits.
 
     Args:
         arguments: `ExpertArguments`, or a class that adds fields to it.
         command: the module, without `experiments.`. The default of `out_dir` begins with the last part of its name.
-        description: what `--help` says.
-        words: the command line.
+        description: the text of `--help`.
+        words: the words of the command line.
 
     Raises:
-        ValueError: an experiment without presets, or a preset that it does not have.
+        ValueError: if the experiment has no presets, or if it does not have this preset.
     """
     prog = f"python -m experiments.{command}"
     parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
@@ -95,7 +95,7 @@ def folder_of(experiment: str, preset: str, presets: Mapping[str, Config]) -> st
 
 
 def _presets(experiment: str) -> Mapping[str, Config]:
-    """The presets of an experiment's module."""
+    """Returns the presets of an experiment's module."""
     name = f"experiments.{experiment}"
     found = experiment.isidentifier() and importlib.util.find_spec(name) is not None
     presets = getattr(importlib.import_module(name), "PRESETS", None) if found else None

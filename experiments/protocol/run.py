@@ -23,16 +23,16 @@ def run(context: Context) -> dict[str, Any]:
     """Does what is not done yet, and returns the results.
 
     Args:
-        context: of `experiments.protocol.context.prepare`.
+        context: what `experiments.protocol.context.prepare` returned.
 
     Returns:
-        A dict that JSON holds: `config`, `data` (names and the counts drawn), `experts` (a row each, with the
-        number of the first seed's target images that it was trained on), `runs` (a row for each seed and Config, with
-        what `experiments.protocol.passes.prior_cost` returns), `seconds` (of each stage), `machine` (all that the
-        stages were made on).
+        A dict that JSON holds. `data` has names and the numbers of images that were drawn. `experts` has a row for each
+        expert, with the number of the first seed's target images that it was trained on. `runs` has a row for each seed
+        and Config, with what `experiments.protocol.passes.prior_cost` returns. `seconds` has those of each stage.
+        `machine` names the machines of all stages. `config` is the config.
 
     Raises:
-        FloatingPointError: a loss that is infinite or not a number, with its stage and step.
+        FloatingPointError: if a loss is infinite or NaN; the error has the stage and the step.
     """
     config, progress, target = context.config, context.progress, context.targets[context.config.seeds[0]]
     drawn = counts(context)
@@ -75,7 +75,7 @@ def run(context: Context) -> dict[str, Any]:
 
 
 def remaining(context: Context) -> dict[str, list[int]]:
-    """Returns what is left to do: the Configs, one for each seed, of `coefficients` and of `fine-tuning`."""
+    """Returns the Configs whose `coefficients` and `fine-tuning` are missing, once for each seed."""
     left: dict[str, list[int]] = {"coefficients": [], "fine-tuning": []}
     for seed in context.config.seeds:
         for number in CONFIGS:

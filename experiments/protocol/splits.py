@@ -1,4 +1,4 @@
-"""Which training images are for validation, for each expert, and for the target (section 5 of the paper)."""
+"""Draws the training images for validation, for each expert, and for the target (section 5 of the paper)."""
 
 from typing import NamedTuple
 
@@ -13,8 +13,9 @@ class Splits(NamedTuple):
 
     Attributes:
         validation: target images that nothing else uses, `[V]`.
-        experts: each expert's images, K arrays `[n]`. They may overlap with one another and with the target images.
-        rest: all but the validation images. Experts' and target images are drawn from them.
+        experts: the images of each expert, K arrays `[n]`. The images of two experts may overlap, and so may those of
+            an expert and the target.
+        rest: all images but the validation images. The images of the experts and of the target are drawn from these.
     """
 
     validation: Indices
@@ -34,15 +35,16 @@ def draw_splits(
     """Draws the validation images, and then the images of each expert from the others, independently.
 
     Args:
-        labels: of the training split, `[N]`.
-        seed: of the draw.
-        num_validation: V.
-        num_experts: K.
-        num_examples: n, the same for each expert.
-        concentration: of the Dirichlet distribution of an expert's class proportions; small is skewed.
+        labels: the labels of the training split, `[N]`.
+        seed: the seed of the draw.
+        num_validation: V, the number of validation images.
+        num_experts: K, the number of experts.
+        num_examples: n, the number of images of each expert.
+        concentration: the concentration of the Dirichlet distribution of an expert's class proportions. A small value
+            gives skewed proportions.
 
     Raises:
-        ValueError: more images asked for than there are, or a concentration that is not above 0.
+        ValueError: if there are fewer images than asked for, or if `concentration` is not above 0.
     """
     if num_validation + num_examples > len(labels):
         raise ValueError(
@@ -61,7 +63,10 @@ def draw_splits(
 
 
 def draw_target(rest: Indices, *, seed: int, num_target: int) -> Indices:
-    """Draws the target images, IID from all but the validation images: `min(num_target, what is there)`."""
+    """Draws the target images, IID from all but the validation images.
+
+    If there are fewer than `num_target`, it takes all.
+    """
     generator = np.random.default_rng([seed, 2])
     return np.sort(generator.choice(rest, size=min(num_target, len(rest)), replace=False))
 
@@ -74,15 +79,16 @@ def class_counts(labels: NDArray[np.int32], num_classes: int) -> list[int]:
 def allocate(proportions: NDArray[np.float64], available: NDArray[np.int64], total: int) -> NDArray[np.int64]:
     """Returns counts of each class near `total * proportions`, none above what is available, with sum `total`.
 
-    Rounds by largest remainders. What a class cannot give is taken from the others in proportion.
+    The counts are rounded by largest remainders. What a class cannot give is taken from the other classes in
+    proportion.
 
     Args:
         proportions: `[C]`, not negative.
         available: `[C]`.
-        total: at most the sum of `available`.
+        total: the sum of the counts, at most the sum of `available`.
 
     Raises:
-        ValueError: a total above what is available.
+        ValueError: if `total` is above the sum of `available`.
     """
     if total > available.sum():
         raise ValueError(f"{total} examples were asked for, but only {available.sum()} are available")
@@ -103,7 +109,7 @@ def allocate(proportions: NDArray[np.float64], available: NDArray[np.int64], tot
 def _dirichlet_subset(
     generator: np.random.Generator, labels: NDArray[np.int32], size: int, concentration: float
 ) -> Indices:
-    """Positions of `size` examples, without replacement, with Dirichlet class proportions."""
+    """Returns the positions of `size` examples, without replacement, with Dirichlet class proportions."""
     available = np.bincount(labels)
     proportions = generator.dirichlet(np.full(len(available), concentration))
     counts = allocate(proportions, available, size)

@@ -27,8 +27,8 @@ class TrainingState(NamedTuple):
     """The state of training. Every leaf has a leading axis of the M models that are trained at once.
 
     Attributes:
-        variables: the networks', each leaf `[M, ...]`.
-        opt_state: of `variables["params"]`.
+        variables: the variables of the networks, each leaf `[M, ...]`.
+        opt_state: the optimizer's state for `variables["params"]`.
     """
 
     variables: Variables
@@ -41,7 +41,7 @@ class EpochFn(Protocol):
     def __call__(
         self, keys: jax.Array, epoch: int, state: TrainingState, examples: Examples, rows: jax.Array, /
     ) -> tuple[TrainingState, np.ndarray]:
-        """Trains model i on `examples[rows[i]]`; returns the next state and the losses of its S steps, `[M, S]`.
+        """Trains model i on `examples[rows[i]]`. Returns the next state, and the losses of the S steps, `[M, S]`.
 
         The state that goes in is donated.
         """
@@ -52,9 +52,9 @@ class Trainer(NamedTuple):
     """How models are trained.
 
     Attributes:
-        init: `init(variables) -> state`, of variables `[M, ...]`.
-        steps: jitted, `steps(keys, first_step, state, examples, rows) -> (state, losses)`: a step on each of the
-            minibatches `rows` `[M, S, B]`; losses `[M, S]`. The state that goes in is donated.
+        init: `init(variables) -> state`, where each leaf of the variables is `[M, ...]`.
+        steps: `steps(keys, first_step, state, examples, rows) -> (state, losses)`, jitted. It takes a step on each of
+            the minibatches `rows` `[M, S, B]`. The losses are `[M, S]`. The state that goes in is donated.
         epoch: one epoch.
     """
 
@@ -68,10 +68,10 @@ class Problem:
     """A network with the preparation of its images.
 
     Attributes:
-        network: as pure functions.
-        mean: of each channel of the training split, float32 `[C]`.
-        std: of each channel of the training split, float32 `[C]`.
-        mesh: the devices that minibatches are sharded over; None is one device.
+        network: the network, as pure functions.
+        mean: the mean of each channel over the training split, float32 `[C]`.
+        std: the standard deviation of each channel over the training split, float32 `[C]`.
+        mesh: the devices over which minibatches are sharded. None is one device.
     """
 
     network: Network
@@ -89,7 +89,10 @@ class Problem:
         return (images.astype(jnp.float32) / 255 - mean) / std
 
     def minibatch_logits(self, variables: Variables, images: jax.Array) -> jax.Array:
-        """Logits `[B, classes]` with BatchNorm by the minibatch. The variables' own statistics are not used."""
+        """Returns logits `[B, classes]` with BatchNorm by the minibatch.
+
+        It does not use the statistics in the variables.
+        """
         return self.network.apply_minibatch(variables["params"], self.normalize(images))[0]
 
     def minibatch_statistics(self, variables: Variables, images: jax.Array) -> Any:
@@ -137,14 +140,15 @@ def make_trainer(
 ) -> Trainer:
     """Returns a trainer. It is compiled once for each number of models and of examples.
 
-    An epoch is one `lax.scan` under one jit. On a CPU it is a jitted call a step: within a loop, XLA:CPU runs the
-    backward pass of a convolution many times slower.
+    An epoch is one `lax.scan` under one jit. On a CPU each step is a jitted call of its own, because XLA:CPU runs the
+    backward pass of a convolution many times slower inside a loop.
 
     Args:
-        problem: what to train.
-        optimizer: of the parameters.
-        batch_size: examples in a minibatch. An epoch leaves out the examples that do not fill a whole one.
-        augmentation: of each minibatch.
+        problem: the network to train, with the preparation of its images.
+        optimizer: the optimizer of the parameters.
+        batch_size: the number of examples in a minibatch. An epoch leaves out the examples that fill no whole
+            minibatch.
+        augmentation: the augmentation of each minibatch.
     """
 
     def loss_fn(params: Any, batch_stats: Any, batch: Examples) -> tuple[jax.Array, Any]:
@@ -200,8 +204,8 @@ def make_trainer(
         return state, np.concatenate(jax.device_get(losses), axis=1)
 
     def init(variables: Variables) -> TrainingState:
-        # A copy, since an epoch donates its state. It is put where an epoch leaves it, or the second epoch would be
-        # compiled anew.
+        # A copy, because an epoch donates its state. It is put where an epoch leaves its state. Otherwise the second
+        # epoch would be compiled anew.
         variables = jax.tree.map(jnp.copy, variables)
         state = TrainingState(variables=variables, opt_state=jax.vmap(optimizer.init)(variables["params"]))
         return put(state, problem.mesh)
@@ -221,19 +225,19 @@ def train(
     """Trains M models at once, an epoch for each item that is taken.
 
     Args:
-        trainer: of `make_trainer`.
+        trainer: what `make_trainer` returned.
         keys: a `jax.random.key` for each model, `[M]`.
         variables: the start, each leaf `[M, ...]`.
-        examples: on the device.
+        examples: the examples, on the device.
         rows: the examples that each model is trained on, int `[M, n]`.
-        num_epochs: the most epochs.
+        num_epochs: the number of epochs over these examples.
 
     Yields:
         The state after each epoch, which the next epoch donates, and the epoch's mean losses, `[M]`.
 
     Raises:
-        ValueError: fewer examples than a minibatch holds.
-        FloatingPointError: a training loss that is infinite or not a number, with its model, epoch and step.
+        ValueError: if there are fewer examples than a minibatch holds.
+        FloatingPointError: if a training loss is infinite or NaN; the error has the model, the epoch and the step.
     """
     state = trainer.init(variables)
     for epoch in range(num_epochs):
@@ -270,8 +274,8 @@ def make_evaluate(problem: Problem) -> Callable[[Variables, Examples], dict[str,
 def crop_and_flip(key: jax.Array, images: jax.Array, *, flip: bool = True) -> jax.Array:
     """Returns images `[B, H, W, C]` shifted at random by up to an eighth of their size, mirrored with probability 1/2.
 
-    The pixels that a shift uncovers are black. He et al., 2016, section 4.2, augment images of 32 x 32 pixels like
-    this.
+    The pixels that a shift uncovers are black. He et al. (2016, section 4.2) augment images of 32 x 32 pixels in this
+    way.
 
     Args:
         key: a `jax.random.key`.

@@ -1,4 +1,4 @@
-"""What the results of a run say: by how much a Config leads, and whether its coefficients mix or select."""
+"""Analyses the results of a run: by how much a Config leads, and whether its coefficients mix or select."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -17,8 +17,8 @@ class Lead(NamedTuple):
     """By how much one Config leads another.
 
     Attributes:
-        points: of test accuracy, for each seed and each fine-tuning epoch, the prior first, `[seeds, epochs + 1]`. Both
-            Configs have the same seeds.
+        points: the lead in points of test accuracy, for each seed and each fine-tuning epoch, `[seeds, epochs + 1]`.
+            The prior comes first. Both Configs have the same seeds.
     """
 
     points: np.ndarray
@@ -35,7 +35,7 @@ class Lead(NamedTuple):
 
     @property
     def signs(self) -> np.ndarray:
-        """Whether it is clearly ahead (1), clearly behind (-1) or neither (0) at each epoch, `[epochs + 1]`."""
+        """Whether the Config is clearly ahead (1), clearly behind (-1) or neither (0) at each epoch, `[epochs + 1]`."""
         return np.array([clear_sign(points) for points in self.points.T])
 
     def at(self, epoch: int) -> str:
@@ -60,7 +60,7 @@ def name_of(number: int) -> str:
 
 
 def by_config(results: Mapping[str, Any], field: str) -> dict[int, np.ndarray]:
-    """Returns a field of the runs, `[seeds, ...]` by Config, of the Configs that the run has."""
+    """Returns a field of the runs by Config, `[seeds, ...]` each."""
     numbers = configs_of(results)
     return {number: np.array([run[field] for run in results["runs"] if run["config"] == number]) for number in numbers}
 
@@ -69,9 +69,9 @@ def lead(results: Mapping[str, Any], number: int, *, of: int = 4) -> Lead:
     """Returns the lead of a Config over another.
 
     Args:
-        results: of a run.
-        number: of the other Config.
-        of: the Config that leads or not. The default is GLUE.
+        results: the results of a run.
+        number: the number of the other Config.
+        of: the number of the Config whose lead it is. The default is GLUE's.
     """
     accuracy = by_config(results, "test_accuracy")
     return Lead(100 * (accuracy[of] - accuracy[number]))
@@ -81,7 +81,7 @@ def clear_sign(values: np.ndarray) -> int:
     """Returns 1 or -1 if the mean over seeds is above or below 0 by Student's t test (one-sided, 5 %), else 0.
 
     Args:
-        values: of each seed, `[seeds]`. For one seed the result is 0.
+        values: the value of each seed, `[seeds]`. For one seed the result is 0.
     """
     count = len(values)
     if count == 1:
@@ -92,20 +92,20 @@ def clear_sign(values: np.ndarray) -> int:
 
 
 def signed(values: np.ndarray) -> str:
-    """Returns mean and standard deviation over seeds, the mean with its sign.
+    """Returns the mean and the standard deviation over seeds as text. The mean has its sign.
 
     Args:
-        values: of each seed, `[seeds]`.
+        values: the value of each seed, `[seeds]`.
     """
     deviation = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
     return f"{values.mean().round(1) + 0.0:+.1f}{deviation}"
 
 
 def num_mixed(alpha: np.ndarray) -> np.ndarray:
-    """Returns how many experts coefficients mix, exp(entropy): K if uniform, 1 if they select one; `[...]`.
+    """Returns how many experts coefficients mix, exp(entropy), `[...]`: K if they are uniform, 1 if they select one.
 
     Args:
-        alpha: weights, each not negative, sum 1, `[..., K]`.
+        alpha: coefficients that are not negative and have the sum 1, `[..., K]`.
     """
     logs = np.log(np.where(alpha > 0, alpha, 1.0))
     return np.exp(-(alpha * logs).sum(axis=-1))

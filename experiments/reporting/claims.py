@@ -25,10 +25,12 @@ EXPLANATION = (
 
 
 def leads(results: Mapping[str, Any]) -> TableCells:
-    """Returns the leads of GLUE over the paper's other Configs, headers and rows. 'Up to' is over fine-tuning epochs.
+    """Returns the leads of GLUE over the paper's other Configs as headers and rows.
+
+    'Up to' is the largest over the epochs.
 
     Args:
-        results: of a run.
+        results: the results of a run.
     """
     paper = LARGEST_LEAD.get(experiment_of(results["config"]) or "", {})
     same_scale = is_at_its_scale(results["config"])
@@ -45,10 +47,10 @@ def leads(results: Mapping[str, Any]) -> TableCells:
 
 
 def leads_of_ours(results: Mapping[str, Any]) -> TableCells:
-    """Returns the leads of Config 5 over the paper's Configs, headers and rows, like `leads`.
+    """Returns the leads of Config 5 over the paper's Configs as headers and rows, like `leads`.
 
     Args:
-        results: of a run that has Config 5.
+        results: the results of a run that has Config 5.
     """
     rows = []
     for number in PAPER_CONFIGS:
@@ -59,10 +61,12 @@ def leads_of_ours(results: Mapping[str, Any]) -> TableCells:
 
 
 def verdicts(results: Mapping[str, Any]) -> TableCells:
-    """Returns the claims of section 5 for one run, headers and rows: the paper's figure, ours in points, the verdict.
+    """Returns the claims of section 5 for one run as headers and rows.
+
+    A row has the paper's figure, ours in points, and the verdict.
 
     Args:
-        results: of a run.
+        results: the results of a run.
     """
     experiment = experiment_of(results["config"]) or ""
     paper = LARGEST_LEAD.get(experiment, {})
@@ -117,7 +121,7 @@ def verdicts(results: Mapping[str, Any]) -> TableCells:
 
 
 def _verdict(signs: Sequence[int] | np.ndarray) -> str:
-    """What clear leads say about a claim."""
+    """Returns what clear leads say about a claim."""
     signs = np.asarray(signs)
     if signs.size and (signs > 0).all():
         return "yes"

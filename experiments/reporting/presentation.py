@@ -30,8 +30,8 @@ class Report(NamedTuple):
 
     Attributes:
         markdown: the report.
-        figures: by the names of their files, which the report points to.
-        tables: by title, the header and the rows. They are printed.
+        figures: the pictures, by the names of their files. The report points to them.
+        tables: the header and the rows of each table that is printed, by title.
     """
 
     markdown: str
@@ -39,7 +39,10 @@ class Report(NamedTuple):
     tables: Mapping[str, TableCells]
 
     def write(self, folder: Path, results: Mapping[str, Any] | None = None) -> None:
-        """Writes `results.json`, where results are given, the pictures and `report.md`, each whole or not at all."""
+        """Writes `results.json` if results are given, the pictures and `report.md`.
+
+        Each is written whole or not at all.
+        """
         # Everything is made before anything is written. The report points to the rest, so it is written last.
         contents = {name: png(figure) for name, figure in self.figures.items()}
         if results is not None:
@@ -48,7 +51,7 @@ class Report(NamedTuple):
             write_whole(folder / name, functools.partial(Path.write_bytes, data=content))
 
     def show(self, folder: Path, console: Console) -> None:
-        """Prints the tables, and where the report is."""
+        """Prints the tables, and the path of the report."""
         for title, table in self.tables.items():
             console.print(rich_table(title, *table))
         console.print(f"report: {folder / 'report.md'}", highlight=False, soft_wrap=True)
@@ -58,8 +61,8 @@ def page(results: Mapping[str, Any], *blocks: str) -> str:
     """Returns a report: the title, the command and the machine, and then some blocks of Markdown.
 
     Args:
-        results: with `title`, `command` and `machine`.
-        *blocks: Markdown.
+        results: the results, with `title`, `command` and `machine`.
+        *blocks: the blocks of the report, Markdown.
     """
     head = f"# {results['title']}", f"    {results['command']}", f"Run on {results['machine']}."
     return "\n\n".join([*head, *blocks]) + "\n"
@@ -90,19 +93,22 @@ def number(value: float) -> str:
 
 
 def ends(values: Iterable[float]) -> str:
-    """Returns the least and the most of some numbers, once if they are equal."""
+    """Returns the least and the most of some numbers as text. Equal numbers are there once."""
     ordered = sorted(values)
     return " to ".join(dict.fromkeys((number(ordered[0]), number(ordered[-1]))))
 
 
 def spread(values: np.ndarray, digits: int) -> str:
-    """Returns mean and standard deviation. Equal values have no deviation, as where nothing depends on the seed."""
+    """Returns the mean and the standard deviation as text.
+
+    Equal values have none, as when nothing depends on the seed.
+    """
     deviation = f" ± {values.std(ddof=1):,.{digits}f}" if np.ptp(values) > 0 else ""
     return f"{values.mean():,.{digits}f}{deviation}"
 
 
 def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns a Markdown table, numbers to the right."""
+    """Returns a Markdown table. Numbers are on the right of their cells."""
     lines = [headers, ["---", *["---:"] * (len(headers) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -112,19 +118,19 @@ def table_of(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -> T
 
     Args:
         rows: the fields of each row.
-        columns: by header, a format string that takes fields, for example `{loss:.3f}` or `{times[full_step]:.0f}`.
+        columns: a format string for each header. It takes fields, for example `{loss:.3f}` or `{times[full_step]:.0f}`.
     """
     return list(columns), [[cell.format_map(row) for cell in columns.values()] for row in rows]
 
 
 class Claim(NamedTuple):
-    """A claim of the paper, beside what was measured.
+    """A claim of the paper, with what was measured.
 
     Attributes:
         claim: in the paper's words.
-        section: of the paper.
+        section: the section of the paper.
         quantity: what was measured.
-        values: of the quantity, one for each case.
+        values: the value of the quantity in each case.
         holds: whether the claim holds in each case.
     """
 
@@ -136,7 +142,10 @@ class Claim(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """'yes' if it holds in all cases, 'no' if in none, else in how many; '-' without a case."""
+        """'yes' if the claim holds in all cases, 'no' if in none.
+
+        Otherwise it says in how many. Without a case it is '-'.
+        """
         held = sum(self.holds)
         if 0 < held < len(self.holds):
             return f"in {held} of {len(self.holds)}"
@@ -144,7 +153,7 @@ class Claim(NamedTuple):
 
 
 def claim_table(claims: Iterable[Claim]) -> TableCells:
-    """Returns the header and a row for each claim: the least and the most that was measured, and the verdict."""
+    """Returns the header, and a row for each claim: the least and the most that was measured, and the verdict."""
     return ["the paper", "section", "measured", "least to most", "holds"], [
         [found.claim, found.section, found.quantity, ends(found.values) if found.values else "-", found.verdict]
         for found in claims
@@ -152,7 +161,7 @@ def claim_table(claims: Iterable[Claim]) -> TableCells:
 
 
 def rich_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Returns a table for the terminal, numbers to the right."""
+    """Returns a table for the terminal. Numbers are on the right of their cells."""
     table = Table(title=title)
     for header in headers:
         table.add_column(header, justify="left" if header == headers[0] else "right")

@@ -44,7 +44,7 @@ def present(results: Mapping[str, Any]) -> Report:
     """Returns all that is shown of a run.
 
     Args:
-        results: of a run, with its `title` and `machine`.
+        results: the results of a run, with its `title` and `machine`.
     """
     pictures = {"figure1.png": _accuracy_figure(results), "alpha.png": _alpha_figure(results)}
     name = f"{results['title']}: the prior and the fine-tuned model on the test images"
@@ -66,10 +66,10 @@ def draw_accuracy(axes: Axes, results: Mapping[str, Any]) -> None:
 
 
 def config_table(results: Mapping[str, Any]) -> TableCells:
-    """Returns headers and rows of the Configs: accuracy and loss on the test split, before fine-tuning and after.
+    """Returns headers and rows of the Configs: accuracy and loss on the test split, before and after fine-tuning.
 
     Args:
-        results: of a run.
+        results: the results of a run.
     """
     accuracy, loss = by_config(results, "test_accuracy"), by_config(results, "test_loss")
     headers = ["Config", "prior, %", "prior, loss", "tuned, %", "tuned, loss"]
@@ -83,10 +83,10 @@ def config_table(results: Mapping[str, Any]) -> TableCells:
 
 
 def cost_table(results: Mapping[str, Any]) -> TableCells:
-    """Returns headers and rows of what each Config's prior took. A run of an older version did not count.
+    """Returns headers and rows of the cost of each Config's prior. A run of an older version did not count it.
 
     Args:
-        results: of a run.
+        results: the results of a run.
     """
     fields = ("forward_passes", "backward_passes", "prior_seconds")
     rows = []
@@ -101,7 +101,7 @@ def cost_table(results: Mapping[str, Any]) -> TableCells:
 
 
 def _blocks(results: Mapping[str, Any]) -> Iterable[str]:
-    """The report, block by block."""
+    """Yields the report, block by block."""
     config, data = results["config"], results["data"]
     yield f"# {results['title']}"
     images = [str(data[name]) for name in ("target", "validation", "test")]
@@ -154,7 +154,7 @@ def _blocks(results: Mapping[str, Any]) -> Iterable[str]:
 
 
 def _mixing_table(results: Mapping[str, Any]) -> TableCells:
-    """Whether the learned coefficients mix or select, and what their loss gains in accuracy."""
+    """Returns whether the learned coefficients mix or select, and how their prior's loss and accuracy compare."""
     accuracy, loss, alpha = (by_config(results, field) for field in ("test_accuracy", "test_loss", "alpha"))
     best = max(row["test_accuracy"] for row in results["experts"])
     return ["Config", "mixes", "largest α", "of expert", "loss", "accuracy", "over the best expert"], [

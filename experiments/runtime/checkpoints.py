@@ -20,14 +20,14 @@ def save(path: Path, tree: Any) -> str:
     """Writes a pytree of arrays to a folder, whole or not at all.
 
     Args:
-        path: the folder, whose parents are made. What is there is replaced.
+        path: the folder. Its parents are made. What is there is replaced.
         tree: any pytree of arrays.
 
     Returns:
-        The arrays' checksum, for `load`.
+        The checksum of the arrays, for `load`.
 
     Raises:
-        OSError: a disk without room for it.
+        OSError: if the disk has no room.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -37,7 +37,7 @@ def save(path: Path, tree: Any) -> str:
         # It comes from tensorstore, or from orbax itself.
         if os.strerror(errno.ENOSPC) not in str(error):
             raise
-        # The next attempt needs this room.
+        # The next attempt needs the room of what was written.
         for left in path.parent.glob(f"{glob.escape(path.name)}.orbax-checkpoint-tmp*"):
             shutil.rmtree(left, ignore_errors=True)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
@@ -48,16 +48,16 @@ def load(path: Path, like: Any, sharding: jax.sharding.Sharding | None = None, *
     """Reads a pytree that `save` wrote.
 
     Args:
-        path: what was given to `save`.
-        like: a pytree of the same structure, of arrays or `jax.ShapeDtypeStruct`.
-        sharding: where its arrays go; None is the first device.
-        expected: what `save` returned. None does not check.
+        path: the `path` of `save`.
+        like: a pytree of the same structure. Its leaves are arrays or `jax.ShapeDtypeStruct`s.
+        sharding: the place of the arrays. None is the first device.
+        expected: what `save` returned. None checks nothing.
 
     Returns:
         The pytree, of arrays.
 
     Raises:
-        DamagedStageError: a folder that cannot be read, or whose arrays are not those that were written.
+        DamagedStageError: if the folder cannot be read, or if its arrays are not those that were written.
     """
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like)
@@ -65,10 +65,10 @@ def load(path: Path, like: Any, sharding: jax.sharding.Sharding | None = None, *
         with quiet(), plain(path) as place:
             tree = ocp.load(str(place), abstract)
     except jax.errors.JaxRuntimeError:
-        # An error of the device, for example too little memory.
+        # This is an error of the device, for example too little memory.
         raise
     except Exception as error:
-        # Any error of orbax and tensorstore in a folder with missing or wrong files.
+        # orbax and tensorstore have many errors for missing or wrong files.
         first_line = next(iter(str(error).splitlines()), "")
         raise DamagedStageError(path, f"{type(error).__name__}: {first_line[:200]}") from error
     if expected is not None and checksum(tree) != expected:
@@ -77,7 +77,7 @@ def load(path: Path, like: Any, sharding: jax.sharding.Sharding | None = None, *
 
 
 def checksum(tree: Any) -> str:
-    """Returns a digest of a pytree's paths, shapes, dtypes and numbers."""
+    """Returns a digest of the paths, shapes, dtypes and numbers of a pytree."""
     found = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         array = np.asarray(leaf)

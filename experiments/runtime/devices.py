@@ -1,4 +1,4 @@
-"""Several devices: each minibatch is sharded over them, and each device holds all else."""
+"""Several devices: each minibatch is sharded over the devices, and each device holds everything else."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding,
 
 
 def make_mesh() -> Mesh | None:
-    """Returns the mesh of all devices, with the one axis `batch`; None for a single device."""
+    """Returns the mesh of all devices, with the one axis `batch`. Returns None for a single device."""
     if jax.device_count() == 1:
         return None
     return jax.make_mesh((jax.device_count(),), ("batch",), axis_types=(AxisType.Auto,))
@@ -28,7 +28,7 @@ def put(tree: Any, mesh: Mesh | None) -> Any:
 
 
 def shard_batch(array: jax.Array, mesh: Mesh | None) -> jax.Array:
-    """Returns an array, under jit. Its leading axis is sharded over the devices if their number divides it."""
+    """Returns an array, under jit. Its leading axis is sharded over the devices if their number divides its length."""
     if mesh is None or len(array) % mesh.size:
         return array
     return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec("batch")))

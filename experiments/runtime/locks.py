@@ -19,11 +19,12 @@ def locked(folder: Path) -> Iterator[None]:
     """Keeps a folder for this process. A process that is killed gives it back.
 
     Args:
-        folder: made if it does not exist, and removed if it is empty in the end. It has a hidden file meanwhile.
+        folder: the folder. It is made if it does not exist, and removed if it is empty in the end. In the meantime it
+            has a hidden file.
 
     Raises:
-        LockedError: another process, named by its id, works in the folder.
-        OSError: a folder that cannot be made or written.
+        LockedError: if another process works in the folder; the error has the id of the process.
+        OSError: if the folder cannot be made or written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _FILE

@@ -31,13 +31,13 @@ def session(out_dir: Path, console: Console, command: str) -> Iterator[ProgressB
     Args:
         out_dir: the folder, which keeps the finished stages and the report.
         console: where progress is shown.
-        command: the command line, as `python -m experiments.digits`.
+        command: the command line, such as `python -m experiments.digits`.
 
     Raises:
-        SystemExit: with one line, for a folder that cannot be made or written, in which another process works, or which
-            holds the results of another command; for a loss that is not finite; for a damaged stage; for a full disk
-            or another file that cannot be read or written; for no device, or too little memory of it. With
-            `INTERRUPTED`, for an interruption, after saying that finished stages are kept.
+        SystemExit: with one line, if the folder cannot be made or written, if another process works in it, or if it
+            holds the results of another command. Also if a loss is not finite, if a stage is damaged, if the disk is
+            full or another file cannot be read or written, or if there is no device or too little memory on it. After
+            an interruption the status is `INTERRUPTED`, and the line says that finished stages are kept.
     """
     _check_device()
     with ProgressBars(console) as progress, exit_on(FloatingPointError, DamagedStageError, LockedError):
@@ -86,7 +86,7 @@ def exit_on(*errors: type[Exception]) -> Iterator[None]:
     """Ends the command with one line for these errors, without a traceback. They are errors that the user can correct.
 
     Raises:
-        SystemExit: in the place of such an error.
+        SystemExit: in place of such an error.
     """
     try:
         yield
@@ -108,7 +108,7 @@ def failure(error: OSError, out_dir: Path) -> str:
 
 
 def _kept(out_dir: Path) -> str:
-    """What a command leaves if it ends early."""
+    """Returns what a command leaves if it ends early, in words."""
     kept = f"finished stages are kept in {out_dir}, the same command goes on from them"
     return kept if out_dir.is_dir() and any(out_dir.iterdir()) else "no stage was finished yet"
 
@@ -127,7 +127,7 @@ def _check_device() -> None:
 
 
 def _check_place(out_dir: Path) -> None:
-    """Ends the command for a folder that is hardly meant."""
+    """Ends the command if its folder is probably a mistake."""
     if out_dir == Path() or out_dir.parts[0].endswith(":"):
         sys.exit(f"--out-dir is {str(out_dir)!r}: expected the name of a folder on this machine")
     for name, is_right in (("stages", Path.is_dir), ("results.json", Path.is_file)):
@@ -153,7 +153,7 @@ def _check_owner(out_dir: Path, command: str) -> None:
 
 
 def _owner_of(results: Any) -> str:
-    """The command whose results these are."""
+    """Returns the command whose results these are."""
     if isinstance(results, dict) and isinstance(results.get("experiment"), str):
         return f"experiments.{results['experiment']}"
     if isinstance(results, dict) and isinstance(results.get("command"), str):
@@ -162,7 +162,7 @@ def _owner_of(results: Any) -> str:
 
 
 def _owner(command: str) -> str:
-    """A command's module, with the experiment whose experts it uses, if it names one."""
+    """Returns a command's module, with the experiment whose experts it uses, if it names one."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--experiment", default=DEFAULT_EXPERIMENT)
     try:

@@ -2,9 +2,9 @@
 
 A digest covers all definitions that a function reaches within this repository: its own definition, those of the
 functions, classes and constants that it names, and so on. Docstrings, comments, annotations, layout and the words of
-errors do not count. Neither do definitions that nothing reaches: a change of a picture or of a report does not change a
-digest. A digest does not see what the text does not name. For example, a function that arrives in a field is named
-where it is made, so a digest also begins there.
+errors do not count. Definitions that the function does not reach do not count either. So a change of a picture or of a
+report does not change a digest. A digest does not see what the text does not name. For example, the text does not name
+a function that is the value of a field. The place where the field is filled names it, so a digest also begins there.
 """
 
 import ast
@@ -38,8 +38,9 @@ class _Module(NamedTuple):
     """A parsed module.
 
     Attributes:
-        definitions: the statements that bind a name; under `_AT_IMPORT` those that bind none, and run at its import.
-        imports: where a name comes from: a module, and a name there or None.
+        definitions: the statements that bind each name. Under `_AT_IMPORT` are those that bind no name, and run when
+            the module is imported.
+        imports: the origin of each imported name: a module, and a name there or None.
     """
 
     definitions: dict[str, list[ast.stmt]]
@@ -50,8 +51,8 @@ class _Definition(NamedTuple):
     """What a digest holds of a name.
 
     Attributes:
-        text: its statements, without what decides no result.
-        names: the names in the text, in their order.
+        text: the statements of the definition, without what decides no result.
+        names: the names in the text, in their order there.
         beside: the names beside the text: in annotations, in the words of errors, and in what the import of its module
             runs.
     """
@@ -74,7 +75,7 @@ def functions_in(value: Any) -> list[Callable[..., Any]]:
             else has none.
 
     Raises:
-        ValueError: a function that was made within another one, with values that no digest sees.
+        ValueError: if a function was made within another one, with values that no digest sees.
     """
     if isinstance(value, functools.partial):
         parts = [value.func, *value.args, *value.keywords.values()]
@@ -96,8 +97,8 @@ def functions_in(value: Any) -> list[Callable[..., Any]]:
 def digest(*names: str, leaving_out: Collection[str] = ()) -> str:
     """Returns a digest of all source that some definitions reach.
 
-    It holds the text of each definition, and the definition that each name stands for. The module of a definition does
-    not matter, so a definition may move to another module.
+    The digest covers the text of each definition, and the definition that each name stands for. The module of a
+    definition does not matter, so a definition may move to another module.
 
     Args:
         *names: the definitions to begin with, each as `module:name`.
@@ -107,7 +108,7 @@ def digest(*names: str, leaving_out: Collection[str] = ()) -> str:
         16 hexadecimal digits.
 
     Raises:
-        ValueError: a name that its module does not define.
+        ValueError: if a module does not define such a name.
     """
     for name in (*names, *leaving_out):
         module, _, defined = name.partition(":")

@@ -19,7 +19,7 @@ from experiments.runtime.progress import Stage
 
 
 class DamagedStageError(RuntimeError):
-    """A stage's file or folder does not hold what was written."""
+    """The file or folder of a stage does not hold what was written."""
 
     def __init__(self, path: Path, why: object):
         """Says what is damaged, why, and what to do."""
@@ -27,22 +27,23 @@ class DamagedStageError(RuntimeError):
 
 
 class Stages:
-    """Results of stages under one folder.
+    """The results of stages, under one folder.
 
     A result is filed under the name of its stage and a fingerprint of all that it depends on: the settings, the data,
-    and the source that computes it (`experiments.runtime.sources`). So a run that was interrupted goes on, and a run
-    that is repeated has nothing to do. If a setting or the source changes, the stages that depend on it are done anew,
-    and the old results stay.
+    and the source that computes it (`experiments.runtime.sources`). So an interrupted run continues, and a repeated run
+    has nothing to do. If a setting or the source changes, the stages that depend on it are done anew, and the old
+    results stay.
     """
 
     def __init__(self, folder: Path, accept: Collection[str] = (), say: Callable[[str], object] = print):
         """Keeps results under a folder.
 
         Args:
-            folder: where to.
-            accept: kinds of stages, the first part of their names, for example `experts`. A result of such a stage
-                with the same settings and data is taken even if other source computed it, and filed as this source's.
-            say: called with a line about each such stage.
+            folder: the folder.
+            accept: kinds of stages, for example `experts`. The kind is the first part of a stage's name. A result of
+                such a stage with the same settings and data is taken even if other source computed it. It is then filed
+                as this source's.
+            say: a function that is called with a line about each such stage.
         """
         self._folder, self._accept, self._say = folder, accept, say
 
@@ -50,11 +51,12 @@ class Stages:
         """Returns the place of a stage's result, without a suffix.
 
         Args:
-            name: of the stage. It may contain slashes, and no dots, since a suffix begins with a dot.
+            name: the name of the stage. It may contain slashes. It may not contain dots, because a suffix begins with a
+                dot.
             depends_on: anything that JSON holds. Its `code` is the digest of the source that computes the stage.
 
         Raises:
-            ValueError: a name with a dot, or no `code`.
+            ValueError: if the name has a dot, or if `depends_on` has no `code`.
         """
         if "." in name:
             raise ValueError(f"name is {name!r}; expected one without a dot, where a suffix would begin")
@@ -68,7 +70,7 @@ class Stages:
         """Returns the result of a stage, or None if it is not done.
 
         Raises:
-            DamagedStageError: a file that does not hold what `write` wrote there.
+            DamagedStageError: if the file does not hold what `write` wrote there.
         """
         path = self.path(name, depends_on).with_suffix(".json")
         if not path.exists() and not self._carry_over(name, depends_on):
@@ -79,7 +81,7 @@ class Stages:
         return result
 
     def write(self, name: str, depends_on: Mapping[str, Any], result: dict[str, Any]) -> dict[str, Any]:
-        """Keeps the result of a stage, a dict that JSON holds, of finite numbers. Returns it with its `machine`."""
+        """Keeps the result of a stage, a dict that JSON holds, with finite numbers. Returns it with its `machine`."""
         result = {"machine": machine(), **result}
         write_json(self.path(name, depends_on).with_suffix(".json"), _sealed(_stage(name, depends_on), result))
         return result
@@ -174,10 +176,10 @@ def reading(path: Path, way_out: str) -> Iterator[None]:
 
     Args:
         path: the file.
-        way_out: what to do.
+        way_out: what the user can do.
 
     Raises:
-        ValueError: in the place of what the content raised.
+        ValueError: in place of the error that the content raised.
     """
     try:
         yield
@@ -192,7 +194,7 @@ def read_json(path: Path) -> Any:
     """Returns the content of a JSON file.
 
     Raises:
-        ValueError: a file that is not JSON, or has a number that is not finite.
+        ValueError: if the file is not JSON, or has a number that is not finite.
     """
 
     def refuse(word: str) -> None:
@@ -210,8 +212,9 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Lets `write` make a file beside `path`, and then moves it there.
 
     Args:
-        path: the file; its parents are made.
-        write: called with another path with the same suffix, which it writes. No other process writes there.
+        path: the file. Its parents are made.
+        write: a function that writes a file. It is called with another path with the same suffix, where no other
+            process writes.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.new{path.suffix}")

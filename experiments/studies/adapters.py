@@ -3,10 +3,10 @@
     python -m experiments.studies.adapters
 
 The base learns scikit-learn's digits in mirror writing. Each of five adapters then learns 200 digits as they are, with
-class proportions of its own. Their blend is to read all digits. The coefficients are learned on 300 target images by
-Gauss-Newton in JAX. PyTorch trains the base and the adapters. PEFT writes the adapters, and reads every blend.
+class proportions of its own. The blend should classify all digits. Gauss-Newton in JAX learns its coefficients on 300
+target images. PyTorch trains the base and the adapters. PEFT writes the adapters, and reads every blend.
 
-It takes four minutes on one CPU core. It needs PyTorch and PEFT: pip install torch peft.
+The study takes four minutes on one CPU core. It needs PyTorch and PEFT: pip install torch peft.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ class Arguments:
 
     Attributes:
         out_dir: the folder of the report.
-        seeds: of the draws of images, the base, the adapters and the minibatches.
+        seeds: the seeds of the draws of images, of the base, of the adapters and of the minibatches.
         base_steps: the steps of Adam that the base takes, with rate 1e-3.
         adapter_steps: the steps of Adam that each adapter takes, with rate 3e-3.
         learning_steps: the largest number of steps of Gauss-Newton.
@@ -71,7 +71,7 @@ class Arguments:
     learning_steps: int = 100
 
     def __post_init__(self) -> None:
-        """Refuses values out of their range, by a ValueError with the field, its value, and what was expected."""
+        """Refuses values out of their range. The ValueError has the field, its value, and what was expected."""
         if not self.seeds:
             raise ValueError("seeds is empty; expected at least one seed")
         check_counts(base_steps=self.base_steps, adapter_steps=self.adapter_steps, learning_steps=self.learning_steps)
@@ -91,7 +91,7 @@ def average_apart(paths: Sequence[Path], out: Path) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures, from a command line (None is the process's) to the report.
+    """Measures, and writes the report. `arguments` is the command line. None is that of this process.
 
     Returns:
         The results: `title`, `command`, `machine`, `config`, and `rows`, each with `adapter`, and, by seed, `losses` in
@@ -198,7 +198,7 @@ def learn(
     merge_fn: Callable[..., Any],
     beta: jax.Array | None,
 ) -> jax.Array:
-    """Returns free coefficients from Gauss-Newton, `[K]` or by layer, learned in float32 from the average's."""
+    """Returns free coefficients by Gauss-Newton, `[K]` or by layer. They are learned in float32 from the average on."""
     weights = {name: jnp.asarray(to_numpy(tensor), jnp.float32) for name, tensor in base.state_dict().items()}
     loss_fn = glue_jax.OutputLoss(
         lambda adapter, batch: patch_transformer.outputs(add_adapter(weights, adapter), batch["x"]),
@@ -220,7 +220,7 @@ def learn(
 
 
 def trained_base(examples: Mapping[str, np.ndarray], steps: int, seed: int) -> Any:
-    """Returns a transformer of PyTorch that was trained in float32, in bfloat16."""
+    """Trains a transformer of PyTorch in float32, and returns it in bfloat16."""
     torch = library("torch")
     torch.manual_seed(seed)
     model = patch_transformer.network(torch)
@@ -256,7 +256,7 @@ def tested(base: Any, adapter: Path | None, examples: Mapping[str, np.ndarray]) 
 
 
 def _train(torch: Any, model: Any, examples: Mapping[str, np.ndarray], steps: int, rate: float) -> None:
-    """Trains what may be trained in a model by Adam."""
+    """Trains the parameters of a model that may be trained, by Adam."""
     optimizer = torch.optim.Adam([tensor for tensor in model.parameters() if tensor.requires_grad], lr=rate)
     x, y = torch.from_numpy(examples["x"]), torch.from_numpy(examples["y"]).long()
     for chosen in _minibatches(torch, len(x), steps):

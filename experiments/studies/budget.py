@@ -4,11 +4,11 @@
     python -m experiments.studies.budget
     python -m experiments.studies.budget --experiment cifar10 --passes 128000
 
-Each way learns the same coefficients from the same target images, and is measured on validation and test images as it
-goes. Passes, seconds and FLOPs are those of learning alone, without compilation and without what is measured.
+Each way learns the same coefficients from the same target images. It is measured on validation and test images as it
+goes. Passes, seconds and FLOPs are those of learning alone, without compilation and without these measurements.
 
-Experts are read from `--run-dir`, where the experiment's own command keeps them (give it the same options); those that
-are missing are trained. Each way's curve is kept, so a run goes on where it was stopped.
+The experts are read from `--run-dir`, where the experiment's own command keeps them (give it the same options). Missing
+experts are trained. Each way's curve is kept, so a stopped run continues.
 """
 
 import dataclasses
@@ -56,10 +56,10 @@ RATES: Mapping[Sharing, Mapping[str, float]] = {
 TOLERANCE = 0.01
 """How near to the best loss of all ways counts as there, relatively."""
 _POINTS = 25
-# The time of a backward pass over the time of a forward pass, at least. Ways with backward passes take fewer steps.
+# A backward pass takes at least so many times as long as a forward pass. Ways with backward passes take fewer steps.
 _BACKWARD = 3
 _MOST_IMAGES = 1000
-# What a way takes, and how a table shows it.
+# The costs of a way, and how a table shows them.
 _TAKEN: Mapping[str, Callable[[float], str]] = {
     "forward": "{:,.0f}".format,
     "backward": "{:,.0f}".format,
@@ -73,11 +73,11 @@ class Arguments(ExpertArguments):
     """What a command line says.
 
     Attributes:
-        passes: the most forward passes, of one model on one image, of each way. The full gradient takes a quarter of
-            them, since a backward pass takes as long as three forward passes or more.
-        sharing: what has coefficients of its own.
-        ways: those whose names contain one of these words; none given are all.
-        rate: of Adam, for the ways that are not as in the paper; None is what `RATES` has.
+        passes: the largest number of forward passes of each way. A pass is one model on one image. The full gradient
+            takes a quarter of them, because a backward pass takes as long as three forward passes or more.
+        sharing: the parts of the network that have their own coefficients.
+        ways: the ways whose names contain one of these words. The default is all ways.
+        rate: Adam's learning rate for the ways that are not as in the paper. None is the rate in `RATES`.
     """
 
     passes: int = 128_000
@@ -89,7 +89,7 @@ class Arguments(ExpertArguments):
         """Refuses values out of their range.
 
         Raises:
-            ValueError: with the field, its value, and what was expected.
+            ValueError: if a value is out of its range; the error has the field, its value, and what was expected.
         """
         check_counts(passes=self.passes)
         if self.rate is not None:
@@ -106,13 +106,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Measures, from a command line to the report.
 
     Args:
-        arguments: the command line; None is the process's.
+        arguments: the command line. None is that of this process.
 
     Returns:
-        The results: `title`, `command`, `machine`, `config`, and `curves`. A curve is of one sharing, way and seed. It
-        has `sharing`, `dimension`, `way`, `seed`, and lists over points: `forward` and `backward` passes, `flops` of
-        the compiled steps (for the ways that have some), `learning_seconds`, `validation_loss` and `test_loss`
-        (cross-entropy, nats).
+        The results: `title`, `command`, `machine`, `config`, and `curves`. There is a curve for each sharing, way and
+            seed. It has `sharing`, `dimension`, `way`, `seed`, and lists over points: `forward` and `backward` passes,
+            `flops` of the compiled steps (for the ways that have some), `learning_seconds`, `validation_loss` and
+            `test_loss` (cross-entropy, nats).
     """
     return frame.run(
         Arguments,
@@ -127,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def measure(context: Context, parsed: Arguments, stages: Stages) -> list[dict[str, Any]]:
-    """Learns by each way what is not learned yet, and returns the `curves` that `main` returns."""
+    """Runs the ways that are not done yet, and returns the `curves` that `main` returns."""
     config = context.config
     experts = glue_jax.stack_experts(train_experts(context)[0])
     fields = {
@@ -161,9 +161,9 @@ def coefficients(context: Context, experts: Variables, sharing: Sharing) -> Coef
     """Returns what is learned.
 
     Args:
-        context: of `experiments.protocol.context.prepare`.
-        experts: stacked, each leaf `[K, ...]`.
-        sharing: what has coefficients of its own.
+        context: what `experiments.protocol.context.prepare` returned.
+        experts: the stacked experts, each leaf `[K, ...]`.
+        sharing: the parts of the network that have their own coefficients.
     """
     k = context.config.num_experts
     if sharing == "softmax":
@@ -185,7 +185,7 @@ def coefficients(context: Context, experts: Variables, sharing: Sharing) -> Coef
 
 
 def _evaluation(context: Context, problem: Coefficients) -> Any:
-    """A function of beta that returns the validation and the test loss, of at most so many images."""
+    """Returns a function from beta to the validation loss and the test loss, on at most so many images."""
 
     @jax.jit
     def loss(beta: Any, batch: Any) -> jax.Array:
@@ -205,7 +205,7 @@ def _evaluation(context: Context, problem: Coefficients) -> Any:
 
 
 def _curve(context: Context, problem: Coefficients, way: Way, seed: int, passes: int, evaluate: Any) -> dict[str, Any]:
-    """What a way reaches by passes and seconds."""
+    """Returns what a way reaches, by passes and seconds."""
     target = context.target(seed)
     size = min(way.batch_size, len(target.labels))
     per_step = way.forward(problem.dimension) * size
@@ -235,13 +235,16 @@ def _curve(context: Context, problem: Coefficients, way: Way, seed: int, passes:
 
 
 def reached(curve: Mapping[str, Any], loss: float) -> dict[str, float] | None:
-    """Returns what it took to the first point with a validation loss of at most `loss`; None if there is none."""
+    """Returns the cost up to the first point with a validation loss of at most `loss`.
+
+    Returns None if there is none.
+    """
     there = np.flatnonzero(np.array(curve["validation_loss"]) <= loss)
     return {name: curve[name][there[0]] for name in _TAKEN if name in curve} if there.size else None
 
 
 def table(results: Mapping[str, Any], sharing: str) -> tuple[list[str], list[list[str]]]:
-    """Returns a row for each way: what it took to within `TOLERANCE` of each seed's best validation loss."""
+    """Returns a row for each way: its cost to come within `TOLERANCE` of each seed's best validation loss."""
     curves = [curve for curve in results["curves"] if curve["sharing"] == sharing]
     seeds = sorted({curve["seed"] for curve in curves})
     best = {seed: min(min(c["validation_loss"]) for c in curves if c["seed"] == seed) for seed in seeds}

@@ -1,11 +1,11 @@
-"""What a radius costs that nobody tuned, and what calibration gives.
+"""How much an untuned radius costs, and what calibration gives.
 
     python -m experiments.studies.calibration
     python -m experiments.studies.calibration --experiment cifar10 --seeds 0
 
 GLUE learns the coefficients, as Config 4 does, with each radius of a sweep around the experiment's own. It also learns
-them with the radius that `glue_jax.calibrate` proposes to a user whose guess is 100 or 10,000 times too small or too
-large. That search reaches three decades to either side of the guess.
+them with the radius that `glue_jax.calibrate` proposes to a user whose guess is wrong by a factor of 100 or 10,000. The
+guess is too small or too large. `calibrate` searches three decades to either side of the guess.
 
 The experts are read from `--run-dir`, where the experiment's own command keeps them (give it the same options). Missing
 experts are trained.
@@ -45,11 +45,11 @@ _CALIBRATION = 4
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures, from a command line (None is the process's) to the report.
+    """Measures, and writes the report. `arguments` is the command line. None is that of this process.
 
     Returns:
-        The results: `title`, `command`, `machine`, `config`, and `rows`. A row is of one radius and seed. It has `way`,
-        `seed`, `radius`, `loss`, the best validation loss in nats, and `steps`.
+        The results: `title`, `command`, `machine`, `config`, and `rows`. There is a row for each radius and seed. It
+            has `way`, `seed`, `radius`, `loss` (the best validation loss in nats) and `steps`.
     """
     return frame.run(
         ExpertArguments,
@@ -67,8 +67,8 @@ def measure(context: Context, stages: Stages) -> list[dict[str, Any]]:
     """Learns from each radius what is not learned yet.
 
     Args:
-        context: of the run whose experts these are. Missing experts are trained.
-        stages: where the results are kept.
+        context: the context of the run whose experts these are. Missing experts are trained.
+        stages: the stages that keep the results.
 
     Returns:
         The `rows` that `main` returns.
@@ -102,13 +102,13 @@ def calibrated_radius(context: Context, experts: Variables, seed: int, guess: fl
     """Returns what `glue_jax.calibrate` proposes at the start of learning, the uniform average.
 
     Args:
-        context: of `experiments.protocol.context.prepare`.
-        experts: stacked, each leaf `[K, ...]`.
-        seed: of target images and directions.
-        guess: the middle, on a logarithmic axis, of the radii that are tried.
+        context: what `experiments.protocol.context.prepare` returned.
+        experts: the stacked experts, each leaf `[K, ...]`.
+        seed: the seed of target images and directions.
+        guess: the middle of the radii that are tried, on a logarithmic axis.
 
     Raises:
-        FloatingPointError: no radius changes the loss, for example since the change is rounded away.
+        FloatingPointError: if no radius changes the loss, for example because rounding hides the change.
     """
     batch = context.images(context.targets[seed][:_IMAGES])
 
@@ -124,7 +124,7 @@ def calibrated_radius(context: Context, experts: Variables, seed: int, guess: fl
                 loss,
                 glue_jax.coefficients.weights_to_logits(glue_jax.coefficients.uniform(config.num_experts)),
                 radii=[float(radius) for radius in guess * _SEARCH],
-                # A probe has many images. So many probes at once fit the memory wherever a step does.
+                # A probe has many images. If a step fits into memory, so many probes at once fit too.
                 probe_batch_size=None if on_cpu(batch) else 2,
             )
     except ValueError as error:
@@ -167,7 +167,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> TableCells:
     """Returns a row for each radius of the sweep, and for each guess.
 
     Args:
-        rows: of `measure`.
+        rows: the rows that `measure` returned.
     """
     best = min(np.mean(losses) for losses in _losses(rows, sweep=True).values())
     groups: dict[str, list[Mapping[str, Any]]] = {}

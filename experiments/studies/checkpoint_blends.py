@@ -1,4 +1,4 @@
-"""What `experiments.studies.last_checkpoints` compares: ways to make one model of a training run's last checkpoints."""
+"""The ways that `experiments.studies.last_checkpoints` compares. Each makes one model of a run's last checkpoints."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -22,12 +22,12 @@ class Run(NamedTuple):
     """A training run that is done, and what every way may use.
 
     Attributes:
-        context: of `experiments.protocol.context.prepare`.
-        seed: of the run.
-        images: of the seed.
+        context: what `experiments.protocol.context.prepare` returned.
+        seed: the seed of the run.
+        images: the images of the seed.
         models: the last K models, stacked, each leaf `[K, ...]`.
         averages: the moving averages of the parameters, by decay.
-        problem: what is learned: free coefficients with BatchNorm by the minibatch.
+        problem: what is to be learned: free coefficients with BatchNorm by the minibatch.
     """
 
     context: Context
@@ -38,11 +38,11 @@ class Run(NamedTuple):
     problem: Coefficients
 
     def model(self, index: int) -> Variables:
-        """One of the last K models."""
+        """Returns one of the last K models."""
         return jax.tree.map(lambda leaf: leaf[index], self.models)
 
     def refreshed(self, variables: Variables) -> Variables:
-        """A model with BatchNorm's statistics estimated on training images."""
+        """Returns a model with BatchNorm's statistics estimated on training images."""
         images = self.images.training[: REFRESH_BATCH * REFRESH_BATCHES]
         return refreshed(self.context.problem, variables, self.context.images(images).images)
 
@@ -53,7 +53,7 @@ class Choice(NamedTuple):
     Attributes:
         variables: the model.
         chosen: what was chosen, for the report.
-        alpha: the coefficients of the K models, `[K]`; None if it is no blend of them.
+        alpha: the coefficients of the K models, `[K]`. None if the model is no blend of them.
     """
 
     variables: Variables

@@ -1,4 +1,7 @@
-"""What the studies share: the way from a command line to the experts of an experiment, and to a report."""
+"""What the studies share.
+
+It leads from a command line to the experts of an experiment, and from results to a report.
+"""
 
 import dataclasses
 import json
@@ -36,22 +39,23 @@ def run(
     """Runs a study from a command line to its report.
 
     Args:
-        arguments: what a command line says.
-        module: of the study, without `experiments.`.
-        description: what `--help` says.
-        words: the command line; None is the process's.
-        title: what the study is about.
-        measure: measures what is not measured yet. It keeps it in the stages.
-        present: from the results to the report.
-        rows: the name under which `measure` returns a list of dicts that each have a `machine`. None: the machine is
-            the one of this process, unless `measure` returns a `machine`.
-        plan: returns what is said before the work begins. None: how many experts are to be trained.
+        arguments: the class of the options.
+        module: the module of the study, without `experiments.`.
+        description: the text of `--help`.
+        words: the words of the command line. None is those of this process.
+        title: the subject of the study.
+        measure: the function that measures what is not measured yet, and keeps it in the stages.
+        present: the function that makes the report of the results.
+        rows: the name under which `measure` returns a list of dicts that each have a `machine`. If it is None, the
+            machine is that of this process, unless `measure` returns a `machine`.
+        plan: a function that returns a text to print before the work begins. By default it is how many experts are
+            missing.
 
     Returns:
         The results, which JSON holds: `title`, `command`, `machine`, `config`, and what `measure` returns.
 
     Raises:
-        SystemExit: as `experiments.runtime.session.session` does, and for a command line that cannot be followed.
+        SystemExit: as for `experiments.runtime.session.session`, or if the command line cannot be followed.
     """
     words = sys.argv[1:] if words is None else list(words)
     console = Console(markup=False)
@@ -85,16 +89,16 @@ def open_context(parsed: ExpertArguments, config: Config, dataset: Dataset, prog
     """Returns the context of the experiment whose experts a command line takes.
 
     Raises:
-        ValueError: a config that does not fit the data.
+        ValueError: if the config does not fit the data.
     """
     return prepare(config, dataset, parsed.run_dir / "stages", progress, accept_stages=parsed.accept_stages)
 
 
 def command_line(module: str, words: Sequence[str]) -> str:
-    """Returns the command line of a module of `experiments`, as a shell takes it."""
+    """Returns the command line of a module of `experiments`, in the form that a shell takes."""
     return shlex.join(["python", "-m", f"experiments.{module}", *words])
 
 
 def slug(name: str) -> str:
-    """Returns a name as it stands in files: `Gauss-Newton, by layer` is `gauss-newton-by-layer`."""
+    """Returns a name in the form for files: `Gauss-Newton, by layer` becomes `gauss-newton-by-layer`."""
     return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())

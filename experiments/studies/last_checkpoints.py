@@ -6,12 +6,12 @@ r"""What to do with the last checkpoints of one training run? Test accuracy and 
 
 A network is trained once for each seed, at a constant learning rate. orbax writes a checkpoint after each of the last
 `--num-experts` epochs. `glue_jax.checkpoints.load_experts` reads them as experts. Their coefficients are learned on
-`--target-examples` images that the network was not trained on, or on its training images. They are compared with the
-last checkpoint, with the uniform average of the last k checkpoints, and with moving averages of the weights. The
-validation images choose k, the moving average, and the step at which learning ends.
+`--target-examples` images that the network was not trained on, or on its training images. These blends are compared
+with the last checkpoint, with the uniform average of the last k checkpoints, and with moving averages of the weights.
+The validation images choose k, the moving average, and the step at which learning ends.
 
 Every blend gets BatchNorm's statistics from training images. The coefficients are learned with BatchNorm by the
-minibatch. Training and each way are kept, so a run goes on where it was stopped.
+minibatch. The training and the result of each way are kept, so a stopped run continues.
 """
 
 import dataclasses
@@ -41,19 +41,19 @@ from experiments.studies.training_run import draw_images, load_average, load_mod
 class Arguments(ExpertArguments):
     """What a command line says.
 
-    `expert-examples`, `expert-epochs` and the other fields of experts are those of the one run. `concentration` and
-    `initialization` have no effect, and `run-dir` has none.
+    `expert-examples`, `expert-epochs` and the other options for experts are those of the one run. `concentration`,
+    `initialization` and `run-dir` have no effect.
 
     Attributes:
-        decays: of the moving averages of the parameters, for each step of training.
-        ways: the ways whose names contain one of these words. None given: all ways.
+        decays: the decays of the moving averages of the parameters, for each step of training.
+        ways: the ways whose names contain one of these words. The default is all ways.
     """
 
     decays: tuple[float, ...] = (0.99, 0.997, 0.999)
     ways: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuses values out of their range, by a ValueError with the field, its value, and what was expected."""
+        """Refuses values out of their range. The ValueError has the field, its value, and what was expected."""
         if not self.decays or len(set(self.decays)) < len(self.decays) or not all(0 < d < 1 for d in self.decays):
             raise ValueError(f"decays are {self.decays}; expected at least one, each between 0 and 1 and given once")
         for word in self.ways:
@@ -67,7 +67,7 @@ class Arguments(ExpertArguments):
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Trains and measures, from a command line (None is the process's) to the report.
+    """Trains, measures, and writes the report. `arguments` is the command line. None is that of this process.
 
     Returns:
         The results: `title`, `command`, `machine`, `config`, and what `measure` returns.
@@ -89,15 +89,16 @@ def measure(context: Context, parsed: Arguments, stages: Stages) -> dict[str, An
     """Trains and measures what is not kept yet.
 
     Returns:
-        `data`, the data set's name; `decays`; `distances`, of the checkpoints from their mean over the mean's length, a
-        root mean square for each seed; `training_loss` by epoch of each seed; and `rows`, one for each way and seed:
-        `way`, `seed`, `chosen`, `alpha` (`[K]` or None), `accuracy` and `loss` on the test images
-        (a fraction and nats), `validation_loss`, `seconds`, `machine`.
+        A dict. `data` is the name of the data set. `distances` has a number for each seed: the root mean square
+            distance of the checkpoints from their mean, divided by the length of the mean. `training_loss` is by seed
+            and epoch. `rows` has a row for each way and seed, with `way`, `seed`, `chosen`, `alpha` (`[K]` or None),
+            `accuracy` and `loss` on the test images (a fraction and nats), `validation_loss`, `seconds` and `machine`.
+            `decays` are the arguments'.
 
     Raises:
-        ValueError: more images asked for than there are.
-        FloatingPointError: a training loss that is infinite or not a number.
-        DamagedStageError: a checkpoint that is not what was written.
+        ValueError: if there are fewer images than asked for.
+        FloatingPointError: if a training loss is infinite or NaN.
+        DamagedStageError: if a checkpoint is not what was written.
     """
     config, decays = context.config, list(parsed.decays)
     settings = {**context.bank_fields, "decays": decays}
@@ -142,7 +143,7 @@ def measure(context: Context, parsed: Arguments, stages: Stages) -> dict[str, An
 
 
 def _measure(run: Run, way: Callable[[Run], Choice]) -> dict[str, Any]:
-    """A way's model on the test images."""
+    """Returns the loss and the accuracy of a way's model on the test images, with what belongs to them."""
     choice = way(run)
     return {
         **run.context.evaluate(choice.variables, run.context.test),
@@ -164,7 +165,7 @@ def table(results: Mapping[str, Any]) -> TableCells:
 
 
 def _alpha_table(results: Mapping[str, Any]) -> TableCells:
-    """The mean coefficients of each way that blends the checkpoints, the oldest first."""
+    """Returns the mean coefficients of each way that blends the checkpoints. The oldest checkpoint comes first."""
     body = []
     for way in dict.fromkeys(row["way"] for row in results["rows"] if row["alpha"] is not None):
         mean = np.mean([row["alpha"] for row in results["rows"] if row["way"] == way], axis=0)

@@ -3,11 +3,11 @@
     python -m experiments.studies.numerics
     python -m experiments.studies.numerics --experiment imagenette --data-dir DIR
 
-The experts are measured as they were trained, and drawn together to 1 % of their mean's length. They are in float32,
-bfloat16 or float16. The network has float32 products, or products that are rounded to TF32 or to bfloat16, or bfloat16
-layers. The rounding is emulated; a product that asks for the highest precision is not rounded. The coefficients are
-learned under a softmax, or are free (alpha itself). An estimate probes all directions that the link sees, so an
-estimate without rounding is the gradient.
+The experts are measured as they were trained, and also drawn together until their distance from their mean is 1 % of
+the length of the mean. They are in float32, bfloat16 or float16. The network has float32 products, or products that are
+rounded to TF32 or to bfloat16, or bfloat16 layers. The rounding is emulated. A product that asks for the highest
+precision is not rounded. The coefficients are learned under a softmax, or are free (alpha itself). An estimate probes
+all directions that the link sees, so an estimate without rounding is the gradient.
 
 The experts are read from `--run-dir`, where the experiment's own command keeps them (give it the same options). Missing
 experts are trained.
@@ -58,7 +58,7 @@ BATCHES = 3
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures, from a command line (None is the process's) to the report.
+    """Measures, and writes the report. `arguments` is the command line. None is that of this process.
 
     Returns:
         The results: `title`, `command`, `machine`, `config`, and what `measure` returns.
@@ -79,13 +79,13 @@ def measure(context: Context, stages: Stages) -> dict[str, Any]:
     """Measures what is not measured yet.
 
     Args:
-        context: of the run whose experts these are; missing experts are trained.
-        stages: where the results are kept.
+        context: the context of the run whose experts these are. Missing experts are trained.
+        stages: the stages that keep the results.
 
     Returns:
-        `distance`, of the experts as they were trained, as `NEAR`; and `rows`, each with `link`, `experts`, `dtype`,
-        `arithmetic`, `spsa` (the relative error by radius), `tangents`, and `default_spsa` and `default_tangents` (of
-        the steps' own defaults).
+        `distance`, that of the experts as they were trained, defined as for `NEAR`; and `rows`. Each row has `link`,
+        `experts`, `dtype`, `arithmetic`, `spsa` (the relative error by radius), `tangents`, and the errors with the
+        steps' own defaults, `default_spsa` and `default_tangents`.
     """
     trained = glue_jax.stack_experts(train_experts(context)[0])
     near, distance = drawn_together(trained, NEAR)
@@ -118,8 +118,9 @@ def drawn_together(experts: Variables, distance: float) -> tuple[Variables, floa
     """Returns experts that are drawn to a distance from their mean, and the distance that they had.
 
     Args:
-        experts: stacked, each leaf `[K, ...]`.
-        distance: of an expert's parameters from the mean, over the mean's length; a root mean square over experts.
+        experts: the stacked experts, each leaf `[K, ...]`.
+        distance: the distance of an expert's parameters from the mean, divided by the length of the mean. It is a root
+            mean square over experts.
     """
     mean = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0, keepdims=True), experts)
     away = jax.tree.map(jnp.subtract, experts, mean)
@@ -129,7 +130,7 @@ def drawn_together(experts: Variables, distance: float) -> tuple[Variables, floa
 
 
 def _errors(context: Context, experts: Variables, dtype: str, arithmetic: str, link: str) -> dict[str, Any]:
-    """The relative errors of the estimates in one case, root mean squares over points and minibatches."""
+    """Returns the relative errors of the estimates in one case, as root mean squares over points and minibatches."""
     config = context.config
     bank = jax.tree.map(lambda leaf: leaf.astype(DTYPES[dtype]), experts)
     exact_bank = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), bank)
@@ -228,14 +229,14 @@ def _of_step(
 
 
 def _all_directions(link_fn: LinkFn, beta: jax.Array) -> dict[str, Any]:
-    """The words of an estimator that probes all directions of a link."""
+    """Returns the keyword arguments of an estimator that probes all directions of a link."""
     directions = directions_of(link_fn)
     return {"directions": directions, "num_directions": dimension(beta, directions)}
 
 
 @functools.cache
 def _loss(problem: Problem, arithmetic: str) -> LossFn:
-    """The loss, computed by a network with this arithmetic."""
+    """Returns the loss, computed by a network with this arithmetic."""
     if arithmetic == "float32":
         return problem.loss
     if arithmetic != "bfloat16 layers":

@@ -1,4 +1,4 @@
-"""Computes a function on any machine as an accelerator with rounded products does."""
+"""Computes a function as an accelerator with rounded products does, on any machine."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,21 +13,21 @@ _CALLS = ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", "r
 
 
 def with_rounded_products(fun: Callable[..., Any], mantissa_bits: int) -> Callable[..., Any]:
-    """Returns a function whose products round their float32 operands, as a GPU's and a TPU's default products do.
+    """Returns a function whose products round their float32 operands, as the default products of a GPU or a TPU do.
 
-    A product that asks for the highest precision stays as it is. It asks by itself, or by
-    `jax.default_matmul_precision("highest")` where the function is traced. The sums of products are float32.
+    A product that asks for the highest precision stays as it is. It asks by its own argument, or the function is traced
+    under `jax.default_matmul_precision("highest")`. The sums of products are float32.
 
     Args:
         fun: any function that JAX traces, without a product inside a loop or a branch. MobileNetV2 has such products,
-            since it chooses them by platform.
+            because it chooses them by platform.
         mantissa_bits: 10 for TF32, 7 for bfloat16.
 
     Returns:
         The function. It can be jitted, differentiated and vmapped.
 
     Raises:
-        ValueError: a product inside a loop or a branch, when the function is called.
+        ValueError: when the function is called, if a product is inside a loop or a branch.
     """
 
     def rounded(*arguments: Any) -> Any:

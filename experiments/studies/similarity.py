@@ -1,10 +1,10 @@
-"""Whether a run's experts can be averaged: by their weights, and by the loss on the line between two experts.
+"""Whether a run's experts can be averaged. It compares their weights, and the loss on the line between two experts.
 
     python -m experiments.studies.similarity
     python -m experiments.studies.similarity --experiment cifar10 --initialization separate --barriers 3
 
-The barriers of the first experts are measured on the validation images. BatchNorm's statistics are blended like all
-else, or estimated anew for each model.
+The barriers between the first experts are measured on the validation images. BatchNorm's statistics are blended like
+everything else, or estimated anew for each model.
 
 The experts are read from `--run-dir`, where the experiment's own command keeps them (give it the same options). Missing
 experts are trained.
@@ -43,19 +43,20 @@ class Arguments(ExpertArguments):
     """What a command line says.
 
     Attributes:
-        barriers: the number of experts whose barriers are measured: the first ones, at most all; 0 is none.
+        barriers: the number of experts between which barriers are measured. The first experts are taken. 0 measures
+            none.
     """
 
     barriers: int = 3
 
     def __post_init__(self) -> None:
-        """Refuses values out of their range, by a ValueError with the field, its value, and what was expected."""
+        """Refuses values out of their range. The ValueError has the field, its value, and what was expected."""
         if self.barriers < 0 or self.barriers == 1:
             raise ValueError(f"barriers is {self.barriers}; expected 0, or at least 2 experts")
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Compares a run's experts, from a command line (None is the process's) to the report.
+    """Compares a run's experts, and writes the report. `arguments` is the command line. None is that of this process.
 
     Returns:
         The results: `title`, `command`, `machine`, `config`, and what `measure` returns.
@@ -72,12 +73,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def measure(context: Context, parsed: Arguments, stages: Stages) -> dict[str, Any]:
-    """Compares the experts. Nothing is kept, since it takes seconds.
+    """Compares the experts. It keeps nothing, because it takes only seconds.
 
     Returns:
-        `advice`; `cosine` of two experts' weights, the mean over pairs, without the weights of norms, whose scales are
-        near 1 in every network; `aligned_cosine`, the same after `glue_jax.merging.align_experts`; `modules`, a row
-        each; and `barriers` by the way of BatchNorm's statistics, in nats, `[E, E]` of the first E experts.
+        A dict. `cosine` is that of two experts' weights, a mean over pairs. It leaves out the weights of norms, whose
+        scales are near 1 in every network. `aligned_cosine` is the same after `glue_jax.merging.align_experts`.
+        `modules` has a row for each module. `barriers` has the barriers between the first E experts in nats, `[E, E]`,
+        for blended and for refreshed statistics. `advice` says what to do.
     """
     del stages
     experts = glue_jax.stack_experts(train_experts(context)[0])
@@ -89,8 +91,9 @@ def advice(cosine: float, barriers: Mapping[str, list[list[float]]]) -> str:
     """Returns what to do with experts.
 
     Args:
-        cosine: of their weights, without those of norms.
-        barriers: between each two, in nats, with blended statistics and, if there are any, with refreshed ones.
+        cosine: the cosine of their weights, without those of norms.
+        barriers: the barriers between each two experts in nats, with blended statistics and, if there are any, with
+            refreshed ones.
     """
     if cosine < _UNRELATED:
         return (
@@ -142,7 +145,7 @@ def _weights(context: Context, experts: Variables) -> dict[str, Any]:
 
 
 def _barriers(context: Context, experts: Variables, count: int) -> dict[str, list[list[float]]]:
-    """The barriers between the first experts, with statistics that are blended and estimated anew."""
+    """Returns the barriers between the first experts, with blended statistics and with refreshed statistics."""
     if not count:
         return {}
     first = jax.tree.map(lambda leaf: leaf[:count], experts)

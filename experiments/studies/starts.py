@@ -1,4 +1,4 @@
-"""What `experiments.studies.target_size` fine-tunes: models made of experts and a few labelled images of the target."""
+"""The models that `experiments.studies.target_size` fine-tunes. They are made of experts and a few labelled images."""
 
 import dataclasses
 import functools
@@ -31,9 +31,9 @@ class Labelled(NamedTuple):
     """The labelled target images of a user, as rows of the training split.
 
     Attributes:
-        seed: of the user.
-        learning: what is learned from, `[n - V]`.
-        validation: what chooses, `[V]`.
+        seed: the seed of the user.
+        learning: the rows to learn from, `[n - V]`.
+        validation: the rows that choose, `[V]`.
     """
 
     seed: int
@@ -50,9 +50,10 @@ class Bank(NamedTuple):
     """What every start may use.
 
     Attributes:
-        context: of `experiments.protocol.context.prepare`.
-        experts: stacked, each leaf `[K, ...]`.
-        problem: from what has coefficients of its own to what is learned. Each is built once.
+        context: what `experiments.protocol.context.prepare` returned.
+        experts: the stacked experts, each leaf `[K, ...]`.
+        problem: a function from the parts that have their own coefficients to what is learned. Each result is built
+            once.
     """
 
     context: Context
@@ -60,7 +61,7 @@ class Bank(NamedTuple):
     problem: Callable[[Sharing], Coefficients]
 
     def refreshed(self, variables: Variables, labelled: Labelled) -> Variables:
-        """A model with BatchNorm's statistics estimated on all labelled images."""
+        """Returns a model with BatchNorm's statistics estimated on all labelled images."""
         return refreshed(self.context.problem, variables, self.context.images(labelled.all).images)
 
 
@@ -71,7 +72,7 @@ def make_bank(context: Context, experts: Variables) -> Bank:
 
 
 def labelled_images(context: Context, seed: int, size: int) -> Labelled:
-    """Returns a seed's first `size` target images, cut in two.
+    """Returns a seed's first `size` target images, in two parts.
 
     The experiment's own target images of the seed come first, in random order, and then the others.
     """

@@ -5,19 +5,20 @@
 
 Each start is measured as it is (the prior), and after fine-tuning. A user has n labelled images of the target, and
 nothing else. A fifth of the n images, at least 10 and at most 1000, is the validation set. The validation images choose
-the coefficients that are kept and the number of epochs of fine-tuning, which may be none. The other images are learned
-from. The experiment's own validation images are not used. A smaller target set is part of a larger one of the same
-seed. If nothing is learned, all n images are used: they choose the most accurate expert, and at most 2048 of them give
+the coefficients that are kept and the number of epochs of fine-tuning, which may be none. The other images are for
+learning. The experiment's own validation images are not used. A smaller target set is part of a larger one of the same
+seed. If nothing is learned, all n images are used. They choose the most accurate expert, and at most 2048 of them give
 BatchNorm's statistics.
 
-Fine-tuning has the experiment's own optimizer, rate and minibatches (or all images, if there are fewer). It takes at
-most `--epochs` epochs, or as many epochs as have `--least-steps` steps. It ends if a quarter of the epochs brought no
-lower validation loss. The model with the lowest validation loss is kept. The accuracy does not choose the model: with
-few images many epochs have the same accuracy, and the first of them is too early. Training from scratch is the same
-from fresh weights.
+Fine-tuning has the experiment's own optimizer, learning rate and minibatches. If there are fewer images than a
+minibatch holds, it takes all images. It takes at most `--epochs` epochs. If these have fewer than `--least-steps`
+steps, it takes more epochs. It ends if a quarter of the epochs brought no lower validation loss. The model with the
+lowest validation loss is kept. The accuracy does not choose the model, because with few images many epochs have the
+same accuracy, and the first of them is too early. Training from scratch is the same from fresh weights.
 
 The experts are read from `--run-dir`, where the experiment's own command keeps them (give it the same options). Missing
-experts are trained. Each size, start and seed is kept, so a run goes on where it was stopped, and sizes can be added.
+experts are trained. The result of each size, start and seed is kept, so a stopped run continues, and sizes can be
+added.
 """
 
 import dataclasses
@@ -48,7 +49,7 @@ from experiments.studies.frame import slug
 from experiments.studies.starts import LEAST_VALIDATION, SCRATCH, STARTS, Bank, Labelled, labelled_images, make_bank
 from glue_jax.checks import check_counts
 
-# Fine-tuning ends if this part of the most epochs brought no lower validation loss: a quarter.
+# Fine-tuning ends if this part of the largest number of epochs brought no lower validation loss.
 _PATIENCE = 4
 # A seed's key is folded with this number. The protocol has other numbers.
 _TUNING = 5
@@ -61,9 +62,9 @@ class Arguments(ExpertArguments):
     Attributes:
         sizes: numbers of labelled target images. Sizes that the data cannot give are left out. `target-examples` has
             no effect.
-        starts: the starts whose names contain one of these words. None given: all starts.
-        epochs: the most epochs of fine-tuning. `fine-tuning-epochs`, the experiment's own, has no effect.
-        least_steps: if the most epochs have fewer steps than this, more epochs are allowed.
+        starts: the starts whose names contain one of these words. The default is all starts.
+        epochs: the largest number of epochs of fine-tuning. The experiment's own `fine-tuning-epochs` has no effect.
+        least_steps: if `epochs` epochs have fewer steps than this, more epochs are allowed.
     """
 
     sizes: tuple[int, ...] = (30, 100, 300, 1000, 3000, 10_000)
@@ -72,7 +73,7 @@ class Arguments(ExpertArguments):
     least_steps: int = 500
 
     def __post_init__(self) -> None:
-        """Refuses values out of their range, by a ValueError with the field, its value, and what was expected."""
+        """Refuses values out of their range. The ValueError has the field, its value, and what was expected."""
         check_counts(epochs=self.epochs, least_steps=self.least_steps)
         least = 2 * LEAST_VALIDATION
         if not self.sizes or len(set(self.sizes)) < len(self.sizes) or min(self.sizes) < least:
@@ -83,7 +84,7 @@ class Arguments(ExpertArguments):
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures, from a command line (None is the process's) to the report.
+    """Measures, and writes the report. `arguments` is the command line. None is that of this process.
 
     Returns:
         The results: `title`, `command`, `machine`, `config`, and what `measure` returns.
@@ -104,14 +105,15 @@ def measure(context: Context, parsed: Arguments, stages: Stages) -> dict[str, An
     """Measures what is not measured yet.
 
     Returns:
-        `data`, the data set's name; `available`, the number of images that target images are drawn from; `left_out`,
-        the sizes above that; and `rows`, one for each size, start and seed: `size`, `start`, `seed`, `validation`,
-        the number of images that chose, `prior_accuracy`, `prior_loss`, `tuned_accuracy` and `tuned_loss` on the
-        test images (fractions and nats), `epochs`, the number chosen, `most_epochs`, `validation_loss` by epoch,
-        `prior_seconds`, `seconds` in all, compilation included, `machine`.
+        A dict. `data` is the name of the data set. `available` is the number of images from which target images are
+        drawn. `left_out` has the sizes above that. `rows` has a row for each size, start and seed, with `size`,
+        `start`, `seed`, `validation` (the number of images that chose), `prior_accuracy`, `prior_loss`,
+        `tuned_accuracy` and `tuned_loss` on the test images (fractions and nats), `epochs` (the number that was
+        chosen), `most_epochs`, `validation_loss` by epoch, `prior_seconds`, `seconds` (all of them, compilation
+        included) and `machine`.
 
     Raises:
-        SystemExit: no size that the data can give.
+        SystemExit: if the data can give none of the sizes.
     """
     config, available = context.config, len(context.splits.rest)
     sizes = sorted(size for size in parsed.sizes if size <= available)
@@ -146,7 +148,7 @@ def measure(context: Context, parsed: Arguments, stages: Stages) -> dict[str, An
 def _measure(
     bank: Bank, start: str, labelled: Labelled, trainer: Callable[[int], Trainer], parsed: Arguments
 ) -> dict[str, Any]:
-    """The prior and the fine-tuned model on the test images."""
+    """Returns the results of the prior and of the fine-tuned model on the test images."""
     context, begin = bank.context, time.perf_counter()
     prior = jax.block_until_ready(STARTS[start](bank, labelled))
     prior_seconds = time.perf_counter() - begin
@@ -168,7 +170,7 @@ def _measure(
 
 
 def _trainer(context: Context, batch_size: int) -> Trainer:
-    """The experiment's fine-tuning with minibatches of this size."""
+    """Returns the trainer of the experiment's fine-tuning, with minibatches of this size."""
     config = context.config
     if batch_size == config.fine_tuning_batch_size:
         return context.tuning
@@ -181,15 +183,15 @@ def fine_tune(
     """Fine-tunes until validation stops improving.
 
     Args:
-        context: of `experiments.protocol.context.prepare`.
-        trainer: whose minibatches hold no more images than are learned from.
+        context: what `experiments.protocol.context.prepare` returned.
+        trainer: the trainer. Its minibatches hold at most as many images as there are to learn from.
         prior: the model to begin with.
-        labelled: what to learn from, and what chooses.
-        most_epochs: the most epochs.
+        labelled: the images to learn from, and those that choose.
+        most_epochs: the largest number of epochs.
 
     Returns:
-        The model of the lowest validation loss, the prior included, and the validation loss by epoch, the prior's
-        first.
+        The model with the lowest validation loss, which may be the prior; and the validation loss by epoch, beginning
+        with the prior's.
     """
     key = jax.random.fold_in(jax.random.key(labelled.seed), _TUNING)
     validation, rows = context.images(labelled.validation), jnp.asarray(labelled.learning)
@@ -222,7 +224,7 @@ def table(results: Mapping[str, Any]) -> TableCells:
 
 
 def _size_table(results: Mapping[str, Any]) -> TableCells:
-    """How many images validate, and how fine-tuning ended, a row for each size."""
+    """Returns how many images validate, and how fine-tuning ended, with a row for each size."""
     body = []
     for size in _distinct(results, "size"):
         own = [row for row in results["rows"] if row["size"] == size]
@@ -232,7 +234,7 @@ def _size_table(results: Mapping[str, Any]) -> TableCells:
 
 
 def _distinct(results: Mapping[str, Any], name: str) -> list[Any]:
-    """The values of a field in the rows, in their order."""
+    """Returns the distinct values of a field in the rows, in their order."""
     return list(dict.fromkeys(row[name] for row in results["rows"]))
 
 

@@ -25,7 +25,7 @@ from glue_jax.paths import by_path, slashed
 MODEL, AVERAGES = "model", "averages"
 """The parts of a checkpoint that are read: the variables, and the moving averages of the parameters by decay."""
 # A seed's key is folded with the first number. The protocol and the other studies have other numbers. The result is
-# folded with the second one. The trainer has other numbers.
+# folded with the second number. The trainer has other numbers.
 _TRAINING, _INITIALIZATION = 7, 2
 
 
@@ -33,8 +33,8 @@ class Images(NamedTuple):
     """The images of a seed, as rows of the training split. No image is in both.
 
     Attributes:
-        training: what the network is trained on, `[n]`.
-        held_out: what the coefficients are learned on, `[m]`.
+        training: the images to train the network on, `[n]`.
+        held_out: the images to learn the coefficients on, `[m]`.
     """
 
     training: Indices
@@ -46,7 +46,7 @@ class MovingAverages(NamedTuple):
 
     Attributes:
         step: the number of steps that were taken, int32 `[]`.
-        averages: the parameters' average for each decay, by `decay_name`.
+        averages: the average of the parameters for each decay, by `decay_name`.
     """
 
     step: jax.Array
@@ -57,7 +57,7 @@ def draw_images(context: Context, seed: int) -> Images:
     """Draws the images of a seed: `expert_examples` to train on, and `target_examples` others.
 
     Raises:
-        ValueError: fewer images than that.
+        ValueError: if there are fewer images.
     """
     config, rest = context.config, context.splits.rest
     if config.expert_examples + config.target_examples > len(rest):
@@ -74,11 +74,11 @@ def draw_images(context: Context, seed: int) -> Images:
 def moving_averages(decays: Sequence[float]) -> optax.GradientTransformation:
     """Returns a last link for `optax.chain` that keeps exponential moving averages of the parameters.
 
-    Its updates are those that come in. After step t an average is `decay * average + (1 - decay) * parameters`, where
-    the decay is at most t / (t + 9). So the first parameters are soon forgotten.
+    It does not change the updates. After step t an average is `decay * average + (1 - decay) * parameters`, where the
+    decay is at most t / (t + 9). So the first parameters are soon forgotten.
 
     Args:
-        decays: of each average.
+        decays: the decay of each average.
     """
 
     def init(params: Any) -> MovingAverages:
@@ -98,7 +98,7 @@ def moving_averages(decays: Sequence[float]) -> optax.GradientTransformation:
 
 
 def decay_name(decay: float) -> str:
-    """Returns the name of a decay in a checkpoint: 0.99 is `decay_0_99`."""
+    """Returns the name of a decay in a checkpoint: that of 0.99 is `decay_0_99`."""
     return f"decay_{decay}".replace(".", "_")
 
 
@@ -108,18 +108,19 @@ def train_run(
     """Trains a network at a constant learning rate, and writes a checkpoint after each of its last epochs.
 
     Args:
-        context: of `experiments.protocol.context.prepare`. The last `num_experts` of the `expert_epochs` are kept.
-        images: of the seed.
-        seed: of the first weights, the minibatches and the augmentation.
-        decays: of the moving averages of the parameters.
-        folder: for the checkpoints. Each is a folder with the number of its epoch.
-        bar: advances by one after each epoch.
+        context: what `experiments.protocol.context.prepare` returned. The last `num_experts` of the `expert_epochs` are
+            kept.
+        images: the images of the seed.
+        seed: the seed of the first weights, the minibatches and the augmentation.
+        decays: the decays of the moving averages of the parameters.
+        folder: the folder of the checkpoints. Each checkpoint is a folder, named by the number of its epoch.
+        bar: a bar that advances by one after each epoch.
 
     Returns:
         `training_loss` by epoch, and `checksums` of the models by epoch.
 
     Raises:
-        FloatingPointError: a training loss that is infinite or not a number, with its epoch and step.
+        FloatingPointError: if a training loss is infinite or NaN; the error has the epoch and the step.
     """
     config = context.config
     adam = optax.adam(config.expert_learning_rate, b1=config.expert_b1, b2=config.expert_b2)
@@ -147,12 +148,12 @@ def load_models(context: Context, folder: Path, trained: dict[str, Any]) -> Vari
     """Returns the last `num_experts` models of a run, stacked, each leaf `[K, ...]`.
 
     Args:
-        context: that `train_run` had.
-        folder: that `train_run` had.
+        context: the context that was given to `train_run`.
+        folder: the folder that was given to `train_run`.
         trained: what `train_run` returned.
 
     Raises:
-        DamagedStageError: checkpoints that are not what was written.
+        DamagedStageError: if a checkpoint is not what was written.
     """
     like = jax.eval_shape(context.problem.network.init, jax.random.key(0))
     models = _keys_of(like, load_experts(folder, last=context.config.num_experts, subtree=MODEL))
@@ -170,6 +171,6 @@ def load_average(context: Context, folder: Path, decay: float) -> Any:
 
 
 def _keys_of(like: Any, tree: Any) -> Any:
-    """The tree with the keys of another one. orbax makes text of the numbers of NNX's lists."""
+    """Returns a tree with the keys of another tree, because orbax makes text of the numbers of NNX's lists."""
     leaves = by_path(tree)
     return jax.tree_util.tree_map_with_path(lambda at, _: leaves[slashed(at)], like)

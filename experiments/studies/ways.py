@@ -1,4 +1,4 @@
-"""Ways to learn coefficients for `experiments.studies.budget`, under one driver: a step, and what it takes."""
+"""The ways to learn coefficients that `experiments.studies.budget` compares. Each is a step with its costs."""
 
 import dataclasses
 import functools
@@ -20,23 +20,23 @@ from glue_jax.directions import dimension
 from glue_jax.links import directions_of
 from glue_jax.types import Batch, LinkFn, MergeFn
 
-# Of a learning rate that falls, at the last step.
+# The part of a falling learning rate that is left at the last step.
 _LAST_RATE = 0.02
-# Of Gauss-Newton along random directions, where there are more.
+# The number of random directions of Gauss-Newton, if there are more.
 _SOME = 16
-# At least as many as any step has probes.
+# This is at least the number of probes of any step.
 _ALL_PROBES = 2**30
 
 
 class Coefficients(NamedTuple):
-    """What is learned: everything but the way.
+    """What is to be learned. Each way learns the same.
 
     Attributes:
-        experts: stacked, each leaf `[K, ...]`.
+        experts: the stacked experts, each leaf `[K, ...]`.
         beta: the start.
-        link_fn: of `glue_jax.learn`.
-        merge_fn: of `glue_jax.learn`.
-        loss_fn: in two parts.
+        link_fn: the `link_fn` of `glue_jax.learn`.
+        merge_fn: the `merge_fn` of `glue_jax.learn`.
+        loss_fn: the loss, in two parts.
     """
 
     experts: Variables
@@ -52,14 +52,14 @@ class Coefficients(NamedTuple):
 
 
 class Stepper(NamedTuple):
-    """A way, begun.
+    """A way that has begun.
 
     Attributes:
         step: `step(state, batch) -> state`, which waits until the step is done.
-        state: before the first step.
-        beta: from a state to the coefficients that it would give.
-        compile: compiles what a step runs, and changes nothing.
-        flops: the floating-point operations of a step's compiled program. None: the step is no such program.
+        state: the state before the first step.
+        beta: a function from a state to the coefficients that the way would give.
+        compile: a function that compiles what a step runs, and changes nothing.
+        flops: the floating-point operations of a step's compiled program. None if the step is no such program.
     """
 
     step: Callable[[Any, Batch], Any]
@@ -74,12 +74,12 @@ class Way:
     """A way to learn coefficients.
 
     Attributes:
-        name: in tables and pictures.
+        name: the name in tables and pictures.
         begin: `begin(problem, key, num_steps) -> Stepper`.
-        forward: from d to the forward passes of one model that a step takes on each image of its minibatch.
-        backward: the backward passes likewise.
-        batch_size: images in a minibatch.
-        above: the way is for problems with more than so many directions.
+        forward: a function from d to the number of forward passes that a step takes on each image of its minibatch.
+        backward: the same for backward passes.
+        batch_size: the number of images in a minibatch.
+        above: the way is for problems with more directions than this.
     """
 
     name: str
@@ -95,7 +95,7 @@ def ways(rates: Mapping[str, float], paper_step: Callable[..., Any] | None, pape
 
     Args:
         rates: the learning rates of Adam, by `spsa`, `spsa_d`, `forward` and `full`.
-        paper_step: SPSA's, as in the paper (Config 4); None where only the names are wanted.
+        paper_step: the step of SPSA as in the paper (Config 4). None if only the names are wanted.
         paper_adam: the optimizer of Configs 3 and 4.
     """
     spsa, forward = glue_jax.spsa_step, glue_jax.forward_gradient_step
@@ -132,14 +132,14 @@ def ways(rates: Mapping[str, float], paper_step: Callable[..., Any] | None, pape
 
 
 def cma_population(d: int) -> int:
-    """Returns how many coefficients CMA-ES tries a generation: its own default."""
+    """Returns how many coefficients CMA-ES tries in a generation, by its own default."""
     return 4 + int(3 * np.log(d))
 
 
 def _gradient(
     step_fn: Any, optimizer_of: Callable[[int], Any], problem: Coefficients, key: jax.Array, num_steps: int
 ) -> Stepper:
-    """A step of the library with an optimizer."""
+    """Begins a step of the library with an optimizer."""
     optimizer = optimizer_of(num_steps)
     state = glue_jax.init(glue_jax.num_experts(problem.experts), optimizer, beta=problem.beta, link_fn=problem.link_fn)
     return _begun(functools.partial(step_fn, optimizer=optimizer), state, problem, key)
@@ -161,7 +161,7 @@ def _gauss_newton(
 
 
 def _begun(step_fn: Any, state: glue_jax.GlueState, problem: Coefficients, key: jax.Array) -> Stepper:
-    """A step of the library, compiled."""
+    """Returns a step of the library, compiled."""
     words = {"loss_fn": problem.loss_fn, "link_fn": problem.link_fn, "merge_fn": problem.merge_fn}
     step = jax.jit(functools.partial(step_fn, **words))
 
@@ -179,7 +179,7 @@ def _begun(step_fn: Any, state: glue_jax.GlueState, problem: Coefficients, key: 
 
 
 def _losses(problem: Coefficients) -> Callable[[ArrayLike, Batch], float]:
-    """A function of coefficients as one vector `[n]` and a minibatch, which gives the loss."""
+    """Returns a function from coefficients, as one vector `[n]`, and a minibatch to the loss."""
     unravel = ravel_pytree(problem.beta)[1]
 
     @jax.jit
@@ -191,7 +191,10 @@ def _losses(problem: Coefficients) -> Callable[[ArrayLike, Batch], float]:
 
 
 def _cma(problem: Coefficients, key: jax.Array, num_steps: int) -> Stepper:
-    """CMA-ES with its defaults; all of a generation sees one minibatch. The mean is what it would give."""
+    """Begins CMA-ES with its defaults.
+
+    A generation sees one minibatch. The way would give the mean of the distribution.
+    """
     import cma
 
     loss, (flat, unravel) = _losses(problem), ravel_pytree(problem.beta)

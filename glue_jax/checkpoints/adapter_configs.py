@@ -1,4 +1,4 @@
-"""The configuration of a LoRA adapter of PEFT: which ones are refused, its scaling, and the configuration of a blend.
+"""Reads and checks the configurations of LoRA adapters of PEFT, and makes the configuration of a blend.
 
 The rules are those of PEFT 0.21 (https://github.com/huggingface/peft, `peft/tuners/lora`).
 """

@@ -67,7 +67,7 @@ def _given(k: int, names: Collection[str], options: argparse.Namespace) -> Coeff
     if not all(map(math.isfinite, weights)):
         raise ValueError(f"--weights is {weights}; expected finite numbers")
     if abs(sum(weights) - 1) > _MOST_FROM_ONE and not options.any_sum:
-        raise ValueError(f"--weights has the sum {sum(weights):g}; expected 1, or --any-sum if this is meant")
+        raise ValueError(f"--weights has the sum {sum(weights):g}; expected 1 (--any-sum allows another sum)")
     return coefficients_for(names, weights)
 
 

@@ -29,12 +29,12 @@ def open_experts(options: argparse.Namespace) -> tuple[Sequence[Checkpoint], Ada
         return experts, None
     if len(adapters) < len(paths):
         other = next(path for path in paths if path not in adapters)
-        raise ValueError(f"{adapters[0]} is an adapter of PEFT and {other} is none; expected experts of one kind")
+        raise ValueError(f"{adapters[0]} is an adapter of PEFT, but {other} is not; expected experts of one kind")
     given = {"--subtree": options.subtree, "--steps": options.steps, "--last": options.last}
     given["--take-first"] = options.take_first
     for name, value in given.items():
         if value:
-            raise ValueError(f"{name} has no meaning for adapters of PEFT; expected none")
+            raise ValueError(f"{name} is {value}, but has no meaning for adapters of PEFT; leave it out")
     read = load_adapters(paths)
     return read.checkpoints, read
 

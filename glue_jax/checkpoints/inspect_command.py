@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> None:
 def _check_picture(path: Path, is_adapters: bool) -> None:
     """Refuses a picture that cannot be drawn, before the weights are read."""
     if is_adapters:
-        raise ValueError("--picture has no meaning for adapters of PEFT; expected none")
+        raise ValueError(f"--picture is {path}, but has no meaning for adapters of PEFT; leave it out")
     if path.suffix != ".png":
         raise ValueError(f"--picture is {path}; expected the ending .png")
     if not path.absolute().parent.is_dir():

@@ -34,11 +34,12 @@ from glue_jax.types import LearnResult, LossFn, Params, Progress, PyTree
 def run(options: argparse.Namespace) -> None:
     """Learns the coefficients, and writes the best model with its provenance.
 
-    The results so far are kept beside `--out`. A run that was stopped goes on from them.
+    The results so far are kept beside `--out`. A stopped run continues from them.
     """
     experts, adapters = open_experts(options)
     if (adapters is None) != (options.base is None):
-        raise ValueError(f"--base is {options.base}; expected the base of adapters of PEFT, and none for other experts")
+        expected = "no --base, which only adapters of PEFT have" if adapters is None else "the base of adapters of PEFT"
+        raise ValueError(f"--base is {options.base}; expected {expected}")
     base = [] if options.base is None else open_checkpoints([options.base])
     inputs = [*inputs_of(experts), *inputs_of(base), options.objective]
     check_place(options.out, experts[0].num_bytes, options.overwrite, inputs)
@@ -49,7 +50,7 @@ def run(options: argparse.Namespace) -> None:
 def _learn(
     experts: Sequence[Checkpoint], adapters: Adapters | None, base: Sequence[Checkpoint], options: argparse.Namespace
 ) -> None:
-    """Learns, from the results of a stopped run on if there are some, and writes the best model."""
+    """Learns, and writes the best model. If there are results of a stopped run, learning continues from them."""
     objective = load_objective(options.objective)
     kept = options.out.with_name(f"{options.out.name}.state.npz")
     about = _about([*experts, *base], objective, options)
@@ -62,7 +63,7 @@ def _learn(
         merge_fn = _on_base(bool(adapters.configs[0].get("fan_in_fan_out")), objective.rename)
     loss_fn = _loss_for(options.estimator, objective)
     if objective.spec is not None and adapters is not None:
-        raise ValueError(f"{options.objective} defines spec, but adapters of PEFT need no alignment; expected none")
+        raise ValueError(f"{options.objective} defines spec, but adapters of PEFT need no alignment; expected no spec")
     spec = objective.spec and objective.spec(jax.tree.map(lambda leaf: leaf[0], bank))
     groups = None if options.groups == "none" or objective.evaluate else _layers(bank, adapters is not None)
     if known:
@@ -220,7 +221,7 @@ def _known(path: Path, about: dict[str, Any], fresh: bool) -> tuple[dict[str, Le
     known, kept = kept_results.load(path)
     if differing := [name for name in about if about[name] != kept["about"].get(name)]:
         raise ValueError(
-            f"{path} is of a stopped run with other {' and '.join(differing)}; expected the same, to go on from it, or "
-            "--fresh, to begin anew"
+            f"{path} belongs to a stopped run with other {' and '.join(differing)}; expected the same to continue that "
+            "run, or --fresh to begin anew"
         )
     return known, kept["seconds"]

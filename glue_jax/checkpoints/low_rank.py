@@ -2,7 +2,7 @@
 
 An adapter changes a weight W to W + s B A. The blend's change is the weighted sum of the products, sum_i alpha_i s_i
 B_i A_i. It is one product of the concatenated factors: A = [A_1; ...; A_K], B = [alpha_1 s_1 B_1, ..., alpha_K s_K
-B_K]. Averages of A and of B, each apart, would have another product.
+B_K]. The average of the A_i times the average of the B_i would be another change.
 """
 
 import operator

@@ -77,16 +77,17 @@ def load_objective(path: Path) -> Objective:
 
     The file defines one of
 
-    - `module()`, which returns a PyTorch module, with `load_data() -> (inputs, labels)`, or a dict whose entries are
-      arguments of the module, and `labels`. `loss(outputs, batch)` is `default_loss`, unless the file defines it.
+    - `module()`, which returns a PyTorch module, with `load_data()`. That returns `(inputs, labels)`, or a dict of the
+      module's arguments by name and `labels`. The loss is `default_loss`, unless the file defines
+      `loss(outputs, batch)`.
     - `outputs(params, batch)` and `loss(outputs, batch)`, with `load_data()`.
     - `loss_fn(params, batch)`, with `load_data()`.
     - `evaluate(params) -> number`.
 
-    It may define `load_validation_data()`, `statistics_fn(params, batch)` for Flax, and `rename(name)` too. Another
-    function than the loss may choose the best model: `metric(outputs, batch)` with the first two ways, or
-    `validation_fn(params, batch)`. Lower is better. `spec(params)` returns a PermutationSpec, to align experts of
-    separate initialisations.
+    It may also define `load_validation_data()`, `statistics_fn(params, batch)` for Flax, and `rename(name)`. It may
+    define a function that chooses the best model in place of the loss: `metric(outputs, batch)` in the first two cases,
+    or `validation_fn(params, batch)`. Lower is better. To align experts of separate initialisations, it defines
+    `spec(params)`, which returns a PermutationSpec.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -111,7 +112,9 @@ def load_objective(path: Path) -> Objective:
         return Objective(None, None, None, None, evaluate, None, "", "", "", rename, spec, _digest(path))
     if "metric" in defined and (way == "loss_fn" or "validation_fn" in defined):
         other = "loss_fn" if way == "loss_fn" else "validation_fn"
-        raise ObjectiveError(f"{path} defines metric and {other}; expected metric with module or outputs, and alone")
+        raise ObjectiveError(
+            f"{path} defines metric and {other}; expected one of them, and metric only with module or outputs"
+        )
     data = _arrays(path, "load_data", defined)
     validation = _arrays(path, "load_validation_data", defined) if "load_validation_data" in defined else None
     if way == "module":

@@ -49,7 +49,7 @@ def save(path: Path, tree: Any) -> None:
 
 
 def _item(path: Path, subtree: str | None) -> tuple[str, str | None]:
-    """Returns the name of the tree in a checkpoint, and the part of it. One checkpoint may hold several trees."""
+    """Returns the name of a tree, and the rest of `subtree` inside this tree. A checkpoint may hold several trees."""
     items = sorted(folder.name for folder in path.iterdir() if (folder / _MARKS[1]).is_file())
     if len(items) < 2:
         return (items[0] if items else "AUTO"), subtree
@@ -60,7 +60,7 @@ def _item(path: Path, subtree: str | None) -> tuple[str, str | None]:
 
 
 def _read(path: Path, item: str, whole: Any, subtree: str | None, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Reads some leaves. In what orbax is asked for, `...` stands for a leaf that is not wanted."""
+    """Reads some leaves. The request to orbax has `...` in place of each leaf that is not wanted."""
     prefix, wanted = f"{subtree}/" if subtree else "", set(names)
 
     def asked(at: tuple[Any, ...], leaf: Any) -> Any:

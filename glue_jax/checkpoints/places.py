@@ -58,7 +58,7 @@ def owned(out: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except library("filelock").Timeout as error:
-        raise BlockingIOError(f"another process writes {out}; expected to be the only one") from error
+        raise BlockingIOError(f"another process writes {out}; expected only one at a time") from error
     try:
         yield
     finally:

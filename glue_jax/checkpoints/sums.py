@@ -77,7 +77,7 @@ def _add(total: np.ndarray, tensor: np.ndarray, weight: np.float32) -> None:
     for start in range(0, total.size, _PORTION):
         here = slice(start, start + _PORTION)
         count = total[here].size
-        # The last portion is padded to a power of two. The shortest programs would round otherwise.
+        # The last portion is padded to a power of two. Very short programs would round differently.
         padding = (0, max(_LEAST, 1 << (count - 1).bit_length()) - count)
         padded = (np.pad(part[here], padding) if padding[1] else part[here] for part in (total, tensor))
         total[here] = np.asarray(_add_portion(*padded, weight))[:count]

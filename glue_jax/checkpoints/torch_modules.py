@@ -144,7 +144,7 @@ class _Inputs:
 def _call(
     torch: Any, env: Any, module: Any, params: Mapping[str, Any], inputs: _Inputs, batch: Mapping[str, Any]
 ) -> Any:
-    """The output of a module with these weights."""
+    """Returns the output of a module with these weights."""
     # Buffers that are not in the state dict, such as tables of positions.
     others = {name: leaf for name, leaf in module.named_buffers() if not leaf.is_meta}
     given = {**env.t2j_copy(others), **params}, *inputs.of(batch)
@@ -161,7 +161,7 @@ def _complete(
     shapes: Mapping[str, tuple[int, ...]],
     dropped: frozenset[str] | set[str] = frozenset(),
 ) -> dict[str, Any]:
-    """The weights that a module needs. Refuses missing and unknown names."""
+    """Returns the weights that a module needs. Refuses missing and unknown names."""
     given = {name: leaf for name, leaf in params.items() if leaf is not None and name not in dropped}
     if unknown := [name for name in given if name not in ties]:
         raise ValueError(
@@ -179,13 +179,13 @@ def _complete(
     if missing:
         hint = "; only minibatch_fn does without statistics" if all(map(_is_statistic, missing)) else ""
         raise ValueError(f"params lacks {_listed(missing)}, which the module needs{hint}")
-    # Of names of one tensor, PyTorch wants one: the module's first.
+    # If a tensor has several names, PyTorch wants only the module's first name for it.
     order = list(ties)
     return {name: leaf for name, leaf in given.items() if name == min(ties[name] & given.keys(), key=order.index)}
 
 
 def _at_least_float32(leaf: Any) -> jax.Array:
-    """An array; a short floating-point one in float32, since PyTorch computes with one dtype."""
+    """Returns an array. A short floating-point array becomes float32, because PyTorch computes with one dtype."""
     array = jnp.asarray(leaf)
     is_short = jnp.issubdtype(array.dtype, jnp.inexact)
     return array.astype(jnp.promote_types(array.dtype, jnp.float32)) if is_short else array
@@ -196,13 +196,13 @@ def _is_statistic(name: str) -> bool:
 
 
 def _listed(names: Sequence[str]) -> str:
-    """Some names."""
+    """Returns some names as text."""
     more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
     return f"{list(names[:_MOST_NAMES])}{more}"
 
 
 def _ties(module: Any) -> dict[str, frozenset[str]]:
-    """The names of the state dict, each with all names of the same tensor."""
+    """Returns the names of the state dict, each with all names of the same tensor."""
     same: dict[int, set[str]] = {}
     tensors = dict(_tensors(module))
     state = module.state_dict(keep_vars=True)
@@ -212,13 +212,13 @@ def _ties(module: Any) -> dict[str, frozenset[str]]:
 
 
 def _tensors(module: Any) -> Iterator[tuple[str, Any]]:
-    """Parameters and buffers by name, tied ones under each of their names."""
+    """Returns parameters and buffers by name. A tied one is there under each of its names."""
     yield from module.named_parameters(remove_duplicate=False)
     yield from module.named_buffers(remove_duplicate=False)
 
 
 def _without_weights(torch: Any, module: Any) -> Any:
-    """A copy of a module whose state dict has no numbers. Buffers that are not in it keep theirs."""
+    """Returns a copy of a module whose state dict has no numbers. Buffers outside the state dict keep their numbers."""
     state = module.state_dict(keep_vars=True)
     memo = {}
     for tensor in state.values():
@@ -235,7 +235,7 @@ def _is_batch_norm(torch: Any, layer: Any) -> bool:
 
 
 def _environment() -> Any:
-    """The environment of torchax."""
+    """Returns the environment of torchax."""
     try:
         return library("torchax", _ADVICE).default_env()
     except AttributeError as error:

@@ -8,9 +8,9 @@ https://arxiv.org/abs/2209.04836). It needs no data.
 A `PermutationSpec` says which axes may be permuted (`glue_jax.merging.permutation_specs`). `chain_spec` writes it for a
 plain chain of layers.
 
-If the experts have different heads, split the heads off with `partition`. Align the rest, with a spec without their
-paths. Then `combine` the blend with the head of the reference expert. This head fits, because the units of the
-reference expert did not move.
+If the experts have different heads, split the heads off with `partition`. Align the rest, with a spec that does not
+have the paths of the heads. Then `combine` the blend with the head of the reference expert. This head fits, because the
+units of the reference expert did not move.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -41,9 +41,9 @@ class Prior(NamedTuple):
         groups: the names of the G groups, or None if `alpha` is `[K]`.
         chosen: the name of the chosen candidate.
         candidates: all candidates. Those of the K experts come first.
-        similarity: how each expert is related to the others. None if `merge_fn` is not `blend` and there is no `spec`:
-            then cosines between the leaves say nothing.
-        permutations: the permutations of each expert, if the model is a blend of aligned experts: `permute` applies
+        similarity: how each expert is related to the others. None if `merge_fn` is not `blend` and there is no `spec`,
+            because cosines between the leaves then say nothing.
+        permutations: the permutations of each expert, if the model is a blend of aligned experts. `permute` applies
             them. None if the experts were not aligned.
         stages: the result of each stage by its name, as `known` takes them.
         report: what was done and why, Markdown.
@@ -87,35 +87,37 @@ def build_prior(
 
     The candidates are each expert alone, the uniform average, and what two stages learn:
 
-    - `learned`: K coefficients under a softmax, from the uniform average on.
-    - `learned by group`: free coefficients for each group, from the first stage's coefficients on.
+    - `learned`: K coefficients under a softmax. They start at the uniform average.
+    - `learned by group`: coefficients for each group, without a softmax. They start at the coefficients of the first
+      stage.
 
-    Both stages take forward passes alone: Gauss-Newton if `loss_fn` is an `OutputLoss`, otherwise SPSA with Adam. The
-    candidate with the lowest validation value is chosen. So the validation data flatter it: judge it on other data.
+    Both stages take forward passes alone. They learn by Gauss-Newton if `loss_fn` is an `OutputLoss`, and otherwise by
+    SPSA with Adam. The candidate with the lowest validation value is chosen. The value of this candidate looks better
+    than it is, because the validation data chose it. So judge the model on other data.
 
     Args:
         key: a `jax.random.key`. The same key and arguments give the same result.
         experts: stacked experts, each leaf `[K, ...]`, K at least 2.
         data: the target data: arrays `[N, ...]`, in a pytree.
         loss_fn: `loss_fn(params, batch) -> scalar`, the mean over a batch, which learning lowers.
-        validation_data: arrays `[M, ...]` that choose. None holds out a fifth of `data` for this, the last rows after a
-            permutation by the key.
+        validation_data: arrays `[M, ...]` that choose the candidate. None holds out a fifth of `data`: the last rows
+            after a permutation by the key.
         validation_fn: `validation_fn(params, batch) -> scalar`, the mean over a batch, such as the error rate. Lower is
             better. None is `loss_fn`.
         evaluate: a function on the host in place of `data` and `loss_fn`: `evaluate(params) -> float`, lower is better.
-            JAX does not trace it. If it returns None or raises, the blend cannot be evaluated, and learning goes on
-            without it. There is one stage, by `ask` and `tell`.
+            JAX does not trace it. If it returns None or raises, learning continues without this blend. There is then
+            one stage, which learns by `ask` and `tell`.
         spec: which units may be permuted. If an expert is unrelated to the others, the experts are aligned. The
             alignment is kept if it lowers the value of the uniform average. None aligns nothing.
-        statistics_fn: `statistics_fn(params, batch)`, BatchNorm's statistics of a batch of `data`, as for
+        statistics_fn: `statistics_fn(params, batch)` returns BatchNorm's statistics of a batch of `data`, as for
             `refresh_statistics`. The statistics of each blend are refreshed on at most 2048 examples. An expert alone
-            keeps its own. While the coefficients are learned, a model has the statistics of the minibatch. None
-            refreshes nothing.
+            keeps its own statistics. While the coefficients are learned, a model has the statistics of the minibatch.
+            None refreshes nothing.
         collection: as for `refresh_statistics`.
         mean: as for `refresh_statistics`.
         var: as for `refresh_statistics`.
         groups: the groups of the second stage. `layers` is `by_layer`, or a group for each leaf if no path names a
-            layer. The second stage is left out if this is None, or if `layers` meets a `merge_fn` without a keyword
+            layer. The second stage is left out if this is None, or if it is `layers` and `merge_fn` has no keyword
             `groups`.
         merge_fn: `merge_fn(experts, alpha) -> params`.
         shared: arrays that all blends share, such as the base of adapters. They are passed to `merge_fn` as its keyword
@@ -123,10 +125,10 @@ def build_prior(
         max_steps: the largest number of steps of a stage.
         batch_size: the number of examples in a minibatch. None is 64, or all if there are fewer.
         patience: a stage ends after this many validations without a new best value. None takes all steps.
-        on_progress: `on_progress(stage, progress)`, called after every 5 steps, or with `evaluate` after each step.
-            `progress.result` can be kept, for `known`.
-        known: results of stages of an earlier call with the same arguments. Learning goes on from them as if it had
-            never stopped.
+        on_progress: `on_progress(stage, progress)`, called after every 5 steps. With `evaluate` it is called after each
+            step. You can keep `progress.result`, and pass it in `known` later.
+        known: the results of an earlier call with the same arguments, by the names of their stages. Learning continues
+            from them as if it had never stopped.
 
     Returns:
         The model, its coefficients, all candidates, and the report.
@@ -135,7 +137,7 @@ def build_prior(
         ValueError: before any work, if an argument is out of its range, if arguments do not go together, if a result in
             `known` belongs to another stage, or if weights are infinite or NaN.
         ValueError: if no expert and no average of them has a finite value.
-        ValueError: if aligned experts compute something else, because the spec is wrong.
+        ValueError: if an aligned expert computes another function than before, because the spec is wrong.
         TypeError: if an argument has the wrong type.
 
     Examples:

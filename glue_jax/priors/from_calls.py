@@ -20,7 +20,8 @@ class FromCalls:
     """Learning by a function on the host, in steps of `ask` and `tell`. It has the methods of `FromData`.
 
     Attributes:
-        evaluate: the value of a model. None, an exception, or a value that is not finite: it cannot be evaluated.
+        evaluate: the function that gives the value of a model. If it raises, or returns None or a value that is not
+            finite, the model cannot be evaluated.
         max_steps: the largest number of steps of a stage.
         patience: a stage ends after this many steps without a new best value.
         failures: the last exception of `evaluate`, if there was one.

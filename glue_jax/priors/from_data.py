@@ -21,7 +21,7 @@ from glue_jax.priors.stages import Stage, out_of_patience
 from glue_jax.streams import as_arrays, check_same_kind, is_stream
 from glue_jax.types import Batch, GlueState, LearnResult, LossFn, Params, Progress, PyTree
 
-# At most so many examples, in batches of the second size, estimate BatchNorm's statistics.
+# BatchNorm's statistics are estimated on at most the first number of examples, in batches of the second number.
 _REFRESH_EXAMPLES, _REFRESH_BATCH = 2048, 256
 _VALIDATE_EVERY = 5
 _HELD_OUT_SHARE = 5
@@ -70,14 +70,14 @@ class FromData:
 
     Attributes:
         loss_fn: the loss that learning lowers.
-        validation_fn: the value that chooses.
-        data: what is learned from.
-        validation_data: what chooses.
-        validation: what gives the values, for the report.
-        statistics: BatchNorm's statistics; None refreshes none.
-        batch_size: of minibatches, and of validation.
-        max_steps: of a stage.
-        patience: of a stage.
+        validation_fn: the function whose lowest value chooses.
+        data: the examples to learn from.
+        validation_data: the examples that choose.
+        validation: a sentence on the validation data, for the report.
+        statistics: how BatchNorm's statistics are refreshed. None refreshes nothing.
+        batch_size: the number of examples in a minibatch and in a validation batch.
+        max_steps: the largest number of steps of a stage.
+        patience: a stage ends after this many validations without a new best value.
     """
 
     loss_fn: LossFn
@@ -110,7 +110,7 @@ class FromData:
         return as_number("the value of validation_fn", value)
 
     def passes_of_value(self, refreshed: bool) -> int:
-        """How often a model goes forward on one example to be refreshed, if it is, and validated."""
+        """How often a model goes forward on one example to be validated, and before that refreshed if it is."""
         return refreshed * min(_length(self.data), _REFRESH_EXAMPLES) + _length(self.validation_data)
 
     def optimizer(self, stage: Stage) -> optax.GradientTransformation | None:
@@ -188,7 +188,7 @@ def from_data(
     max_steps: int,
     patience: int | None,
 ) -> FromData:
-    """Returns a source of checked arguments. It holds out a part of the data if there are no validation data."""
+    """Returns a `FromData`, after a check of the arguments. Without validation data it holds out a part of the data."""
     if data is None or loss_fn is None:
         missing = " and ".join(name for name, given in {"data": data, "loss_fn": loss_fn}.items() if given is None)
         raise ValueError(f"{missing} missing; expected data and loss_fn, or else evaluate")

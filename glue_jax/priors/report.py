@@ -145,5 +145,5 @@ def _why(candidates: Sequence[Candidate], chosen: Candidate, k: int) -> str:
     if best is not None and best is not chosen:
         words += f" The best expert is {best.name.split()[1]}, with {best.value:.4g}."
     if bad := [each.name for each in candidates if not math.isfinite(each.value)]:
-        words += f" Without a finite value, so that they cannot win: {', '.join(bad)}."
+        words += f" Not in the choice, because the value is not finite: {', '.join(bad)}."
     return words

@@ -169,7 +169,7 @@ def test_a_metric_on_the_host_is_learned_by_though_calls_fail_in_the_middle():
 def test_an_expert_that_cannot_be_evaluated_loses_and_the_report_says_so():
     found = glue_jax.build_prior(KEY, AXES, evaluate=Host(failing=(1,)), max_steps=2)
     assert math.isnan(found.candidates[0].value)
-    assert "so that they cannot win: expert 0" in found.report
+    assert "the value is not finite: expert 0" in found.report
 
 
 def test_if_nothing_can_be_evaluated_the_error_has_the_reason():
@@ -303,7 +303,7 @@ def test_a_candidate_without_a_finite_value_loses_and_the_report_says_so():
 
     found = build(validation_fn=not_the_second)
     assert math.isnan(values(found)["expert 1"])
-    assert "Without a finite value, so that they cannot win: expert 1." in found.report
+    assert "Not in the choice, because the value is not finite: expert 1." in found.report
     assert found.chosen == "learned by group"
 
 

@@ -133,7 +133,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(experts, tmp_path, capsys, monke
     monkeypatch.setattr(kept_results, "save", stopping)
     status, _, err = run(capsys, *arguments, "parts")
     assert status == 130
-    assert err.startswith("glue-jax: stopped; the same command goes on")
+    assert err.startswith("glue-jax: stopped; the same command continues")
     assert not (tmp_path / "parts").exists()
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
@@ -236,7 +236,7 @@ def test_a_stopped_run_of_another_objective_is_not_continued(experts, tmp_path, 
     (tmp_path / "objective.py").write_text(OBJECTIVE.replace("default_rng(0)", "default_rng(1)"))
     status, _, err = run(capsys, *arguments)
     assert status == 1
-    assert "of a stopped run with other objective and data; expected the same" in err
+    assert "to a stopped run with other objective and data; expected the same" in err
     assert run(capsys, *arguments, "--fresh")[0] == 0
 
 
@@ -319,7 +319,7 @@ MISTAKES = {
     "no index": (no_index, FOLDER, "has 2 files *.safetensors and no index"),
     "lost shard": (lost_shard, FOLDER, "lacks ['model-00002-of-00002.safetensors']"),
     "factors of LoRA": (lora, UNIFORM, "a factor of a LoRA adapter"),
-    "an adapter and a model": (adapter, FOLDER, "is an adapter of PEFT and expert0.safetensors is none"),
+    "an adapter and a model": (adapter, FOLDER, "is an adapter of PEFT, but expert0.safetensors is not"),
     "no coefficients": (None, BLEND, "one of the arguments --weights --uniform --weights-from is required"),
     "two coefficients": (None, [*BLEND, "--weights", "0.5", "0.5"], "--weights has 2 numbers, but there are 3 experts"),
     "a word": (None, [*BLEND, "--weights", "0.5", "half", "0"], "invalid float value: 'half'"),
@@ -404,7 +404,7 @@ MISTAKES = {
         LEARNS,
         "evaluate was given together with batch_size",
     ),
-    "a base without adapters": (None, [*LEARNS, "--base", E1], "expected the base of adapters of PEFT"),
+    "a base without adapters": (None, [*LEARNS, "--base", E1], "expected no --base"),
     "a negative number of steps": (None, [*LEARNS, "--max-steps", "-3"], "max_steps is -3"),
 }
 

@@ -404,7 +404,7 @@ def test_what_does_not_fit_is_refused():
         step(glue_jax.init(K), experts, batch, loss_fn=lambda params, batch: 0.0)
     with pytest.raises(TypeError, match="without an optimizer"):
         step(glue_jax.init(K, adam), experts, batch, loss_fn=CLASSIFICATION)
-    with pytest.raises(ValueError, match="state is of 3 directions, where beta has 4"):
+    with pytest.raises(ValueError, match="state has 3 directions, but beta has 4"):
         step(glue_jax.init(K), experts, batch, loss_fn=CLASSIFICATION, link_fn=glue_jax.unconstrained)
     with pytest.raises(ValueError, match="tangents is 'backwards'"):
         step(glue_jax.init(K), experts, batch, loss_fn=CLASSIFICATION, tangents="backwards")

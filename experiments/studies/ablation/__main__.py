@@ -4,8 +4,8 @@
     python -m experiments.studies.ablation --experiment cifar10 --initializations common --recipes "4 GLUE" "free
     coefficients"
 
-The digits take 10 minutes of one CPU core, for all ways and both initialisations. Each way's coefficients and figures
-are kept in the folder of the results, so an interrupted run goes on, and ways can be added.
+For all ways and both initialisations, the digits take 10 minutes of one CPU core. The coefficients and the figures of
+each way are kept in the folder of the results. So an interrupted run continues, and ways can be added.
 
 The experts are read from `--run-dir`, where the experiment's own command keeps them (give it the same options). Missing
 experts are trained.
@@ -32,10 +32,11 @@ class Arguments(ExpertArguments):
     """What a command line says.
 
     Attributes:
-        initializations: of the experts; `initialization` itself has no effect here.
-        recipes: their names, or parts of names: a word that is no recipe's name stands for all recipes that contain
-            it. None given: all recipes.
-        epochs: of fine-tuning. `fine-tuning-epochs` is the experiment's own: Configs 1 to 4 are taken from its run.
+        initializations: the initialisations of the experts. The option `initialization` has no effect here.
+        recipes: names of recipes, or parts of names. A word that is no recipe's name stands for all recipes whose names
+            contain it. The default is all recipes.
+        epochs: the number of epochs of fine-tuning. `fine-tuning-epochs` is that of the experiment, from whose run
+            Configs 1 to 4 are taken.
     """
 
     initializations: tuple[Initialization, ...] = ("common", "separate")
@@ -43,7 +44,7 @@ class Arguments(ExpertArguments):
     epochs: int = 5
 
     def __post_init__(self) -> None:
-        """Refuses values out of their range, by a ValueError with the field, its value, and what was expected."""
+        """Refuses values out of their range. The ValueError has the field, its value, and what was expected."""
         if self.epochs < 0:
             raise ValueError(f"epochs is {self.epochs}; expected at least 0")
         if not self.initializations or len(set(self.initializations)) < len(self.initializations):
@@ -64,7 +65,7 @@ class Arguments(ExpertArguments):
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures, from a command line (None is the process's) to the report.
+    """Measures, and writes the report. `arguments` is the command line. None is that of this process.
 
     Returns:
         The results: `title`, `command`, `machine`, `config`, and `sets`, for each initialisation what

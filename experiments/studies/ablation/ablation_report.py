@@ -25,7 +25,7 @@ _WORDS_OF = {
     "number of coefficients (one fewer under a softmax). It takes no backward pass, and validates every 5 steps.",
 }
 """What is said of recipes with such a name, where there are any."""
-# Epochs of fine-tuning that have a column.
+# The epochs of fine-tuning that have a column.
 _EPOCHS = (1, 5)
 
 
@@ -39,10 +39,10 @@ def present(results: Mapping[str, Any]) -> Report:
 
 
 def table(rows: list[Mapping[str, Any]]) -> TableCells:
-    """Returns a row for each recipe, headers and cells: means over seeds ± their standard deviation.
+    """Returns headers, and a row for each recipe: means over seeds ± their standard deviation.
 
     Args:
-        rows: of `experiments.studies.ablation.trials.measure`.
+        rows: the `rows` that `experiments.studies.ablation.trials.measure` returned.
     """
     epochs = [epoch for epoch in _EPOCHS if rows and epoch < len(rows[0]["test_accuracy"])]
     headers = [
@@ -72,7 +72,7 @@ def table(rows: list[Mapping[str, Any]]) -> TableCells:
 
 
 def figure(results: Mapping[str, Any]) -> Figure:
-    """Returns each recipe's prior accuracy, seed by seed, beside the best expert's and the ensemble's."""
+    """Returns a picture of each recipe's prior accuracy, seed by seed, beside the best expert's and the ensemble's."""
     sets = results["sets"]
     parts = {row["recipe"]: row["part"] for found in sets for row in found["rows"]}
     with mpl.rc_context(STYLE):
@@ -88,7 +88,7 @@ def figure(results: Mapping[str, Any]) -> Figure:
 
 
 def _draw(axes: Axes, found: Mapping[str, Any], names: list[str], colors: list[str]) -> None:
-    """A panel, of one initialisation."""
+    """Draws the panel of one initialisation."""
     for name, runs in _by_recipe(found["rows"]).items():
         values = [100 * run["test_accuracy"][0] for run in runs]
         place, color = names.index(name), colors[names.index(name)]
@@ -133,7 +133,7 @@ def _markdown(results: Mapping[str, Any]) -> str:
 
 
 def _by_recipe(rows: list[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """The rows of each recipe, one a seed."""
+    """Returns the rows of each recipe, one for each seed."""
     found: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         found.setdefault(row["recipe"], []).append(row)
@@ -141,10 +141,10 @@ def _by_recipe(rows: list[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any
 
 
 def references(found: Mapping[str, Any]) -> TableCells:
-    """Returns what the recipes are compared with, a header and one row.
+    """Returns a header and one row, with what the recipes are compared with.
 
     Args:
-        found: of `experiments.studies.ablation.trials.measure`.
+        found: what `experiments.studies.ablation.trials.measure` returned.
     """
     accuracies = [row["test_accuracy"] for row in found["experts"]]
     values = np.mean(accuracies), max(accuracies), found["ensemble"]["test_accuracy"]

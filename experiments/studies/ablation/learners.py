@@ -25,7 +25,7 @@ from glue_jax.types import LinkFn, LossFn, MergeFn
 
 HEAD = "^params/head/"
 """The layer that a temperature is folded into."""
-# The part of a falling learning rate that is left at the most steps.
+# The part of a falling learning rate that is left at the last step.
 _LAST_RATE = 0.02
 
 
@@ -34,17 +34,17 @@ class Learner(NamedTuple):
 
     Attributes:
         recipe: the recipe.
-        experts: stacked; aligned, with an origin, without statistics, as the recipe says.
-        link_fn: of `glue_jax.learn`.
-        merge_fn: of `glue_jax.learn`.
-        loss_fn: of `glue_jax.learn`.
-        beta: the start, leaves `[...]`, or several starts, `[S, ...]`. None: `first` learns the start.
+        experts: the stacked experts. As the recipe says, they are aligned, have an origin, or have no statistics.
+        link_fn: the `link_fn` of `glue_jax.learn`.
+        merge_fn: the `merge_fn` of `glue_jax.learn`.
+        loss_fn: the `loss_fn` of `glue_jax.learn`.
+        beta: the start, leaves `[...]`, or several starts, `[S, ...]`. If it is None, `first` learns the start.
         first: the learner of the start.
         num_groups: the number of groups of coefficients. None is one vector for the model.
-        num_starts: S.
-        start_passes: the passes that the starts took, as `Measured.passes`.
-        optimizer: of beta. None is Gauss-Newton, which has none.
-        max_steps: the most steps.
+        num_starts: S, the number of starts.
+        start_passes: the passes that the starts took, counted as in `Measured.passes`.
+        optimizer: the optimizer of beta. It is None for Gauss-Newton, which has no optimizer.
+        max_steps: the largest number of steps.
     """
 
     recipe: Recipe
@@ -65,10 +65,10 @@ class Learned(NamedTuple):
     """The result of learning.
 
     Attributes:
-        beta: the best by validation.
+        beta: the best beta by validation.
         alpha: the coefficients of `beta`.
-        steps: the steps of learning, including those of the first recipe.
-        passes: as `Measured.passes`.
+        steps: the number of steps of learning, including those of the first recipe.
+        passes: the passes, counted as in `Measured.passes`.
     """
 
     beta: Any
@@ -170,10 +170,10 @@ def learn_beta(context: Context, learner: Learner, target: Examples, seed: int) 
     metrics = result.history.metrics
     steps = len(metrics.loss)
     if learner.optimizer is None:
-        # Gauss-Newton: beta, its proposal, and a difference along each direction.
+        # Gauss-Newton takes a pass at beta, one at its proposal, and one along each direction.
         per_step = dimension(result.beta, directions_of(learner.link_fn)) + 2
     else:
-        # Without probes it is the full gradient, with one forward pass. Its backward pass is not counted.
+        # A step without probes is the full gradient, with one forward pass. Its backward pass is not counted.
         per_step = 1 if metrics.probe_losses is None else metrics.probe_losses[0].size
     of_all_starts = sum(last for last, following in itertools.pairwise([*taken, 0]) if following <= last)
     # Each start is judged before its first step and after each chunk.
@@ -183,7 +183,7 @@ def learn_beta(context: Context, learner: Learner, target: Examples, seed: int) 
 
 
 def _by_groups(beta: Any, num_groups: int | None) -> Any:
-    """Repeats coefficients for each group."""
+    """Returns coefficients, repeated for each group."""
     if num_groups is None:
         return beta
     if isinstance(beta, glue_jax.links.Tempered):
@@ -192,11 +192,11 @@ def _by_groups(beta: Any, num_groups: int | None) -> Any:
 
 
 def _logits(problem: Problem, by_minibatch: bool, variables: Variables, batch: Examples) -> jax.Array:
-    """A model's outputs, `[B, classes]`."""
+    """Returns a model's outputs, `[B, classes]`."""
     logits = problem.minibatch_logits if by_minibatch else problem.logits
     return logits(variables, batch.images)
 
 
 def _loss(objective: Callable[[jax.Array, jax.Array], jax.Array], logits: jax.Array, batch: Examples) -> jax.Array:
-    """An objective of a model's outputs."""
+    """Returns an objective of a model's outputs."""
     return objective(logits, batch.labels)

@@ -18,14 +18,14 @@ Batches: TypeAlias = Sequence[jax.Array]
 
 
 class Measured:
-    """Experts, and what validation images tell about them.
+    """The experts, and what validation images tell about them.
 
     Attributes:
         problem: the network with the preparation of its images.
-        experts: from how their units are permuted to the stacked experts, each leaf `[K, ...]`. Each is computed once.
-        num_experts: K.
+        experts: the stacked experts, each leaf `[K, ...]`, by how their units are permuted. Each is computed once.
+        num_experts: K, the number of experts.
         validation: the validation images.
-        passes: counts how many times one model went forward on one image for what was asked. Callers reset it to 0.
+        passes: how many times one model went forward on one image to compute what was asked for. Callers reset it to 0.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Measured:
         validation: Examples,
         evaluate: Callable[[Variables, Examples], Mapping[str, float]],
     ):
-        """Keeps `table`, a row of `measure_experts` each, and `evaluate` of the context."""
+        """Keeps `table`, with a row of `measure_experts` for each expert, and `evaluate` of the context."""
         self.problem, self.experts, self.validation = problem, experts, validation
         self.num_experts, self.passes = len(table), 0
         self._table, self._evaluate = table, evaluate
@@ -72,7 +72,7 @@ class Measured:
         return glue_jax.stack_experts([jax.tree.map(lambda *parts: sum(parts), *of_one) for of_one in each])
 
     def _each(self) -> Iterator[Variables]:
-        """The experts, one after another."""
+        """Yields the experts, one after another."""
         experts = self.experts("no")
         for i in range(self.num_experts):
             yield jax.tree.map(lambda leaf, i=i: leaf[i], experts)

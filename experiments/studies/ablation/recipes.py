@@ -43,24 +43,29 @@ class Recipe:
     """A way from experts to one model, made of independent parts.
 
     Attributes:
-        name: in the table.
-        part: the part of the table that it stands in.
-        paper_config: the number of the paper's Config that it is. The experiment may have measured it already.
-        start: where learning starts; without learning, the coefficients.
+        name: the name in the table.
+        part: the part of the table in which the recipe stands.
+        paper_config: the number of the paper's Config, if the recipe is one. The experiment may have measured it
+            already.
+        start: the coefficients at which learning starts. Without learning, these are the coefficients.
         first: another recipe, which learns one vector of coefficients for the model first. Each group starts there.
-        step_fn: learns the coefficients. None keeps the start.
-        link_fn: from what is learned to coefficients.
+        step_fn: the step that learns the coefficients. None keeps the start.
+        link_fn: the link from what is learned to the coefficients.
         task_vectors: whether the experts' common initialisation is blended too, as the origin of their differences.
-        grouping: what has coefficients of its own. `norms together`: all norms share one vector.
+        grouping: the parts of the network that have their own coefficients. With `norms together`, all norms share one
+            vector.
         temperature: whether a temperature is learned too.
-        learning_rate: Adam's for beta. It falls to a fiftieth, by a cosine, until the most steps. None is the
+        learning_rate: Adam's learning rate for beta. By a cosine, it falls to a fiftieth at the last step. None is the
             experiment's own, which is constant. Gauss-Newton has none.
-        most_steps: the most steps of learning, if the experiment allows as many. None is all that it allows.
-        objective: from logits and labels to what is minimised.
-        statistics: BatchNorm's. `blended`: like all else. `refreshed`: estimated on target images when the coefficients
-            are known. `minibatch`: of each minibatch during learning, and refreshed afterwards.
+        most_steps: the largest number of steps, if the experiment allows as many. None is all that the experiment
+            allows.
+        objective: a function from logits and labels to the value that is minimised.
+        statistics: the statistics of BatchNorm. `blended`: they are blended like everything else. `refreshed`: they are
+            estimated on target images when the coefficients are known. `minibatch`: learning uses those of each
+            minibatch, and they are refreshed afterwards.
         aligned: whether the experts' units are permuted first, jointly or to the first expert.
-        merge: replaces coefficients: from what is known of the experts and minibatches of target images to the model.
+        merge: a function that makes the model without coefficients. It gets what is known of the experts, and
+            minibatches of target images.
     """
 
     name: str
@@ -82,17 +87,17 @@ class Recipe:
 
     @property
     def outside_the_hull(self) -> bool:
-        """Whether its coefficients may leave the experts' convex hull. If not, they are a softmax."""
+        """Whether the coefficients may leave the convex hull of the experts. If not, they are a softmax."""
         return self.task_vectors or self.link_fn is not jax.nn.softmax
 
     @property
     def slug(self) -> str:
-        """Its name in files."""
+        """The name of the recipe in files."""
         return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """All that decides its result, as JSON holds it. The name stands for a function."""
+        """All that decides the result of the recipe, as JSON holds it. A function is there by its name."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         step = self.step_fn
         if isinstance(step, functools.partial):
@@ -101,7 +106,7 @@ class Recipe:
         return {**named, "first": self.first and self.first.fingerprint}
 
     def groups(self, experts: Variables, network: str) -> glue_jax.merging.Groups | None:
-        """Returns the groups of a network's leaves; None is one group for the model."""
+        """Returns the groups of a network's leaves. None is one group for the model."""
         if self.grouping == "model":
             return None
         if self.grouping != "layer, norms together":
@@ -117,8 +122,8 @@ class Recipe:
         """Refuses parts that do not go together.
 
         Raises:
-            ValueError: coefficients outside the experts' hull with blended BatchNorm statistics, or a first recipe
-                whose coefficients are no start for this one.
+            ValueError: if coefficients may leave the hull of the experts while BatchNorm's statistics are blended, or
+                if the coefficients of the first recipe are no start for this one.
         """
         if self.first is not None:
             parts = ("link_fn", "task_vectors", "temperature", "aligned")
@@ -137,26 +142,26 @@ class Recipe:
 
 
 def _named(value: Any) -> Any:
-    """A value as JSON holds it. A name stands for a function, and its parts for a link."""
+    """Returns a value as JSON holds it. A function is there by its name, and a link by its parts."""
     if isinstance(value, Link):
         return {field.name: _named(getattr(value, field.name)) for field in dataclasses.fields(value)}
     return getattr(value, "__name__", value)
 
 
 def _fisher_weighted(measured: Measured, _: Batches) -> Variables:
-    """The experts averaged by their Fisher information on the validation images."""
+    """Returns the average of the experts, weighted by their Fisher information on the validation images."""
     return glue_jax.merging.fisher_merge(
         measured.experts("no"), measured.fishers(), glue_jax.coefficients.uniform(measured.num_experts)
     )
 
 
 def _regmean(measured: Measured, batches: Batches) -> Variables:
-    """The experts merged layer by layer, by the inputs that target images give each."""
+    """Returns the experts merged layer by layer, by the inputs that target images give to each layer."""
     return glue_jax.merging.regmean_merge(measured.experts("no"), measured.grams(batches))
 
 
 def _several_starts(measured: Measured) -> jax.Array:
-    """The uniform average, the best expert, and a softmax of negative losses."""
+    """Returns three starts: the uniform average, the best expert, and a softmax of negative losses."""
     losses = measured.losses()
     return jnp.stack(
         [
@@ -197,7 +202,7 @@ def recipes(config: Config) -> list[Recipe]:
     """Returns all recipes.
 
     Args:
-        config: the recipes use its step of GLUE, unless they have other directions.
+        config: the config whose step of GLUE the recipes use, unless they have other directions.
     """
     radius, num_experts = config.radius, config.num_experts
     spsa = make_steps(config)[4]

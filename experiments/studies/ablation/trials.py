@@ -33,18 +33,19 @@ def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: St
     """Measures what is not measured yet.
 
     Args:
-        context: of the run whose experts these are. Missing experts are trained.
+        context: the context of the run whose experts these are. Missing experts are trained.
         recipes: the recipes to follow.
-        num_epochs: of fine-tuning.
-        stages: where the measurements are kept.
+        num_epochs: the number of epochs of fine-tuning.
+        stages: the stages that keep the measurements.
 
     Returns:
-        A dict that JSON holds: `config`, `data`, `experts` (a row of `measure_experts` each), `ensemble` (test loss and
-        accuracy of their mean probabilities), and `rows`, one for each recipe and seed: `recipe`, `part`, `seed`,
-        `test_loss` and `test_accuracy` (of the prior and after each epoch), `validation_loss` and
-        `validation_accuracy` (of the prior, on the images that judged it), `training_loss` of each epoch,
-        `forward_passes` (of one model on one image), `prior_seconds` (with compilation, without the experts'
-        alignment), `machine`, and, if they are learned, `alpha`, `temperature`, `steps` and `learned_on`, a machine.
+        A dict that JSON holds: `config`, `data`, `experts` (a row of `measure_experts` for each), `ensemble` (test loss
+            and accuracy of the experts' mean probabilities), and `rows`. There is a row for each recipe and seed. It
+            has `recipe`, `part`, `seed`, `test_loss` and `test_accuracy` (of the prior and after each epoch),
+            `validation_loss` and `validation_accuracy` (of the prior, on the images that judged it), `training_loss` of
+            each epoch, `forward_passes` (of one model on one image), `prior_seconds` (with compilation, without the
+            experts' alignment) and `machine`. If the coefficients are learned, it also has `alpha`, `temperature`,
+            `steps` and `learned_on`, a machine.
     """
     experts, _ = train_experts(context)
     table = measured_experts(context, experts)["experts"]
@@ -69,7 +70,7 @@ def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: St
             # The alignment is computed once, so it is not part of any recipe's seconds.
             measured.experts(recipe.aligned)
             if recipe.step_fn is not None:
-                # The coefficients are kept before fine-tuning, since both may take long.
+                # The coefficients are kept before fine-tuning starts, because both may take long.
                 stage = f"{name}-coefficients", {**learning_fields, **how}
                 learned = stages.run(*stage, lambda: _learn(context, learner(), target, seed))
                 learner()
@@ -110,7 +111,10 @@ def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: St
 
 
 def _kept(context: Context, recipe: Recipe, measured: Measured, seed: int, num_epochs: int) -> dict[str, Any] | None:
-    """A row of `measure` for one of the paper's Configs, if the experiment has it: hours of work at its scale."""
+    """Returns a row of `measure` for one of the paper's Configs, if the experiment has it.
+
+    This can save hours of work.
+    """
     config, judging, number = context.config, context.validation, recipe.paper_config
     if number is None or num_epochs > config.fine_tuning_epochs:
         return None
@@ -142,7 +146,7 @@ def _model(
     learned: dict[str, Any] | None,
     target: Examples,
 ) -> tuple[Variables, dict[str, Any]]:
-    """A recipe's model, and what is known of it: `forward_passes`, and what `_learn` returned."""
+    """Returns a recipe's model, and what is known of it: `forward_passes`, and what `_learn` returned."""
     measured.passes, passes, details = 0, 0, {}
     if recipe.merge is not None:
         variables = recipe.merge(measured, refresh_batches(target.images))
@@ -189,7 +193,7 @@ def _aligned(context: Context, experts: Variables, how: Alignment) -> Variables:
 
 
 def _ensemble(context: Context, experts: list[Variables]) -> dict[str, Any]:
-    """Test loss and accuracy of the experts' mean probabilities: K networks, not one."""
+    """Returns the test loss and accuracy of the experts' mean probabilities. The ensemble is K networks, not one."""
     logits = jax.jit(context.problem.logits)
     images, labels = context.test
     rows = []

@@ -3,9 +3,9 @@
     python -m experiments.studies.cost
     python -m experiments.studies.cost --networks resnet20 --batch-sizes 64 --num-experts 10 --num-directions 1
 
-The first command takes 23 minutes on 2 CPU cores, most of them for MobileNetV2. Leave the machine alone meanwhile,
-since times are measured. No data is needed. The figures of `python -m experiments.studies.cost.tpu` are shown too, if
-they are in the same folder.
+The first command takes 35 minutes on 2 CPU cores, most of them for MobileNetV2. It measures times, so leave the machine
+alone meanwhile. It needs no data. It also shows the figures of `python -m experiments.studies.cost.tpu`, if they are in
+the same folder.
 """
 
 import dataclasses
@@ -34,11 +34,12 @@ class Arguments(StageArguments):
 
     Attributes:
         networks: any of resnet20, mobilenetv2, vit, convnet.
-        batch_sizes: images in a minibatch.
-        num_experts: K. The first is tried at every batch size, the others at the smallest.
-        num_directions: m. The first is tried at every batch size, the others at the smallest.
-        repetitions: timed calls of each program.
-        matmul_precision: of the networks' products. The default is the experiments' own. A CPU has only one.
+        batch_sizes: the numbers of images in a minibatch.
+        num_experts: values of K. The first is tried at every batch size, the others only at the smallest.
+        num_directions: values of m. The first is tried at every batch size, the others only at the smallest.
+        repetitions: the number of timed calls of each program.
+        matmul_precision: the precision of the networks' products. The default is that of the experiments. A CPU has
+            only one precision.
     """
 
     networks: tuple[str, ...] = ("resnet20", "mobilenetv2", "vit")
@@ -50,7 +51,7 @@ class Arguments(StageArguments):
     out_dir: Path = Path("runs") / "cost"
 
     def __post_init__(self) -> None:
-        """Refuses values out of their range, by a ValueError with the field, its value, and what was expected."""
+        """Refuses values out of their range. The ValueError has the field, its value, and what was expected."""
         if self.repetitions < 1:
             raise ValueError(f"repetitions is {self.repetitions}; expected at least 1")
         for name in ("networks", "batch_sizes", "num_experts", "num_directions"):
@@ -59,7 +60,10 @@ class Arguments(StageArguments):
         self.settings()
 
     def settings(self) -> list[Setting]:
-        """Returns the rows: each network at each batch size, and at the smallest also with other K and m."""
+        """Returns the settings of the rows.
+
+        Each network has each batch size, and at the smallest it also has other K and m.
+        """
         k, m, small = self.num_experts[0], self.num_directions[0], min(self.batch_sizes)
         varied = [
             *((batch_size, k, m) for batch_size in sorted(self.batch_sizes)),
@@ -81,7 +85,7 @@ class Arguments(StageArguments):
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures, from a command line (None is the process's) to the report.
+    """Measures, and writes the report. `arguments` is the command line. None is that of this process.
 
     Returns:
         The results: `command`, `machine`, `arguments`, `rows` (see `experiments.studies.cost.step_costs.measure`), and

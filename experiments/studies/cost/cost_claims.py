@@ -22,11 +22,13 @@ EXPLANATION = (
 
 
 def claims(rows: Rows, num_experts: int) -> Iterator[Claim]:
-    """Yields the paper's claims, those about the growth of networks of one direction and `num_experts` experts.
+    """Yields the paper's claims.
+
+    Those about the growth of networks take the rows of one direction and `num_experts` experts.
 
     Args:
-        rows: of `experiments.studies.cost.step_costs.measure`.
-        num_experts: K.
+        rows: what `experiments.studies.cost.step_costs.measure` returned.
+        num_experts: K, the number of experts.
     """
     timed = [row for row in rows if row["times"] is not None]
     pairs = [row for row in timed if row["num_directions"] == 1]
@@ -85,7 +87,7 @@ def claims(rows: Rows, num_experts: int) -> Iterator[Claim]:
 
 
 def by_size(rows: Rows, num_experts: int) -> dict[int, Rows]:
-    """Returns the rows of one direction and `num_experts` experts by batch size, fewest parameters first."""
+    """Returns the rows of one direction and `num_experts` experts by batch size. The fewest parameters come first."""
     base = [row for row in rows if row["num_experts"] == num_experts and row["num_directions"] == 1]
     sizes: dict[int, list[Row]] = {}
     for row in sorted(base, key=lambda row: (row["batch_size"], row["parameters"])):
@@ -97,8 +99,8 @@ def growth_table(rows: Rows, num_experts: int) -> TableCells:
     """Returns headers and cells: the terms of Eq. (21), and the gap as measured, by the networks' parameters.
 
     Args:
-        rows: of `experiments.studies.cost.step_costs.measure`.
-        num_experts: K.
+        rows: what `experiments.studies.cost.step_costs.measure` returned.
+        num_experts: K, the number of experts.
     """
     headers = ["network", "parameters", "batch", "(γ − 1)F, ms", "D_α − C_mix, ms", "T_full − T_SPSA, ms"]
     headers += ["SPSA / full", "full − SPSA, GFLOP", "SPSA / full"]
@@ -115,20 +117,20 @@ def growth_table(rows: Rows, num_experts: int) -> TableCells:
 
 
 def _backward_term(row: Row) -> float:
-    """(γ − 1)F, in seconds."""
+    """Returns (γ − 1)F, in seconds."""
     return (row["times"]["backward_ratio"] - 1) * row["times"]["seconds"]["forward"]
 
 
 def _others(row: Row) -> float:
-    """D_α − C_mix, in seconds."""
+    """Returns D_α − C_mix, in seconds."""
     return row["times"]["seconds"]["inner_products"] - row["times"]["seconds"]["blend"]
 
 
 def _time_gap(row: Row) -> float:
-    """T_full − T_SPSA as measured, in milliseconds."""
+    """Returns T_full − T_SPSA as measured, in milliseconds."""
     return 1000 * (row["times"]["seconds"]["full_step"] - row["times"]["seconds"]["spsa_step"])
 
 
 def _flops_gap(row: Row) -> float:
-    """The difference between the compiled steps, in GFLOP."""
+    """Returns the difference between the compiled steps, in GFLOP."""
     return (row["flops"]["full_step"] - row["flops"]["spsa_step_vmapped"]) / 1e9

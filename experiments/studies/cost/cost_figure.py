@@ -21,7 +21,7 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Draws the times of the steps by Eq. (9) and as measured, for the first row of each network.
 
     Args:
-        rows: of `experiments.studies.cost.step_costs.measure`.
+        rows: what `experiments.studies.cost.step_costs.measure` returned.
     """
     first: dict[str, Mapping[str, Any]] = {}
     for row in rows:

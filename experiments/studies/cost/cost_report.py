@@ -64,7 +64,7 @@ def tpu_blocks(tpu: Mapping[str, Any]) -> list[str]:
         tpu: what `experiments.studies.cost.tpu` writes.
 
     Raises:
-        LookupError, TypeError: of a file that is not that.
+        LookupError, TypeError: if the file is not one of these.
     """
     headers, table = size_table(tpu["rows"])
     compiled = [
@@ -152,7 +152,7 @@ def _short_table(rows: Rows) -> TableCells:
 
 
 def _excess_table(rows: Rows) -> TableCells:
-    """Where the SPSA step differs from Eq. (9), by the programs in between."""
+    """Returns where the SPSA step differs from Eq. (9), by the programs in between."""
     names = ("difference", "one program", "many probes", "the rest")
     return table_of(_timed(rows), {**_SETTING, **{name: f"{{percent[{name}]:+.0f}} %" for name in names}})
 
@@ -168,7 +168,7 @@ def _part_table(rows: Rows) -> TableCells:
         "probe, ms": "{ms[probe]}",
         "estimate, ms": "{ms[estimate]}",
     }
-    # Page faults are the host's. If an accelerator computes, they say nothing about a step.
+    # Page faults are those of the host. If an accelerator computes, they say nothing about a step.
     if rows[0]["platform"] == "cpu":
         columns |= {"faults of F": "{times[page_faults][forward]:.0f}"}
         columns |= {"faults of SPSA": "{times[page_faults][spsa_step]:.0f}"}

@@ -1,4 +1,4 @@
-"""The steps whose cost is measured. Images and experts are random, since their values do not change the cost."""
+"""The steps whose cost is measured. Images and experts are random, because their values do not change the cost."""
 
 import dataclasses
 import functools
@@ -38,10 +38,10 @@ class Setting:
 
     Attributes:
         network: a key of `IMAGE_SHAPES`.
-        batch_size: images in a minibatch.
-        num_experts: K.
-        num_directions: m, of the SPSA step. The full-gradient step does not depend on it.
-        matmul_precision: of the network's products, as `Config.matmul_precision`. A CPU has only one.
+        batch_size: the number of images in a minibatch.
+        num_experts: K, the number of experts.
+        num_directions: m, the number of directions of the SPSA step. The full-gradient step does not depend on it.
+        matmul_precision: the precision of the network's products, as in `Config`. A CPU has only one precision.
     """
 
     network: str = "resnet20"
@@ -51,7 +51,7 @@ class Setting:
     matmul_precision: Literal["highest", "high", "default"] = "highest"
 
     def __post_init__(self) -> None:
-        """Refuses values out of their range, by a ValueError with the field, its value, and what was expected."""
+        """Refuses values out of their range. The ValueError has the field, its value, and what was expected."""
         if self.network not in IMAGE_SHAPES:
             raise ValueError(f"network is {self.network!r}; expected one of {tuple(IMAGE_SHAPES)}")
         for name in ("batch_size", "num_experts", "num_directions"):
@@ -60,7 +60,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """A row's name, in messages, reports and files."""
+        """The name of the row in messages, reports and files."""
         return f"{self.network}-batch{self.batch_size}-k{self.num_experts}-m{self.num_directions}"
 
 
@@ -74,7 +74,7 @@ class StepInputs(NamedTuple):
 
 
 def make_problem(setting: Setting) -> Problem:
-    """Returns the network, whose images are brought from [0, 255] to [-2, 2]."""
+    """Returns the network. Its images are scaled from [0, 255] to [-2, 2]."""
     shape = IMAGE_SHAPES[setting.network]
     network = models.build(setting.network, image_shape=shape, num_classes=NUM_CLASSES)
     return Problem(network, np.full(shape[-1], 0.5, np.float32), np.full(shape[-1], 0.25, np.float32))
@@ -93,7 +93,7 @@ def num_parameters(problem: Problem) -> int:
 
 
 def make_inputs(setting: Setting, problem: Problem) -> StepInputs:
-    """Returns random images and labels, and experts as they are initialised, at the uniform average."""
+    """Returns random images and labels, experts as they are initialised, and the state of the uniform average."""
     experts_key, images_key, labels_key, key = jax.random.split(jax.random.key(0), 4)
     shape = (setting.batch_size, *IMAGE_SHAPES[setting.network])
     return StepInputs(
@@ -108,16 +108,16 @@ def make_inputs(setting: Setting, problem: Problem) -> StepInputs:
 
 
 def full_step(problem: Problem) -> Callable[..., Any]:
-    """Returns the full-gradient step, of `StepInputs`."""
+    """Returns the full-gradient step as a function of `StepInputs`."""
     return functools.partial(glue_jax.full_gradient_step, loss_fn=problem.loss, optimizer=OPTIMIZER)
 
 
 def spsa_step(problem: Problem, setting: Setting, *, probe_batch_size: int | None = None) -> Callable[..., Any]:
-    """Returns the SPSA step, of `StepInputs`.
+    """Returns the SPSA step as a function of `StepInputs`.
 
     Args:
         problem: the network.
-        setting: for its number of directions.
+        setting: the setting. Its number of directions matters.
         probe_batch_size: see `glue_jax.estimators.spsa_gradient`.
     """
     return functools.partial(
@@ -126,13 +126,13 @@ def spsa_step(problem: Problem, setting: Setting, *, probe_batch_size: int | Non
         optimizer=OPTIMIZER,
         num_directions=setting.num_directions,
         probe_batch_size=probe_batch_size,
-        # `compile_program` sets it, for this step and for the full-gradient step.
+        # `compile_program` sets the precision, for this step and for the full-gradient step.
         matmul_precision=None,
     )
 
 
 def compile_program(setting: Setting, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Compiled:
-    """Returns a function compiled for its arguments, arrays or `jax.ShapeDtypeStruct`s."""
+    """Returns a function, compiled for its arguments. These are arrays or `jax.ShapeDtypeStruct`s."""
     with jax.default_matmul_precision(setting.matmul_precision):
         return jax.jit(function).lower(*arguments).compile()
 
@@ -149,7 +149,7 @@ def total_bytes(program: Compiled) -> int:
 
 
 def flops(program: Compiled) -> float:
-    """Returns the floating-point operations of a program. XLA counts those of a loop's body once."""
+    """Returns the number of floating-point operations of a program. XLA counts those of a loop's body once."""
     analysis = program.cost_analysis()
     if not analysis:
         raise RuntimeError("this backend does not say how many FLOPs a program takes")

@@ -1,4 +1,4 @@
-"""What `experiments.studies.cost` measures, row by row. The result of each row is kept on disk."""
+"""The measurements of `experiments.studies.cost`, row by row. The result of each row is kept on disk."""
 
 import dataclasses
 import functools
@@ -50,11 +50,11 @@ class Program(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """What was measured at each call of a program, in the order of the repetitions.
+    """The measurements of each call of a program, in the order of the repetitions.
 
     Attributes:
-        seconds: of the call.
-        page_faults: pages of memory that this process was given during the call.
+        seconds: the seconds of the call.
+        page_faults: the number of pages of memory that this process was given during the call.
     """
 
     seconds: list[float]
@@ -65,15 +65,16 @@ def measure(settings: list[Setting], repetitions: int, stages: Stages, progress:
     """Measures the rows that are not measured yet.
 
     Args:
-        settings: one for each row.
-        repetitions: timed calls of each program.
-        stages: where the rows are kept.
+        settings: the setting of each row.
+        repetitions: the number of timed calls of each program.
+        stages: the stages that keep the rows.
         progress: what is shown meanwhile.
 
     Returns:
-        A row for each setting, a dict that JSON holds: the setting's fields and `name`, `parameters` (their number),
-        `platform`, `machine`, `temporary_bytes` and `flops` of the compiled steps, `total_bytes` (the most that one of
-        the row's programs takes), and `times` (see `compare`), or None if the memory is too small for them.
+        A row for each setting, a dict that JSON holds. It has the setting's fields and `name`, `parameters` (their
+        number), `platform`, `machine`, `temporary_bytes` and `flops` of the compiled steps, `total_bytes` (the most
+        that one of the row's programs takes), and `times` (see `compare`). `times` is None if the memory is too small
+        for the programs.
     """
     bar = progress.stage("Cost", len(settings) * (_PROGRAMS + repetitions))
     return [_measure_row(setting, repetitions, stages, bar, progress) for setting in settings]
@@ -83,15 +84,15 @@ def compare(samples: Mapping[str, Samples], num_directions: int) -> dict[str, An
     """Compares the times of the steps with those of their parts, Eq. (9) and (10).
 
     Args:
-        samples: of the programs that `_programs` names.
-        num_directions: m.
+        samples: the samples of the programs that `_programs` names.
+        num_directions: m, the number of directions.
 
     Returns:
-        A dict that JSON holds: `samples`, the seconds of each; `seconds` and `page_faults`, medians; `backward_ratio`,
-        gamma; `predicted`, the steps' seconds by Eq. (9); `over_predicted`, measured over predicted; `quartiles`, of
-        that ratio of the SPSA step over the repetitions; `spsa_over_full`; `predicted_cheaper`, Eq. (10), or Eq. (9)
-        if m is not 1; `cheaper`, as measured; `excess`, the seconds by which the SPSA step differs from its
-        prediction, in three parts.
+        A dict that JSON holds. `samples` has the seconds of each call. `seconds` and `page_faults` are medians.
+        `backward_ratio` is gamma. `predicted` has the seconds of the steps by Eq. (9), and `over_predicted` is measured
+        over predicted. `quartiles` are those of this ratio for the SPSA step, over the repetitions. `spsa_over_full` is
+        the ratio of the steps. `predicted_cheaper` is Eq. (10), or Eq. (9) if m is not 1, and `cheaper` is the same as
+        measured. `excess` has the seconds by which the SPSA step differs from its prediction, in three parts.
     """
     m = num_directions
     seconds = {name: statistics.median(values.seconds) for name, values in samples.items()}
@@ -125,7 +126,7 @@ def compare(samples: Mapping[str, Samples], num_directions: int) -> dict[str, An
 
 
 def available_bytes() -> int | None:
-    """Returns the free memory of the first device in bytes; None if the system does not say."""
+    """Returns the free memory of the first device in bytes. Returns None if the system does not say."""
     if memory := jax.devices()[0].memory_stats():
         return memory["bytes_limit"] - memory["bytes_in_use"]
     if not _MEMORY_INFO.exists():
@@ -165,7 +166,7 @@ def _measure_row(
 
 
 def _programs(setting: Setting, problem: Problem, bar: Stage) -> dict[str, Program]:
-    """The steps, their parts in Eq. (9), and the programs in between."""
+    """Returns the steps, their parts in Eq. (9), and the programs in between."""
     inputs = make_inputs(setting, problem)
     state, experts, batch = inputs.state, inputs.experts, inputs.batch
     m = setting.num_directions
@@ -226,7 +227,8 @@ def _time(programs: Mapping[str, Program], repetitions: int, bar: Stage) -> dict
     samples = {name: Samples([], []) for name in timed}
     for repetition in range(-1, repetitions):
         for name, (function, arguments) in timed.items():
-            # This call is not timed. A program right after a backward pass pays for the memory that the pass gave back.
+            # This call is not timed. A program right after a backward pass would pay for the memory that the pass gave
+            # back.
             jax.block_until_ready(forward.function(*forward.arguments))
             faults, start = _page_faults(), time.perf_counter()
             jax.block_until_ready(function(*arguments))
@@ -241,5 +243,5 @@ def _time(programs: Mapping[str, Program], repetitions: int, bar: Stage) -> dict
 
 
 def _page_faults() -> int:
-    """The pages of memory that this process was given so far, without those that were read from a disk."""
+    """Returns how many pages of memory this process was given so far. Pages that were read from a disk do not count."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -3,8 +3,9 @@
     pip install -e '.[experiments,tpu]'
     python -m experiments.studies.cost.tpu
 
-It writes `tpu.json`: peak temporary memory, FLOPs and seconds of compilation, of the SPSA step with all probes in one
-vmapped forward pass, and of the full-gradient step. Nothing is run. `python -m experiments.studies.cost` shows it too.
+It writes `tpu.json`, with the peak temporary memory, the FLOPs and the seconds of compilation of two steps. One is the
+SPSA step with all probes in one vmapped forward pass. The other is the full-gradient step. Nothing is run.
+`python -m experiments.studies.cost` shows these figures too.
 """
 
 import dataclasses
@@ -47,7 +48,7 @@ TOPOLOGY = "v5e:2x2"
 """The smallest topology that libtpu describes. The programs are for one of its chips."""
 _PLATFORM = "tpu v5e (compiled)"
 _FILE = "tpu.json"
-# What the host of a TPU would tell libtpu. Otherwise libtpu asks the network.
+# The host of a TPU would tell this to libtpu. Otherwise libtpu asks the network.
 _HOST = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -64,12 +65,13 @@ class Arguments(StageArguments):
 
     Attributes:
         networks: any of resnet20, mobilenetv2, vit, convnet.
-        batch_sizes: images in a minibatch.
-        num_experts: K.
-        num_directions: m.
-        matmul_precision: of the networks' products. The blends always have the highest. The experiments learn the
-            coefficients with `highest`. That takes longer to compile: four times as long for the SPSA step of ResNet-20
-            at batch 64, with the same temporary memory and, within 0.2 %, the same FLOPs.
+        batch_sizes: the numbers of images in a minibatch.
+        num_experts: values of K.
+        num_directions: values of m.
+        matmul_precision: the precision of the networks' products. The blends always have the highest precision. The
+            experiments learn the coefficients with `highest`. That takes longer to compile. For the SPSA step of
+            ResNet-20 at batch 64 it takes four times as long. There the temporary memory is the same, and the FLOPs are
+            the same within 0.2 %.
     """
 
     networks: tuple[str, ...] = ("resnet20", "mobilenetv2", "vit")
@@ -80,7 +82,7 @@ class Arguments(StageArguments):
     out_dir: Path = Path("runs") / "cost"
 
     def __post_init__(self) -> None:
-        """Refuses values out of their range, by a ValueError with the field, its value, and what was expected."""
+        """Refuses values out of their range. The ValueError has the field, its value, and what was expected."""
         if not self.settings():
             raise ValueError("networks or batch_sizes is empty; expected at least one of each")
 
@@ -100,7 +102,7 @@ class Arguments(StageArguments):
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Compiles, from a command line (None is the process's) to `tpu.json`.
+    """Compiles, and writes `tpu.json`. `arguments` is the command line. None is that of this process.
 
     Returns:
         What `tpu.json` holds: `command`, `topology`, `compiler`, `matmul_precision`, `rows` (see `compile_steps`).
@@ -114,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     console, settings, rows = Console(markup=False), parsed.settings(), []
     versions = {"libtpu": importlib.metadata.version("libtpu"), "jax": jax.__version__}
     command = command_line("studies.cost.tpu", words)
-    # The folder has the results of the other command on cost, too.
+    # The folder also has the results of the other command on cost.
     with session(parsed.out_dir, console, "python -m experiments.studies.cost") as progress:
         stages = parsed.stages(progress)
         sharding = _one_chip()
@@ -144,7 +146,7 @@ def compile_steps(setting: Setting, sharding: Sharding) -> dict[str, Any]:
 
     Args:
         setting: the row.
-        sharding: of all arguments. Its device need not exist.
+        sharding: the sharding of all arguments. Its device need not exist.
 
     Returns:
         A row like those of `experiments.studies.cost.step_costs.measure`, without times, with `compile_seconds`.
@@ -173,7 +175,7 @@ def read(folder: Path) -> dict[str, Any] | None:
     """Returns the content of `tpu.json` in a folder, or None if there is none.
 
     Raises:
-        ValueError: a damaged file, or one that this module did not write.
+        ValueError: if the file is damaged, or if this module did not write it.
     """
     path = folder / _FILE
     if not path.exists():
@@ -185,7 +187,7 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 
 def _one_chip() -> Sharding:
-    """One chip of the topology. This process itself computes on its CPU."""
+    """Returns one chip of the topology. This process itself computes on its CPU."""
     os.environ.update(_HOST)
     jax.config.update("jax_platforms", "cpu")
     topology = topologies.get_topology_desc(TOPOLOGY, "tpu", chips_per_host_bounds=[2, 2, 1])

@@ -4,12 +4,14 @@
     python -m experiments.studies.variance --experiment cifar10 --examples 64 --probes 128 --averaged 1 2 5 10 20
 
 The digits take about 3 minutes on 2 CPU cores, in addition to their experts. The experts are read from `--run-dir`,
-where the experiment's own command keeps them (give it the same options). Missing experts are trained first, by default
-at the scale of the experiment's own default preset. For cifar10 this is the paper's scale, which takes hours on a CPU.
+where the experiment's own command keeps them (give it the same options). Missing experts are trained first. By default
+they have the scale of the experiment's default preset. For cifar10 this is the paper's scale, which takes hours on a
+CPU.
 
 The loss is that of one batch of target images, so its gradient is known. At each point of the experts' hull the loss is
-probed once along many random directions. Then m directions at a time are averaged. In alpha the scale is the paper's,
-as in its section 4.2. In beta, through the softmax, the scale is the unbiased one, which GLUE learns with.
+probed once along many random directions. Then m directions at a time are averaged. In alpha the estimates have the
+paper's scale, as in its section 4.2. In beta, through the softmax, they have the unbiased scale, with which GLUE
+learns.
 """
 
 import dataclasses
@@ -41,7 +43,7 @@ class Arguments(ExpertArguments):
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures, from a command line (None is the process's) to the report.
+    """Measures, and writes the report. `arguments` is the command line. None is that of this process.
 
     Returns:
         The results: `title`, `command`, and what `experiments.studies.variance.estimate_errors.measure` returns.
@@ -66,7 +68,7 @@ def _measure(context: Context, parsed: Arguments, stages: Stages) -> dict[str, A
 
 
 def _plan(context: Context, parsed: Arguments) -> str:
-    """What is going to be done."""
+    """Returns what is going to be done, in words."""
     errors, radii = (2 * count for count in number_of_directions(context.config, parsed.settings))
     return (
         f"{describe_missing(context)}\nforward passes of {parsed.settings.examples} images: errors {errors}, radii "

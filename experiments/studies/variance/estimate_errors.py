@@ -1,4 +1,4 @@
-"""What `experiments.studies.variance` measures, part by part. The result of each part is kept on disk."""
+"""The measurements of `experiments.studies.variance`, part by part. The result of each part is kept on disk."""
 
 import dataclasses
 import functools
@@ -40,7 +40,7 @@ _LINKS: Mapping[str, LinkFn] = {"alpha": glue_jax.unconstrained, "beta": jax.nn.
 _POINTS = ("uniform", "learned", "corner")
 # The coefficient of the best expert at the corner.
 _CORNER_WEIGHT = 0.9
-# An accelerator computes so many at once, since all probes of a chunk might not fit its memory.
+# An accelerator computes so many probes at once, because all probes of a chunk might not fit into its memory.
 _IMAGES_AT_ONCE = 2048
 
 
@@ -48,9 +48,9 @@ def measure(context: Context, settings: Settings, stages: Stages) -> dict[str, A
     """Trains or reads the experts, and measures what is not measured yet.
 
     Args:
-        context: of the experiment.
+        context: the context of the experiment.
         settings: what to measure.
-        stages: where the parts are kept.
+        stages: the stages that keep the parts.
 
     Returns:
         A dict that JSON holds: `config`, `settings`, `data` (its name, the number of target images), `machine`,
@@ -66,7 +66,7 @@ def measure(context: Context, settings: Settings, stages: Stages) -> dict[str, A
           `experiments.studies.variance.radius.radius_findings` returns.
 
     Raises:
-        FloatingPointError: a loss that is not finite, or a gradient of zero, with the name of the part.
+        FloatingPointError: if a loss is not finite, or if a gradient is zero; the error has the name of the part.
     """
     config = context.config
     experts, training = train_experts(context)
@@ -140,7 +140,7 @@ class _Setting(NamedTuple):
 
     @property
     def probe_batch_size(self) -> int | None:
-        """How many probes an accelerator evaluates at once; None on a CPU, whose default is one."""
+        """How many probes an accelerator evaluates at once. It is None on a CPU, whose default is one."""
         return None if on_cpu(self.batch) else max(1, _IMAGES_AT_ONCE // self.settings.examples)
 
     def objective(self, space: str, k: int) -> Objective:
@@ -155,7 +155,7 @@ class _Setting(NamedTuple):
         bar: Stage | None = None,
         units: int = 0,
     ) -> dict[str, Any]:
-        """One part. It is computed with a key of its own, or it is kept, and then its units are taken off the bar."""
+        """Returns one part. It is computed with its own key. If it is kept already, its units are taken off the bar."""
         config = self.context.config
         depends_on = {
             **self.context.bank_fields,
@@ -233,9 +233,9 @@ def _geometry(setting: _Setting, name: str, alpha: list[float]) -> dict[str, Any
 
 
 def _errors(setting: _Setting, point: Mapping[str, Any], estimator: Estimator, bar: Stage) -> dict[str, Any]:
-    """The errors of one estimator at one point, a row for each m."""
+    """Returns the errors of one estimator at one point, with a row for each m."""
     k, settings, radius = point["K"], setting.settings, setting.context.config.radius
-    # These have whole blocks of both orthogonal kinds.
+    # These numbers give whole blocks for both kinds of orthogonal directions.
     averaged = sorted({*settings.averaged, k - 1, k})
     at = _coordinates(estimator.space, point["alpha"])
 
@@ -269,7 +269,7 @@ def _errors(setting: _Setting, point: Mapping[str, Any], estimator: Estimator, b
 
 
 def _radii_at(setting: _Setting, point: Mapping[str, Any], bar: Stage) -> dict[str, Any]:
-    """The error of the directional derivatives in beta by the radius, and how it grows on either side."""
+    """Returns the error of the directional derivatives in beta by the radius, and how it grows on either side."""
     config, count, radii = setting.context.config, setting.settings.radius_directions, _radii(setting.context.config)
     at = _coordinates("beta", point["alpha"])
 
@@ -307,5 +307,5 @@ def _gradient_norm(loss_fn: LossFn, params: Params, batch: Examples) -> jax.Arra
 
 
 def _blended_loss(loss_fn: LossFn, link_fn: LinkFn, experts: Params, batch: Examples, beta: jax.Array) -> jax.Array:
-    """L as a function of the coefficients."""
+    """Returns L as a function of the coefficients."""
     return loss_fn(glue_jax.blend(experts, link_fn(beta)), batch)

@@ -26,18 +26,18 @@ def derivative_errors(
 
     Args:
         fun: the loss.
-        beta: the point.
-        directions: `[N, K]`.
-        radii: of the probes.
+        beta: the point at which the derivatives are taken.
+        directions: the directions, `[N, K]`.
+        radii: the radii of the probes.
         probe_batch_size: see `glue_jax.estimators.spsa_gradient`.
-        advance: called with the number of directions that were probed.
+        advance: a function that is called with the number of directions that were probed.
 
     Returns:
-        For each radius the root mean square error, divided by the root mean square of the exact derivatives; and the
-        latter, in units of the loss.
+        The root mean square error for each radius, divided by the root mean square of the exact derivatives; and this
+        root mean square itself, in units of the loss.
 
     Raises:
-        FloatingPointError: a loss that is not finite.
+        FloatingPointError: if a loss is not finite.
     """
     exact = np.asarray(_exact_derivatives(fun, beta, directions), np.float64)
     size = math.sqrt(np.mean(exact**2))
@@ -52,16 +52,16 @@ def radius_findings(radii: Sequence[float], errors: Sequence[float], tolerance: 
     """Returns where the error of the directional derivatives is small, and how it grows on either side.
 
     Args:
-        radii: increasing.
-        errors: of `derivative_errors`.
-        tolerance: an error of at most this is small.
+        radii: the radii, increasing.
+        errors: the errors that `derivative_errors` returned.
+        tolerance: the largest error that counts as small.
 
     Returns:
-        `best_radius`; `good_radii`, the ends of the interval of small errors around it, interpolated on logarithmic
-        axes, or None if no error is small; `rounding_power` and `curvature_power`, the p of error ∝ radius^p from
-        within that interval to the second radius beyond it, below and above. p is -1 where float32 rounds the losses,
-        2 where the loss is smooth and curves, and less where the kinks of ReLUs make the error. It is None if the radii
-        end before the interval does.
+        `best_radius`, the radius with the smallest error; `good_radii`, the ends of the interval of small errors around
+        it, interpolated on logarithmic axes, or None if no error is small; `rounding_power` and `curvature_power`, the
+        p of error ∝ radius^p below and above the interval. Each p is fitted from within the interval to the second
+        radius beyond it. p is -1 if float32 rounds the losses. p is 2 if the loss is smooth and curves, and less if the
+        kinks of ReLUs make the error. p is None if the radii end before the interval does.
     """
     x, y, limit = np.log(radii), np.log(np.maximum(errors, np.finfo(float).tiny)), math.log(tolerance)
     best = int(np.argmin(y))
@@ -87,5 +87,5 @@ def radius_findings(radii: Sequence[float], errors: Sequence[float], tolerance: 
 
 @jax.jit
 def _exact_derivatives(fun: Objective, beta: jax.Array, directions: jax.Array) -> jax.Array:
-    """The derivatives along directions, `[N]`."""
+    """Returns the exact derivatives along directions, `[N]`."""
     return jax.lax.map(lambda direction: jax.jvp(fun, (beta,), (direction,))[1], directions)

@@ -1,4 +1,4 @@
-"""Every number of `experiments.studies.variance` that the experiment itself does not have."""
+"""The numbers of `experiments.studies.variance` that are not numbers of the experiment."""
 
 import dataclasses
 
@@ -19,14 +19,16 @@ class Settings:
     averaged: tuple[int, ...] = (1, 2, 5, 10, 20, 50, 100, 200)
     """Numbers of directions m in an estimate. K - 1 and K are added."""
     subsets: tuple[int, ...] = (2, 5)
-    """Numbers of experts K to try besides all of them: the first ones. Numbers that are not smaller are left out."""
+    """Numbers of experts to try besides all K. The first experts are taken. A number that is not below K is left
+    out.
+    """
     radius_directions: int = 64
     """Directions that are probed with each radius."""
     measuring_seed: int = 0
     """Seed of the batch, of the directions and of learning."""
 
     def __post_init__(self) -> None:
-        """Refuses values out of their range, by a ValueError with the field, its value, and what was expected."""
+        """Refuses values out of their range. The ValueError has the field, its value, and what was expected."""
         for field in ("examples", "radius_directions"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; expected at least 1")
@@ -42,10 +44,10 @@ def check(context: Context, settings: Settings) -> None:
     """Refuses settings that do not fit the experiment, before any work.
 
     Raises:
-        ValueError: with the field, its value, and what was expected.
+        ValueError: if a setting does not fit; the error has the field, its value, and what was expected.
     """
     k, m = context.config.num_experts, max(settings.averaged)
-    # Enough for two estimates, each of whole blocks of at most K.
+    # This is enough for two estimates, each of whole blocks of at most K.
     if settings.probes < 2 * (m + k):
         raise ValueError(f"probes is {settings.probes}; expected at least {2 * (m + k)} for m = {m} and K = {k}")
     available = len(context.targets[context.config.seeds[0]])

@@ -19,7 +19,7 @@ from glue_jax.types import Params
 Objective: TypeAlias = Callable[[jax.Array], jax.Array]
 """`fun(beta) -> scalar`: a `jax.tree_util.Partial` of a module's function, so that jit does not compile it twice."""
 
-# So many directions are probed at once, and then the progress bar advances.
+# The progress bar advances after so many directions, which are probed at once.
 _CHUNK = 32
 # The number of random directions that estimate an expectation without a closed form.
 _DRAWS = 1_000_000
@@ -37,7 +37,7 @@ def value_and_gradient(fun: Objective, beta: jax.Array) -> tuple[float, NDArray[
     """Returns the value and the true gradient `[K]`.
 
     Raises:
-        FloatingPointError: a value or a gradient that is not finite, or a gradient of zero.
+        FloatingPointError: if the value or the gradient is not finite, or if the gradient is zero.
     """
     estimate = _full_gradient(fun, beta)
     value, gradient = float(estimate.value), np.asarray(estimate.gradient, np.float64)
@@ -62,14 +62,14 @@ def probe(
 
     Args:
         fun: the loss.
-        beta: the point.
+        beta: the point at which the derivatives are taken.
         directions: `[N, K]`.
-        radius: of the probes.
+        radius: the radius of the probes.
         probe_batch_size: see `glue_jax.estimators.spsa_gradient`.
-        advance: called with the number of directions that were probed.
+        advance: a function that is called with the number of directions that were probed.
 
     Raises:
-        FloatingPointError: a loss that is not finite.
+        FloatingPointError: if a loss is not finite.
     """
     values = []
     for start in range(0, len(directions), _CHUNK):
@@ -94,11 +94,11 @@ def error_rows(
     The estimates of a row are independent, with m directions each. Orthogonal directions are the first of their blocks.
 
     Args:
-        directions: `[N, K]`, of one call of `glue_jax.directions.sample_directions`.
-        directional_derivatives: along them, `[N]`.
-        gradient: the true one g, `[K]`.
+        directions: the directions `[N, K]` from one call of `glue_jax.directions.sample_directions`.
+        directional_derivatives: the derivatives along these directions, `[N]`.
+        gradient: the true gradient g, `[K]`.
         estimator: the estimator.
-        averaged: numbers of directions m. The N directions must make at least two estimates of each.
+        averaged: the numbers of directions m. The N directions must be enough for at least two estimates of each m.
 
     Returns:
         A row for each m, a dict that JSON holds: `m`; `estimates`, their number; `error`, E||estimate - g||², and its
@@ -155,12 +155,13 @@ def expected_cosine(d: int, num_directions: int, directions: DirectionName) -> f
     random directions estimate the expectation (the usual √(m/(m + d - 1)) is off by up to 0.03).
 
     Args:
-        d: the dimension probed.
-        num_directions: m.
-        directions: the distribution's name.
+        d: the dimension of the space that is probed.
+        num_directions: m, the number of directions.
+        directions: the name of the distribution.
 
     Returns:
-        None for `rademacher` and `gaussian`, and for more than d orthogonal directions that are not whole blocks.
+        The mean cosine. It is None for `rademacher` and `gaussian`, and for more than d orthogonal directions that are
+        not whole blocks.
     """
     m = num_directions
     if "orthogonal" in directions and m % d == 0:
@@ -177,7 +178,7 @@ def expert_norms(experts: Params) -> tuple[float, float]:
     of the second.
 
     Args:
-        experts: stacked, each leaf `[K, ...]`. Leaves that are not floating point do not count.
+        experts: the stacked experts, each leaf `[K, ...]`. Leaves that are not floating point do not count.
     """
     leaves = [leaf for leaf in jax.tree.leaves(experts) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     rows = (np.asarray(leaf, np.float64).reshape(len(leaf), -1) for leaf in leaves)
@@ -186,7 +187,10 @@ def expert_norms(experts: Params) -> tuple[float, float]:
 
 
 def _averages(contributions: NDArray[np.float64], m: int, block: int) -> NDArray[np.float64]:
-    """The means of m contributions each, the first ones of whole blocks, `[n, K]`."""
+    """Returns means of m contributions each, `[n, K]`.
+
+    The m contributions are the first ones of whole blocks.
+    """
     size = -(-m // block) * block
     n = len(contributions) // size
     return contributions[: n * size].reshape(n, size, -1)[:, :m].mean(axis=1)
@@ -198,7 +202,7 @@ def _mean(values: NDArray[np.float64]) -> tuple[float, float]:
 
 
 def _error_is_random(d: int, m: int, directions: DirectionName, factor: float) -> bool:
-    """Whether the squared error varies from draw to draw of unit directions, as the radius goes to 0.
+    """Returns whether the squared error varies from draw to draw of unit directions, as the radius goes to 0.
 
     Take b whole blocks, r more orthonormal directions and a factor f. The error is Pg (1 - b f/m) - P_r g f/m. The
     random part of its square is ||P_r g||² (f/m) ((1 + 2 b) f/m - 2). It is 0 for unbiased estimates of half a block
@@ -229,7 +233,7 @@ def _full_gradient(fun: Objective, beta: jax.Array) -> glue_jax.estimators.Estim
 def _probe_values(
     fun: Objective, beta: jax.Array, directions: jax.Array, radius: float, probe_batch_size: int | None
 ) -> jax.Array:
-    """The losses at `beta + radius u` and `beta - radius u`, `[N, 2]`."""
+    """Returns the losses at `beta + radius u` and `beta - radius u`, `[N, 2]`."""
     estimate = glue_jax.estimators.spsa_gradient(
         jax.random.key(0),
         fun,

@@ -9,7 +9,7 @@ from experiments.reporting.presentation import Claim
 Row = Mapping[str, Any]
 Rows = Sequence[Row]
 
-# Within so many standard errors a measured mean agrees with a formula.
+# A measured mean agrees with a formula if they differ by at most so many standard errors.
 _STANDARD_ERRORS = 3
 
 EXPLANATION = (
@@ -25,7 +25,7 @@ def claims(results: Mapping[str, Any]) -> Iterator[Claim]:
     """Yields the paper's claims.
 
     Args:
-        results: of `experiments.studies.variance.estimate_errors.measure`.
+        results: what `experiments.studies.variance.estimate_errors.measure` returned.
     """
     rows = [row for row in results["errors"] if row["space"] == "alpha"]
     yield from _equations(rows)
@@ -46,7 +46,7 @@ def slack(point: Row) -> float:
     """Returns sigma_max(Theta)² ||grad_theta L||² over ||g||², at least 1 by Eq. (20).
 
     Args:
-        point: a row of `points` of `experiments.studies.variance.estimate_errors.measure`.
+        point: a row of the `points` that `experiments.studies.variance.estimate_errors.measure` returned.
     """
     return (point["experts_spectral_norm"] * point["parameter_gradient_norm"] / point["alpha_gradient_norm"]) ** 2
 
@@ -60,7 +60,7 @@ def meeting(point: Row) -> float:
 
 
 def _equations(rows: Rows) -> Iterator[Claim]:
-    """What the proof of Proposition 1 says of the estimate's mean and error."""
+    """Yields what the proof of Proposition 1 says about the estimate's mean and error."""
     single, averaged = ([row for row in rows if (row["m"] == 1) == wanted] for wanted in (True, False))
     yield Claim(
         "'both ĝ and ḡ are also unbiased'",
@@ -80,7 +80,7 @@ def _equations(rows: Rows) -> Iterator[Claim]:
 
 
 def _bound(rows: Rows) -> Iterator[Claim]:
-    """Proposition 1, of the error that it writes and of the variance that its text means; and what averaging does."""
+    """Yields Proposition 1 for the error and for the variance, and what averaging does."""
     for what, name in (("E‖ḡ − g‖²", "error"), ("the variance", "variance")):
         ratios = [row["bound"] / row[name] for row in rows]
         claim = f"Proposition 1, the bound of Eq. (13), of {what}"
@@ -99,7 +99,7 @@ def _bound(rows: Rows) -> Iterator[Claim]:
 
 
 def _experts(results: Mapping[str, Any], rows: Rows) -> Iterator[Claim]:
-    """What the number of experts and their alignment do, at the uniform average with one direction."""
+    """Yields what the number of experts and their alignment do, at the uniform average with one direction."""
     points = {point["K"]: point for point in results["points"] if point["point"] == "uniform"}
     yield Claim(
         "'σ_max(Θ) is small, e.g., the expert parameters are more aligned'",
@@ -127,6 +127,6 @@ def _experts(results: Mapping[str, Any], rows: Rows) -> Iterator[Claim]:
 
 
 def _by_k(rows: Rows) -> dict[int, Row]:
-    """One direction at the uniform averages, by K in ascending order."""
+    """Returns the rows of one direction at the uniform averages, by K in ascending order."""
     chosen = [row for row in rows if row["point"] == "uniform" and row["m"] == 1]
     return {row["K"]: row for row in sorted(chosen, key=lambda row: row["K"])}

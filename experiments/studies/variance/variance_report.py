@@ -33,9 +33,9 @@ def _select(rows: Rows, **values: Any) -> Rows:
 
 
 def _summary_table(results: Mapping[str, Any]) -> TableCells:
-    """Each estimator's error at the uniform average of all experts, a row for each m."""
+    """Returns each estimator's error at the uniform average of all experts, with a row for each m."""
     chosen = _select(results["errors"], point="uniform", K=results["config"]["num_experts"])
-    # The sphere's exact error is Rademacher's; the two would not fit a terminal's width.
+    # The exact errors of the sphere and of Rademacher are equal, and both would not fit into a terminal's width.
     names = ("sphere", "orthogonal", "simplex_orthogonal")
     headers = ["m", "α", "exact", "(19)", "(13)/α", *(f"β {name.removesuffix('_orthogonal')}" for name in names)]
     table = []
@@ -95,7 +95,7 @@ def _markdown(results: Mapping[str, Any]) -> str:
 
 
 def _setting_table(results: Mapping[str, Any]) -> str:
-    """What was measured on."""
+    """Returns what the errors were measured on."""
     config, settings = results["config"], results["settings"]
     values = {
         "data": results["data"]["name"],
@@ -108,14 +108,14 @@ def _setting_table(results: Mapping[str, Any]) -> str:
 
 
 def _deviation_table(rows: Rows) -> TableCells:
-    """How many measured errors are within some standard errors of the exact ones."""
+    """Returns how many measured errors are within some standard errors of the exact ones."""
     values = np.abs([row["deviation"] for row in rows if row["deviation"] is not None and row["estimates"] >= _ENOUGH])
     share = f"{100 * np.mean(values <= 2):.0f} %" if len(values) else "-"
     return ["errors", "within 2", "the farthest"], [[str(len(values)), share, f"{max(values, default=0):.1f}"]]
 
 
 def _measured(row: Mapping[str, Any], name: str = "error") -> str:
-    """A mean with its standard error, to two digits of the latter."""
+    """Returns a mean with its standard error, to two digits of the standard error."""
     value, error = row[name], row[f"{name}_se"]
     if value < 1e-5 or error < 1e-4 * value:
         return f"{value:.4g}" if value > 1e-5 else f"{value:.0e}"
@@ -196,7 +196,7 @@ def _radius_table(rows: Rows) -> TableCells:
 
 
 def _findings_table(results: Mapping[str, Any]) -> TableCells:
-    """Where the radius is good, how the error grows on either side, and the rounding of the losses that it implies."""
+    """Returns where the radius is good, how the error grows on either side, and the rounding of the losses."""
     headers = ["point", "error at the run's, %", "best radius", "good from", "good to", "p below", "p above"]
     losses = {row["point"]: row["loss"] for row in results["points"] if row["K"] == results["config"]["num_experts"]}
     table = []
