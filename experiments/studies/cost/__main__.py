@@ -3,7 +3,7 @@
     python -m experiments.studies.cost
     python -m experiments.studies.cost --networks resnet20 --batch-sizes 64 --num-experts 10 --num-directions 1
 
-The first command takes 35 minutes on 2 CPU cores, most of them for MobileNetV2. It measures times, so leave the machine
+The first command takes 24 minutes on 2 CPU cores, most of them for MobileNetV2. It measures times, so leave the machine
 alone meanwhile. It needs no data. It also shows the figures of `python -m experiments.studies.cost.tpu`, if they are in
 the same folder.
 """
