@@ -14,18 +14,17 @@ SVHN comes from tensorflow-datasets (`svhn_cropped`), in the folder `--data-dir`
 it is downloaded and prepared. That needs `pip install -e '.[experiments,prepare]'` once.
 """
 
+import dataclasses
+
 from experiments.cli import main
 from experiments.protocol.config import QUICK, Config
 from experiments.runtime.session import process
 
+PAPER = Config(dataset="svhn_cropped", network="mobilenetv2", augmentation="crop")
 PRESETS = {
-    "paper": Config(dataset="svhn_cropped", network="mobilenetv2", augmentation="crop"),
-    "quick": Config(
-        dataset="svhn_cropped",
-        network="mobilenetv2",
-        augmentation="crop",
-        **QUICK,
-    ),
+    "paper": PAPER,
+    "quick": dataclasses.replace(PAPER, **QUICK),
+    "cifar10": Config(network="mobilenetv2", mobilenetv2_strides="paper"),
 }
 
 if __name__ == "__main__":

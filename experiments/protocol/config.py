@@ -36,7 +36,7 @@ class ExpertFields:
     """The data set of the experts and of the target images."""
     image_size: int | None = None
     """Height and width that images are resized to, in pixels. None keeps the images as they are. The paper names no
-    size. For Imagenette it is 64. This gives 64 patches of 8 x 8 pixels, as many as ViTs for small images have.
+    size.
     """
     network: str = "resnet20"
     """The architecture of the experts (section 5)."""

@@ -26,7 +26,11 @@ PROTOCOL = "experiments.protocol"
 for module in (f"{PROTOCOL}.context", f"{PROTOCOL}.estimate", f"{PROTOCOL}.training", "glue_jax.learning"):
     sys.modules[module].on_cpu = lambda tree: False
 
-config = dataclasses.replace(TINY, seeds=(0,), test_examples=32, alpha_learning_rate=0.1, validation_examples=24)
+# Two steps an epoch: convolutions in a scan are slow on a CPU.
+config = dataclasses.replace(
+    TINY, seeds=(0,), test_examples=32, alpha_learning_rate=0.1, validation_examples=24,
+    expert_examples=16, target_examples=32, fine_tuning_epochs=1, fine_tuning_batch_size=16,
+)
 context = prepare(config, data.load("digits"), pathlib.Path(sys.argv[1]), ProgressBars(Console(file=io.StringIO())))
 compiled = []
 handler = logging.Handler()
@@ -81,7 +85,9 @@ def test_eight_devices_give_the_results_of_one_within_rounding(on_devices):
     one, eight = on_devices[1], on_devices[8]
     assert (one["devices"], eight["devices"]) == (1, 8)
     for field in ("alpha", "training_loss", "test_loss"):
-        np.testing.assert_allclose(eight[field], one[field], rtol=1e-4)
+        # Gauss-Newton takes differences of outputs, in which rounding weighs more than in the outputs.
+        np.testing.assert_allclose(eight[field], one[field], rtol=1e-3)
+    assert not np.allclose(one["alpha"], 0.5, atol=0.01)
 
 
 def test_training_compiles_once_for_each_number_of_models(on_devices):
