@@ -122,10 +122,9 @@ def figure1(runs: Sequence[Mapping[str, Any]]) -> Figure:
         figure = Figure(figsize=(4.6 * len(runs) + 0.4, 4.4), layout="constrained")
         for axes, results in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs, strict=True):
             draw_accuracy(axes, results)
-            config, seeds = results["config"], len(results["config"]["seeds"])
+            seeds = len(results["config"]["seeds"])
             title = f"{shortened(results['title'], 80)}; {seeds} seed{'s' if seeds > 1 else ''}"
-            head = f"{config['dataset'].split('/')[0]}, {config['network']}"
-            axes.set_title(f"{head}\n{textwrap.fill(unbroken(title), 48)}", fontsize=10)
+            axes.set_title(f"{_pair(results)}\n{textwrap.fill(unbroken(title), 48)}", fontsize=10)
         lines = {str(line.get_label()): line for axes in figure.axes for line in axes.lines}
         title, columns = "mean and standard deviation over seeds", len(lines) if len(runs) > 2 else len(runs) + 1
         figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=columns, title=title)
@@ -136,18 +135,18 @@ def table1(runs: Sequence[Mapping[str, Any]]) -> TableCells:
     """Returns Table 1 as headers and rows: the accuracy of each expert in percent, in the paper and in our runs."""
     width = max(10, *(len(results["experts"]) for results in runs))
     rows = []
-    for results in runs:
-        title, experiment = results["title"], experiment_of(results["config"])
+    for name, results in _names(runs):
+        experiment = experiment_of(results["config"])
         found = {"the paper's": np.array(EXPERT_ACCURACY[experiment])} if experiment else {}
         for split in ("test", "target"):
             found[f"ours, {split}"] = np.array([100 * row[f"{split}_accuracy"] for row in results["experts"]])
         ends = {whose: np.array([each.mean(), each.min(), each.max()]) for whose, each in found.items()}
         for whose, each in found.items():
             cells = [f"{value:.1f}" for value in each] + [""] * (width - len(each))
-            rows.append([title, whose, *cells, *(f"{value:.1f}" for value in ends[whose])])
+            rows.append([name, whose, *cells, *(f"{value:.1f}" for value in ends[whose])])
         if experiment and is_at_its_scale(results["config"]):
             difference = [f"{value:+.1f}" for value in ends["ours, test"] - ends["the paper's"]]
-            rows.append([title, "ours, test, less the paper's", *[""] * width, *difference])
+            rows.append([name, "ours, test, less the paper's", *[""] * width, *difference])
     return ["run", "whose", *map(str, range(width)), "mean", "least", "most"], rows
 
 
@@ -171,25 +170,44 @@ def leads(runs: Sequence[Mapping[str, Any]]) -> TableCells:
 
 def _by_run(runs: Sequence[Mapping[str, Any]], table: Callable[[Mapping[str, Any]], TableCells]) -> TableCells:
     """Returns the tables of all runs, one below the other."""
-    tables = [(results["title"], *table(results)) for results in runs]
-    return ["run", *tables[0][1]], [[title, *row] for title, _, rows in tables for row in rows]
+    tables = [(name, *table(results)) for name, results in _names(runs)]
+    return ["run", *tables[0][1]], [[name, *row] for name, _, rows in tables for row in rows]
+
+
+def _names(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Returns a short name for each run, with its results. A title may have many options."""
+    return [(f"{number} {_pair(results)}", results) for number, results in enumerate(runs, 1)]
+
+
+def _pair(results: Mapping[str, Any]) -> str:
+    """Returns the data set and the network of a run."""
+    return f"{results['config']['dataset'].split('/')[0]}, {results['config']['network']}"
 
 
 def _page(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     """Yields the page, block by block."""
     yield "# The paper's tables and figures, from runs of this code"
-    fields = ("network", "initialization", "num_experts", "expert_examples", "expert_epochs")
+    fields = ("initialization", "num_experts", "expert_examples", "expert_epochs")
     yield markdown_table(
-        ["run", "data", *(field.replace("_", " ") for field in fields), "target images", "test images", "machine"],
+        [
+            "run",
+            "options",
+            "data",
+            *(field.replace("_", " ") for field in fields),
+            "target images",
+            "test images",
+            "machine",
+        ],
         [
             [
+                name,
                 results["title"],
                 results["data"]["name"],
                 *(str(results["config"][field]) for field in fields),
                 *(str(results["data"][split]) for split in ("target", "test")),
                 results["machine"],
             ]
-            for results in runs
+            for name, results in _names(runs)
         ],
     )
     yield "## Figure 1"
@@ -213,8 +231,8 @@ def _page(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     yield markdown_table(*table1(runs))
     yield "## The claims of section 5"
     yield claims.EXPLANATION
-    for results in runs:
-        yield f"### {results['title']}"
+    for name, results in _names(runs):
+        yield f"### {name}"
         if not is_at_its_scale(results["config"]):
             yield "Of another scale than the paper's: the verdicts are on this run, not on the paper's figures."
         yield markdown_table(*claims.verdicts(results))

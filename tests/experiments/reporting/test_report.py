@@ -91,7 +91,9 @@ def test_one_seed_has_a_lead_but_no_verdict():
 
 def test_the_four_configs_of_each_run_have_mean_and_deviation_of_the_prior_and_of_the_end():
     headers, rows = report.configs([RESULTS, RESULTS])
-    assert [row[:2] for row in rows[:4]] == [["a run", f"{number} {name}"] for number, name in PAPER_CONFIGS.items()]
+    assert [row[:2] for row in rows[:4]] == [
+        ["1 cifar10, resnet20", f"{number} {name}"] for number, name in PAPER_CONFIGS.items()
+    ]
     assert len(rows) == 8
     row = dict(zip(headers, rows[3], strict=True))
     assert (row["prior, %"], row["tuned, %"]) == ("33.5 ± 0.7", "51.0")
@@ -101,7 +103,7 @@ def test_the_four_configs_of_each_run_have_mean_and_deviation_of_the_prior_and_o
 def test_config_5_is_a_row_more_and_changes_nothing_of_the_papers():
     _, rows = report.configs([WITH_OURS])
     assert [row[1] for row in rows] == [f"{number} {name}" for number, name in CONFIGS.items()]
-    assert rows[4] == ["a run", "5 Gauss-Newton (ours)", "34.0 ± 0.7", "1.660 ± 0.007", "52.0", "1.480"]
+    assert rows[4] == ["1 cifar10, resnet20", "5 Gauss-Newton (ours)", "34.0 ± 0.7", "1.660 ± 0.007", "52.0", "1.480"]
     assert rows[:4] == report.configs([RESULTS])[1]
     assert claims.verdicts(WITH_OURS) == claims.verdicts(RESULTS)
     assert claims.leads(WITH_OURS) == claims.leads(RESULTS)
@@ -127,9 +129,9 @@ def test_passes_and_seconds_are_those_of_the_runs_that_count_them():
     ]
     headers, rows = report.costs([{**WITH_OURS, "runs": runs}, RESULTS])
     assert headers == ["run", "Config", "forward passes", "backward passes", "seconds"]
-    assert rows[3] == ["a run", "4 GLUE (SPSA)", "2,000 ± 1,414", "0", "2.5"]
+    assert rows[3] == ["1 cifar10, resnet20", "4 GLUE (SPSA)", "2,000 ± 1,414", "0", "2.5"]
     assert len(rows) == 9
-    assert rows[8] == ["a run", "4 GLUE (SPSA)", "-", "-", "-"]
+    assert rows[8] == ["2 cifar10, resnet20", "4 GLUE (SPSA)", "-", "-", "-"]
 
 
 def test_the_leads_stand_beside_the_papers_with_the_difference():
@@ -200,7 +202,9 @@ def test_the_page_has_a_panel_a_run(tmp_path):
     report.main([*(str(tmp_path / name) for name in "abc"), "--out-dir", str(tmp_path / "page")])
     assert {path.name for path in (tmp_path / "page").iterdir()} == {"report.md", "figure1.png"}
     text = (tmp_path / "page" / "report.md").read_text()
-    assert text.count("### a run") == 3
+    assert [line for line in text.splitlines() if line.startswith("### ")] == [
+        f"### {number} cifar10, resnet20" for number in (1, 2, 3)
+    ]
     assert "nan" not in text
     assert len(report.figure1([RESULTS] * 3).axes) == 3
 
@@ -214,7 +218,10 @@ def test_without_folders_all_runs_that_came_to_their_report_are_taken(tmp_path, 
     (tmp_path / "runs" / "in-progress" / "stages").mkdir(parents=True)
     report.main([])
     text = (tmp_path / "runs" / "report" / "report.md").read_text()
-    assert [line for line in text.splitlines() if line.startswith("### ")] == ["### a run", "### another"]
+    assert [line for line in text.splitlines() if line.startswith("### ")] == [
+        "### 1 cifar10, resnet20",
+        "### 2 cifar10, vit",
+    ]
 
 
 @pytest.mark.parametrize(
