@@ -120,11 +120,11 @@ def figure1(runs: Sequence[Mapping[str, Any]]) -> Figure:
     """Returns Figure 1: test accuracy by fine-tuning epoch, with a panel for each run."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(4.6 * len(runs) + 0.4, 4.4), layout="constrained")
-        for axes, results in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs, strict=True):
+        for axes, (name, results) in zip(figure.subplots(1, len(runs), squeeze=False)[0], _names(runs), strict=True):
             draw_accuracy(axes, results)
             seeds = len(results["config"]["seeds"])
             title = f"{shortened(results['title'], 80)}; {seeds} seed{'s' if seeds > 1 else ''}"
-            axes.set_title(f"{_pair(results)}\n{textwrap.fill(unbroken(title), 48)}", fontsize=10)
+            axes.set_title(f"{name}\n{textwrap.fill(unbroken(title), 48)}", fontsize=10)
         lines = {str(line.get_label()): line for axes in figure.axes for line in axes.lines}
         title, columns = "mean and standard deviation over seeds", len(lines) if len(runs) > 2 else len(runs) + 1
         figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=columns, title=title)
@@ -176,12 +176,10 @@ def _by_run(runs: Sequence[Mapping[str, Any]], table: Callable[[Mapping[str, Any
 
 def _names(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
     """Returns a short name for each run, with its results. A title may have many options."""
-    return [(f"{number} {_pair(results)}", results) for number, results in enumerate(runs, 1)]
-
-
-def _pair(results: Mapping[str, Any]) -> str:
-    """Returns the data set and the network of a run."""
-    return f"{results['config']['dataset'].split('/')[0]}, {results['config']['network']}"
+    return [
+        (f"{number} {results['config']['dataset'].split('/')[0]}, {results['config']['network']}", results)
+        for number, results in enumerate(runs, 1)
+    ]
 
 
 def _page(runs: Sequence[Mapping[str, Any]]) -> Iterable[str]:

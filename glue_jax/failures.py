@@ -53,7 +53,9 @@ def explain(what: str, step: int, *, first_step: int, step_fn: StepFn, inputs: d
         more = f" and {len(bad) - _MOST_PATHS} more" if len(bad) > _MOST_PATHS else ""
         reasons.append(f"not finite: {', '.join(bad[:_MOST_PATHS])}{more}")
     elif what == "gradient_norm":
-        reasons.append("the loss is finite there, but its derivative is not: look for a square root or a norm of 0")
+        reasons.append(
+            "the loss is finite there, but its derivative is not: look, for example, for a square root or a norm of 0"
+        )
     elif step == first_step and what != "new beta":
         reasons.append(
             f"{', '.join(inputs)} are finite: look in the functions for a division by 0, a logarithm of 0, an overflow"

@@ -6,7 +6,7 @@ with respect to the outputs. The gradient for the coefficients is `J^T l'`, and 
 `J^T l'' J`. A damped step then solves d equations. The network is never differentiated backwards.
 
 Minibatches are noisy. So the gradient and the curvature are running means over the minibatches so far. And a step is
-    only proposed: the next minibatch accepts the proposal or turns it down. `glue_jax.quadratic_model` does both.
+only proposed: the next minibatch accepts the proposal or turns it down. `glue_jax.quadratic_model` does both.
 """
 
 import functools

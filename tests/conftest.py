@@ -29,9 +29,9 @@ def _compilation_cache(tmp_path_factory):
 
 @pytest.fixture
 def optimized():
-    """Compiles with all optimizations: for tests of what a program takes."""
+    """Gives the options of `jax.jit` that compile as for a user: for tests of what a program takes."""
     jax.config.update("jax_disable_most_optimizations", False)
-    yield
+    yield {"xla_cpu_use_fusion_emitters": True} if "fusion_emitters" in os.environ.get("XLA_FLAGS", "") else {}
     jax.config.update("jax_disable_most_optimizations", True)
 
 

@@ -14,7 +14,10 @@ class DepthwiseConv(nnx.Module):
     """A 3 x 3 convolution of each channel by itself, without a bias."""
 
     def __init__(self, features: int, *, strides: int, rngs: nnx.Rngs):
-        """Builds a map from `[B, H, W, features]` to `[B, ceil(H/strides), ceil(W/strides), features]`."""
+        """Builds a map from `[B, H, W, features]` to `[B, ceil(H/strides), ceil(W/strides), features]`.
+
+        The images are padded with zeros.
+        """
         initializer = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
         self.kernel = nnx.Param(initializer(rngs.params(), (3, 3, 1, features)))
         self.strides = strides

@@ -22,7 +22,7 @@ from experiments.runtime.progress import Stage
 
 # The coefficients of at most so many steps are kept, evenly spaced.
 _MOST_ALPHAS = 201
-# Steps between two validations of Config 5. This is the default of `glue_jax.learn`, because few of its steps go far.
+# Steps between two validations of Config 5. This is the default of `glue_jax.learn`: few steps of Gauss-Newton go far.
 _GAUSS_NEWTON_VALIDATES_EVERY = 5
 _ONLY_OF_SPSA = ("radius", "num_directions", "directions")
 # The fields of `CoefficientFields` that a Config does not use. Its coefficients do not depend on them.
@@ -114,7 +114,7 @@ def learn_coefficients(
             max_steps=max_steps,
             validate_every=validate_every(config, number),
             patience=None if validation is None else config.patience,
-            callback=count,
+            callback=count if bar else None,
         )
     if bar:
         bar.skip(max_steps - done)
@@ -127,7 +127,7 @@ def heuristic_coefficients(splits: Splits, number: int, measured: dict[str, Any]
     Args:
         splits: the rows of each expert's images, which Config 1 counts.
         number: 1 or 2.
-        measured: what `experiments.protocol.expert_training.measure_experts` returned. Config 2 takes the accuracies.
+        measured: what `experiments.protocol.expert_training.measured_experts` returned. Config 2 takes the accuracies.
     """
     if number == 1:
         weights = glue_jax.coefficients.data_size_weights([len(rows) for rows in splits.experts])

@@ -1,4 +1,7 @@
-"""Data sets as uint8 images and int32 labels. They are those of tensorflow-datasets, and scikit-learn's digits."""
+"""Data sets as uint8 images and int32 labels.
+
+They are those of tensorflow-datasets in ArrayRecord, and scikit-learn's digits.
+"""
 
 import contextlib
 import json

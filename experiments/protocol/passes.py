@@ -16,7 +16,7 @@ def prior_cost(
         images: the numbers of `validation`, `target` and `test` images.
         number: the number of the Config.
         weights: the coefficients, as `experiments.protocol.run.kept` returns them.
-        measured: what `experiments.protocol.expert_training.measure_experts` returned. Config 2 needs a part of it.
+        measured: what `experiments.protocol.expert_training.measured_experts` returned. Config 2 needs a part of it.
 
     Returns:
         `forward_passes` of steps and of validations; `backward_passes`; and `prior_seconds`, compilation included.
@@ -30,7 +30,7 @@ def prior_cost(
 
 
 def passes_of(config: Config, num_validation: int, number: int, weights: Mapping[str, Any]) -> tuple[int, int]:
-    """Returns the forward passes and the backward passes, with arguments as `prior_cost` has them."""
+    """Returns the forward passes and the backward passes. Each validation takes `num_validation` images."""
     if "validation_steps" not in weights:
         # Config 2 judges each expert.
         return config.num_experts * num_validation if number == 2 else 0, 0

@@ -1,4 +1,4 @@
-"""BatchNorm's statistics of a blend, estimated anew on target images."""
+"""BatchNorm's statistics of a blend, estimated anew on images."""
 
 import functools
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from experiments.models.network import Variables
 from experiments.protocol.training import Problem
 
 REFRESH_BATCH, REFRESH_BATCHES = 256, 8
-"""The size and the most number of the batches that statistics are estimated on."""
+"""The size and the largest number of the batches that statistics, and RegMean's Gram matrices, are estimated on."""
 
 
 def refresh_batches(images: jax.Array) -> list[jax.Array]:

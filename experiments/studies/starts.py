@@ -14,7 +14,7 @@ from experiments.protocol.coefficients import coefficients_key, learn_coefficien
 from experiments.protocol.context import Context
 from experiments.protocol.splits import Indices
 from experiments.studies.budget import Sharing, coefficients
-from experiments.studies.refreshing import refreshed
+from experiments.studies.refreshing import REFRESH_BATCH, REFRESH_BATCHES, refreshed
 from experiments.studies.ways import Coefficients
 
 LEAST_VALIDATION, MOST_VALIDATION, SHARE = 10, 1000, 5
@@ -61,8 +61,9 @@ class Bank(NamedTuple):
     problem: Callable[[Sharing], Coefficients]
 
     def refreshed(self, variables: Variables, labelled: Labelled) -> Variables:
-        """Returns a model with BatchNorm's statistics estimated on all labelled images."""
-        return refreshed(self.context.problem, variables, self.context.images(labelled.all).images)
+        """Returns a model with BatchNorm's statistics estimated on at most 2048 labelled images."""
+        rows = labelled.all[: REFRESH_BATCH * REFRESH_BATCHES]
+        return refreshed(self.context.problem, variables, self.context.images(rows).images)
 
 
 def make_bank(context: Context, experts: Variables) -> Bank:

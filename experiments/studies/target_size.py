@@ -192,6 +192,9 @@ def fine_tune(
     Returns:
         The model with the lowest validation loss, which may be the prior; and the validation loss by epoch, beginning
         with the prior's.
+
+    Raises:
+        FloatingPointError: if a training loss is infinite or NaN; the error has the epoch and the step.
     """
     key = jax.random.fold_in(jax.random.key(labelled.seed), _TUNING)
     validation, rows = context.images(labelled.validation), jnp.asarray(labelled.learning)

@@ -91,7 +91,8 @@ def load_objective(path: Path) -> Objective:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ObjectiveError: if the file raises, or if it does not define what is needed.
+        ObjectiveError: if the file raises, or if it does not define what is needed. With `default_loss`, if labels look
+            like classes and are no integers.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; expected a Python file with the objective")
@@ -111,16 +112,16 @@ def load_objective(path: Path) -> Objective:
         evaluate, rename, spec = defined["evaluate"], defined.get("rename"), defined.get("spec")
         return Objective(None, None, None, None, evaluate, None, "", "", "", rename, spec, _digest(path))
     if "metric" in defined and (way == "loss_fn" or "validation_fn" in defined):
-        other = "loss_fn" if way == "loss_fn" else "validation_fn"
-        raise ObjectiveError(
-            f"{path} defines metric and {other}; expected one of them, and metric only with module or outputs"
-        )
+        if way == "loss_fn":
+            raise ObjectiveError(f"{path} defines metric and loss_fn; expected validation_fn in place of metric")
+        raise ObjectiveError(f"{path} defines metric and validation_fn; expected one of them")
     data = _arrays(path, "load_data", defined)
     validation = _arrays(path, "load_validation_data", defined) if "load_validation_data" in defined else None
     if way == "module":
         data, validation = (_by_name(path, each) for each in (data, validation))
         if "loss" not in defined:
-            _check_targets(path, data)
+            _check_targets(path, "load_data", data)
+            _check_targets(path, "load_validation_data", validation)
         functions = module_functions(defined["module"]())
         loss_fn = OutputLoss(functions.outputs_fn, defined.get("loss", default_loss))
         statistics_fn, patterns = functions.statistics_fn, ("", r"running_mean$", r"running_var$")
@@ -220,16 +221,25 @@ def _by_name(path: Path, data: Any) -> Any:
     return {"x": data[0], "y": data[1]}
 
 
-def _check_targets(path: Path, data: dict[str, Any]) -> None:
-    """Refuses one-hot labels, and other probabilities, which `default_loss` would take for targets of a regression."""
-    targets = data.get("y", data.get("labels"))
-    if not isinstance(targets, np.ndarray) or np.issubdtype(targets.dtype, np.integer):
+def _check_targets(path: Path, name: str, data: dict[str, Any] | None) -> None:
+    """Refuses labels that name no class by its number, which `default_loss` would take for targets of a regression.
+
+    They are one-hot labels, other probabilities, and True and False, or 0 and 1 as floating-point numbers.
+    """
+    targets = None if data is None else data.get("y", data.get("labels"))
+    if not isinstance(targets, np.ndarray) or not targets.size or np.issubdtype(targets.dtype, np.integer):
         return
-    probabilities = targets.ndim > 1 and targets.shape[-1] > 1 and (targets >= 0).all()
-    if targets.dtype == bool or (probabilities and np.allclose(targets.sum(axis=-1, dtype=np.float32), 1, atol=1e-2)):
+    if targets.dtype.kind in "USOM":
         raise ObjectiveError(
-            f"{path}: load_data returned {targets.dtype} labels {list(targets.shape)} that look one-hot or binary; "
-            "expected integers [N], the numbers of the classes, or a function loss(outputs, batch) in the file"
+            f"{path}: {name} returned {targets.dtype} labels; expected integers [N], the numbers of the classes"
+        )
+    several = targets.ndim > 1 and targets.shape[-1] > 1
+    sums_to_1 = several and (targets >= 0).all() and np.allclose(targets.sum(-1, dtype=np.float32), 1, atol=1e-2)
+    if sums_to_1 or targets.dtype == bool or ((targets == 0) | (targets == 1)).all():
+        raise ObjectiveError(
+            f"{path}: {name} returned {targets.dtype} labels {list(targets.shape)} that look like classes (one-hot, "
+            "probabilities, or 0 and 1); expected integers [N], the numbers of the classes, or a function "
+            "loss(outputs, batch) in the file, for example the squared error"
         )
 
 

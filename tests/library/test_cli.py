@@ -375,7 +375,17 @@ MISTAKES = {
     "labels are one-hot": (
         objective("import numpy as np\ndef module(): ...\ndef load_data(): return np.ones((3, 4)), np.eye(3)"),
         LEARNS,
-        "float64 labels [3, 3] that look one-hot or binary; expected integers [N]",
+        "float64 labels [3, 3] that look like classes (one-hot, probabilities, or 0 and 1); expected integers [N]",
+    ),
+    "labels are true or false": (
+        objective("import numpy as np\ndef module(): ...\ndef load_data(): return np.ones((3, 4)), np.ones(3) > 0"),
+        LEARNS,
+        "bool labels [3] that look like classes",
+    ),
+    "labels are words": (
+        objective("import numpy as np\ndef module(): ...\ndef load_data(): return np.ones((2, 4)), ['a', 'b']"),
+        LEARNS,
+        "load_data returned ",
     ),
     "a number as data": (
         objective("def loss_fn(params, batch): ...\ndef load_data(): return 3"),

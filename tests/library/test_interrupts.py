@@ -16,7 +16,7 @@ def test_an_interruption_that_python_ignores_comes_again():
         with interruptible():
             RaisesWhenCollected()
             for _ in range(200):
-                # What comes again does not end a sleep.
+                # The repeated Ctrl-C is raised only between two sleeps.
                 time.sleep(0.05)
             pytest.fail("nothing came")
 

@@ -84,10 +84,10 @@ def on_devices(tmp_path_factory):
 def test_eight_devices_give_the_results_of_one_within_rounding(on_devices):
     one, eight = on_devices[1], on_devices[8]
     assert (one["devices"], eight["devices"]) == (1, 8)
-    for field in ("alpha", "training_loss", "test_loss"):
-        # Gauss-Newton takes differences of outputs, in which rounding weighs more than in the outputs.
-        np.testing.assert_allclose(eight[field], one[field], rtol=1e-3)
-    assert not np.allclose(one["alpha"], 0.5, atol=0.01)
+    # Gauss-Newton takes differences of outputs, in which rounding weighs more than in the outputs.
+    for field, tolerance in {"alpha": 1e-3, "training_loss": 1e-4, "test_loss": 1e-3}.items():
+        np.testing.assert_allclose(eight[field], one[field], rtol=tolerance)
+    assert (np.abs(np.array(one["alpha"])[2:, 0] - 0.5) > 0.01).all()
 
 
 def test_training_compiles_once_for_each_number_of_models(on_devices):
