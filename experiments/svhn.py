@@ -6,8 +6,8 @@
 
 SVHN has not been run, since it was not at hand. The preset `cifar10` takes 2.0 hours of one CPU core. Its experts have
 a test accuracy of 23 to 31 %. Their uniform average has 10 %, and blends with learned coefficients have 27 to 28 %.
-After fine-tuning, blends have 46 to 48 %. The report is in `experiments/results/mobilenetv2`. This preset has the strides
-of MobileNetV2's paper. With `--mobilenetv2-strides small_images`, the same run would take 26 hours by its own
+After fine-tuning, blends have 46 to 48 %. The report is in `experiments/results/mobilenetv2`. This preset has the
+strides of MobileNetV2's paper. With `--mobilenetv2-strides small_images`, the same run would take 26 hours by its own
 estimate.
 
 SVHN comes from tensorflow-datasets (`svhn_cropped`), in the folder `--data-dir` or `TFDS_DATA_DIR`. If it is not there,
