@@ -64,11 +64,11 @@ def calibrate(
             inside `fun`. On an accelerator, also call it under `jax.default_matmul_precision("highest")`. `spsa_step`
             does both.
         beta: the point where learning starts, any pytree of floating-point coefficients.
-        radii: the radii to try, at least three, ascending.
+        radii: the R radii to try, at least three, ascending.
         num_directions: m, the number of directions.
         directions: the directions of the step, as for `spsa_gradient`. Under a softmax pass `simplex_orthogonal`.
         first_step: the root mean square that the first step should have, in units of beta.
-        step_directions: the number of directions of the steps that the learning rate is for. The learning rate assumes
+        step_directions: the `num_directions` of the steps that will use the learning rate. The learning rate assumes
             the same distribution of directions and the `unbiased` scale.
         probe_batch_size: as for `spsa_gradient`. By default, an accelerator holds all `2 R m` models in memory at once.
 

@@ -51,6 +51,8 @@ def gauss_newton_step(
 ) -> tuple[GlueState, GlueMetrics]:
     """Takes one damped Gauss-Newton step: d + 2 blended forward passes, no backward pass and no learning rate.
 
+    d is the number of directions in which beta can move: K - 1 under a softmax.
+
     First, the minibatch judges the step that was proposed last time. If that step does not raise the loss on this
     minibatch, beta takes the step. Then the minibatch refines a quadratic model of the loss, and the model proposes the
     next step. So `beta` lags one step behind, and the first step leaves beta where it is.

@@ -101,8 +101,8 @@ def learn(
             `forward_gradient_step`. A `functools.partial` of a step sets its options, such as `radius`.
         link_fn: `link_fn(beta) -> alpha`.
         merge_fn: `merge_fn(experts, alpha) -> params`.
-        validation_data: the data that validates the unperturbed blend: arrays `[M, ...]`, or a loader that ends. Each
-            batch of a loader is weighted by its size. None validates nothing.
+        validation_data: the data that validates the blend at the present beta: arrays `[M, ...]`, or a loader that
+            ends. Each batch of a loader is weighted by its size. None validates nothing.
         validation_fn: `validation_fn(params, batch) -> scalar`, the mean over a batch. Lower is better. None is
             `loss_fn`.
         batch_size: the number of examples in a minibatch of arrays.

@@ -77,8 +77,8 @@ def add_adapter(
             configuration). For other weights the shape decides.
 
     Returns:
-        The weights. A changed weight has the wider dtype of the two, so it keeps float32 while coefficients are
-        learned. The others are those of `base`.
+        The weights. A changed weight has the wider of two dtypes, the base's and the adapter's. So it keeps float32
+        while coefficients are learned. The other weights are those of `base`.
 
     Raises:
         ValueError: if the base lacks a weight, if its shape does not fit, or if it is no floating-point tensor.

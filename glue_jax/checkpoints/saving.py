@@ -58,7 +58,8 @@ def blend_files(
         take_first: as for `load_experts`.
         side_files: as for `save_blend`.
         overwrite: whether an existing `out` is replaced.
-        on_progress: a function that is called with the number of bytes of the blend that are done, and with their sum.
+        on_progress: a function that is called with two numbers: the bytes of the blend that are done, and the bytes of
+            the whole blend.
 
     Returns:
         The path of the result.

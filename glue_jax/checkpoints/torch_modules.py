@@ -28,9 +28,9 @@ class ModuleFunctions(NamedTuple):
 
     Attributes:
         outputs_fn: `outputs_fn(params, batch)` returns the module's output in evaluation mode: without dropout, and
-            with BatchNorm by its running statistics.
-        minibatch_fn: the same with BatchNorm by the minibatch. It does not read the running statistics, so they may be
-            missing or None. It is `outputs_fn` if the module has no BatchNorm.
+            with the running statistics of BatchNorm.
+        minibatch_fn: the same, but BatchNorm uses the statistics of the minibatch. It does not read the running
+            statistics, so they may be missing or None. It is `outputs_fn` if the module has no BatchNorm.
         statistics_fn: `statistics_fn(params, batch)` returns the `running_mean` and the (biased) `running_var` of one
             batch alone, for `glue_jax.merging.refresh_statistics(..., collection="")`. None if the module has no
             BatchNorm.
