@@ -9,6 +9,7 @@ import numpy as np
 from jax.core import Tracer
 
 from glue_jax.checks import check_callable, check_counts
+from glue_jax.loops import loop
 from glue_jax.types import Batch, Params, PyTree
 
 __all__ = ["batched_mean", "minibatch_indices"]
@@ -90,7 +91,7 @@ def mean_over_batches(means_of: Callable[[Batch], PyTree], data: Batch, batch_si
     parts = []
     if whole:
         batches = jax.tree.map(lambda a: a[:covered].reshape(whole, batch_size, *a.shape[1:]), data)
-        means = jax.tree.map(lambda mean: jnp.mean(mean, axis=0), jax.lax.map(means_of, batches))
+        means = jax.tree.map(lambda mean: jnp.mean(mean, axis=0), loop(means_of, batches))
         parts.append((covered, means))
     if covered < n:
         parts.append((n - covered, means_of(jax.tree.map(lambda a: a[covered:], data))))

@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 from glue_jax.checks import check_callable, check_counts, check_positive
 from glue_jax.coefficients import check_floating
 from glue_jax.directions import Directions, dimension, sample_directions
+from glue_jax.loops import loop
 from glue_jax.precision import DEFAULT_RADIUS
 from glue_jax.types import Diagnostics, PyTree
 
@@ -72,10 +73,8 @@ def spsa_gradient(
         directions: the name of a distribution (see `glue_jax.directions`), or a function.
         scale: `unbiased`, or `paper` for the literal Eq. (5) and (6).
         probe_batch_size: the number of probes that `vmap` evaluates together, out of 2m. By default, an accelerator
-            evaluates all probes together. A CPU evaluates one at a time, because it is slow at a convolution with a
-            different kernel for each probe. That loop is fast for networks in JAX's usual layout, with images `[B, H,
-            W, C]` and kernels `[H, W, in, out]`. In PyTorch's layout, XLA:CPU runs a convolution slowly inside a loop,
-            so pass 2m there.
+            evaluates all probes together. A CPU evaluates one after another, because it is slow at a convolution with a
+            different kernel for each probe.
         diagnostics: whether to measure how good the estimate is. This takes 2m + 1 more evaluations.
 
     Returns:
@@ -212,11 +211,11 @@ def map_probes(fun: Callable[[PyTree], Any], probes: PyTree, probe_batch_size: i
     if probe_batch_size is None:
         if num_probes == 1:
             return all_at_once(probes)
-        return jax.lax.platform_dependent(probes, cpu=functools.partial(jax.lax.map, fun), default=all_at_once)
+        return jax.lax.platform_dependent(probes, cpu=functools.partial(loop, fun), default=all_at_once)
     check_counts(probe_batch_size=probe_batch_size)
     if probe_batch_size >= num_probes:
         return all_at_once(probes)
-    return jax.lax.map(fun, probes, batch_size=None if probe_batch_size == 1 else probe_batch_size)
+    return loop(fun, probes, None if probe_batch_size == 1 else probe_batch_size)
 
 
 def combine_slopes(slopes: jax.Array, directions: PyTree, factor: float) -> PyTree:

@@ -12,13 +12,13 @@ measured how much of it is left:
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.extend.core import jaxprs_in_params
 
 from glue_jax.blending import is_short
+from glue_jax.loops import equations
 from glue_jax.types import PyTree
 
 DEFAULT_RADIUS = 0.01
@@ -44,18 +44,10 @@ def multiplies_short_floats(fun: Callable[[PyTree], Any], beta: PyTree) -> bool:
     return any(
         equation.primitive.name in ("dot_general", "conv_general_dilated")
         and any(is_short(operand.aval.dtype) for operand in equation.invars)
-        for equation in _equations(jax.make_jaxpr(fun)(beta).jaxpr)
+        for equation in equations(jax.make_jaxpr(fun)(beta).jaxpr)
     )
 
 
 def matmul_precision_of(name: str | None) -> contextlib.AbstractContextManager[Any]:
     """Returns `jax.default_matmul_precision(name)`, or a context that changes nothing if `name` is None."""
     return contextlib.nullcontext() if name is None else jax.default_matmul_precision(name)
-
-
-def _equations(jaxpr: Any) -> Iterator[Any]:
-    """Yields all equations of a jaxpr and of the jaxprs inside it."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jaxprs_in_params(equation.params):
-            yield from _equations(inner)

@@ -1,0 +1,117 @@
+"""`loop`: `jax.lax.map`, with convolutions in the one layout that XLA:CPU runs fast inside a loop.
+
+XLA:CPU has a fast convolution for images `[B, H, W, C]` and kernels `[H, W, in, out]`. Outside of loops it brings other
+layouts, such as PyTorch's, into this one. Inside a loop it does not. There such a convolution takes about 20 times as
+long.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import eval_jaxpr
+from jax.extend.core import jaxprs_in_params
+from jax.extend.core.primitives import conv_general_dilated_p
+
+from glue_jax.types import PyTree
+
+_CALLS = ("jit", "pjit")
+
+
+def loop(fun: Callable[[PyTree], Any], xs: PyTree, batch_size: int | None = None) -> Any:
+    """Returns what `jax.lax.map(fun, xs, batch_size=batch_size)` returns.
+
+    Args:
+        fun: a function that JAX can trace.
+        xs: the arguments of all calls, each leaf `[S, ...]`.
+        batch_size: how many calls `vmap` makes together. None is one at a time.
+    """
+    plain = functools.partial(jax.lax.map, fun, batch_size=batch_size)
+    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf)[1:], jnp.result_type(leaf)), xs)
+    if not any(map(_is_slow, equations(jax.make_jaxpr(fun)(one).jaxpr))):
+        return plain(xs)
+    on_cpu = functools.partial(jax.lax.map, _channels_last(fun), batch_size=batch_size)
+    return jax.lax.platform_dependent(xs, cpu=on_cpu, default=plain)
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """Yields all equations of a jaxpr and of the jaxprs inside it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from equations(inner)
+
+
+def _channels_last(fun: Callable[[PyTree], Any]) -> Callable[[PyTree], Any]:
+    """Returns the same function with its convolutions in the fast layout. Loops inside it stay as they are."""
+
+    def rewritten(x: PyTree) -> Any:
+        closed, shapes = jax.make_jaxpr(fun, return_shape=True)(x)
+        leaves = eval_jaxpr(_rewritten(closed.jaxpr), closed.consts, *jax.tree.leaves(x))
+        return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+    return rewritten
+
+
+def _rewritten(jaxpr: Any) -> Any:
+    """Returns a jaxpr for `jax.core.eval_jaxpr`, with other primitives where a convolution is slow."""
+
+    def replaced(equation: Any) -> Any:
+        if _is_slow(equation):
+            return equation.replace(primitive=_ChannelsLast)
+        if equation.primitive.name in _CALLS and any(map(_is_slow, equations(equation.params["jaxpr"].jaxpr))):
+            return equation.replace(primitive=_Inlined, params={"jaxpr": equation.params["jaxpr"]})
+        return equation
+
+    return jaxpr.replace(eqns=[replaced(equation) for equation in jaxpr.eqns])
+
+
+def _is_slow(equation: Any) -> bool:
+    """Returns whether an equation is a convolution in another layout than the fast one."""
+    if equation.primitive is not conv_general_dilated_p:
+        return False
+    given = equation.params["dimension_numbers"]
+    return given != _fast_layout(len(given.lhs_spec))
+
+
+def _fast_layout(num_axes: int) -> jax.lax.ConvDimensionNumbers:
+    """Returns the dimension numbers of images `[B, ..., C]` and kernels `[..., in, out]`."""
+    last = num_axes - 1
+    images = (0, last, *range(1, last))
+    return jax.lax.ConvDimensionNumbers(images, (last, last - 1, *range(last - 1)), images)
+
+
+class _ChannelsLast:
+    """What `jax.core.eval_jaxpr` calls in place of a convolution's primitive."""
+
+    multiple_results = False
+    get_bind_params = conv_general_dilated_p.get_bind_params
+
+    @staticmethod
+    def bind(images: jax.Array, kernel: jax.Array, *, dimension_numbers: Any, **params: Any) -> jax.Array:
+        """Convolves in the fast layout, and returns the result in the layout that the convolution had."""
+        (batch, channels, *space), (outputs, inputs, *window), result = dimension_numbers
+        fast = _fast_layout(len(result))
+        convolved = conv_general_dilated_p.bind(
+            jax.lax.transpose(images, (batch, *space, channels)),
+            jax.lax.transpose(kernel, (*window, inputs, outputs)),
+            dimension_numbers=fast,
+            **params,
+        )
+        places = dict(zip(result, fast.out_spec, strict=True))
+        return jax.lax.transpose(convolved, [places[axis] for axis in range(len(result))])
+
+
+class _Inlined:
+    """What `jax.core.eval_jaxpr` calls in place of a jitted function that has a slow convolution."""
+
+    multiple_results = True
+    get_bind_params = conv_general_dilated_p.get_bind_params
+
+    @staticmethod
+    def bind(*values: Any, jaxpr: Any) -> list[Any]:
+        """Evaluates the function, with its convolutions in the fast layout."""
+        return eval_jaxpr(_rewritten(jaxpr.jaxpr), jaxpr.consts, *values)
