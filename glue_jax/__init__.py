@@ -46,7 +46,8 @@ from glue_jax.planning import plan
 from glue_jax.plans import Plan
 from glue_jax.priors import Prior, build_prior
 from glue_jax.starts import learn_from_starts
-from glue_jax.steps import alpha, forward_gradient_step, full_gradient_step, init, spsa_step
+from glue_jax.states import alpha, init
+from glue_jax.steps import forward_gradient_step, full_gradient_step, spsa_step
 from glue_jax.types import GlueMetrics, GlueState, LearnResult
 
 __version__ = "0.2.0.dev0"

@@ -71,7 +71,8 @@ def ask(
         key: as for `spsa_step`, the same for every step.
         state: the state from `init` or `tell`.
         link_fn: as for `spsa_step`.
-        radius: as for `spsa_step`. A loss with few digits needs a large radius. So does a metric that counts errors.
+        radius: as for `spsa_step`. A loss that is known to few digits needs a large radius. So does a metric that
+            counts errors.
         num_directions: m, the number of directions.
         directions: as for `spsa_step`.
         scale: as for `spsa_step`.
@@ -240,9 +241,9 @@ def tell_outputs(
     Args:
         probes: the probes from `ask_outputs`.
         outputs: the outputs of all probes in their order, on one minibatch. Pass arrays `[m + 2, B, ...]`, or a list of
-            m + 2 outputs `[B, ...]`. In a list, None stands for a blend that could not be evaluated. If the output of a
-            direction is None, the model ignores this minibatch, and the proposal is still judged. If the output of the
-            proposal is None, the step turns the proposal down.
+            m + 2 outputs `[B, ...]`. A tuple is a pytree of arrays, not a list. In a list, None stands for a blend that
+            could not be evaluated. If the output of a direction is None, the model ignores this minibatch, and the
+            proposal is still judged. If the output of the proposal is None, the step turns the proposal down.
         batch: the minibatch for `loss`, such as the labels.
         loss: `loss(outputs, batch) -> scalar`, the second part of an `OutputLoss`. Build it once, or each step
             compiles anew.

@@ -20,12 +20,13 @@ def blend(
     """Blends stacked experts into one model: theta(alpha) = sum_i alpha_i theta_i (Eq. 1).
 
     Each leaf is summed in at least float32, and the sum is then cast to the dtype of the experts. Float32 and float64
-    leaves take one `jnp.tensordot` at the highest precision. Shorter leaves are widened inside the sum, so no wider
-    copy of the experts is made. Leaves that are not floating point are not summed: the result has the first expert's.
+    leaves take one `jnp.tensordot` at the highest precision. Leaves of bfloat16 and float16 are converted inside the
+    sum, so no float32 copy of the experts is made. Leaves that are not floating point are not summed: the result has
+    the first expert's.
 
     Args:
         experts: stacked experts, each leaf `[K, ...]`.
-        alpha: the coefficients, `[K]`, or `[G, K]` with `groups`. They need not lie on the simplex.
+        alpha: the coefficients, `[K]`, or `[G, K]` with `groups`. They may be negative, and may have any sum.
         groups: which row of `alpha` blends which leaf. It is a pytree of row numbers in `range(G)` with the structure
             of one expert. It may also be a prefix of that structure: one number for a part of the model blends the
             whole part by that row.
@@ -178,7 +179,8 @@ def _broadcast_groups(groups: PyTree, experts: Params, *, num_groups: int) -> Py
     try:
         rows = jax.tree.broadcast(groups, experts)
     except ValueError as error:
-        raise ValueError(f"groups does not fit; expected a prefix of the experts' tree: {error}") from error
+        advice = "pass groups.rows" if hasattr(groups, "rows") else "expected a prefix of the experts' tree"
+        raise ValueError(f"groups does not fit; {advice}: {error}") from error
 
     def checked(path: tuple[Any, ...], row: Any) -> int:
         try:

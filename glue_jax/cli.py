@@ -27,12 +27,13 @@ _EXAMPLES = {
   glue-jax learn a.pt b.pt c.pt --objective objective.py --out blend
 
 objective.py holds load_data() and one of
-  module()                      a PyTorch module; load_data() returns (inputs, labels)
+  module()                      a PyTorch module; load_data() returns (inputs, labels), or a dict of its arguments
   outputs(params, batch)        the network in JAX, with loss(outputs, batch)
   loss_fn(params, batch)        the loss in JAX
   evaluate(params) -> number    anything, lower is better; load_data() is not needed
-It may also hold loss(outputs, batch), metric(outputs, batch) to choose the model by, load_validation_data(),
-rename(name), and spec(params) to align experts of separate initialisations.""",
+It may also hold loss(outputs, batch), metric(outputs, batch) or validation_fn(params, batch) to choose the model by,
+load_validation_data(), rename(name), statistics_fn(params, batch) for BatchNorm without a module, and spec(params) to
+align experts of separate initialisations.""",
 }
 
 
@@ -135,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
         "--groups",
         choices=("layers", "none"),
         default="layers",
-        help="layers (default) also learns coefficients by layer",
+        help="none learns one coefficient for each expert; layers (default) goes on to one for each expert and layer",
     )
     learn.add_argument(
         "--estimator",
@@ -151,7 +152,8 @@ def _parser() -> argparse.ArgumentParser:
         "--max-steps",
         type=int,
         default=200,
-        help="the largest number of steps of each of the two stages (default: 200)",
+        help="the largest number of steps of a stage: --groups layers has two stages, otherwise there is one "
+        "(default: 200)",
     )
     learn.add_argument(
         "--patience",

@@ -136,7 +136,7 @@ def forward_gradient(
         An `Estimate` whose `value` is `fun(beta)`.
 
     Raises:
-        ValueError: if an argument is out of its range, or if `fun` returns no scalar or an integer.
+        ValueError: if an argument is out of its range, or if `fun` returns an integer or what is no scalar.
         TypeError: if the coefficients are not floating point.
     """
     factor = scale_factor(scale, dimension(beta, directions))

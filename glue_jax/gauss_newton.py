@@ -53,21 +53,21 @@ def gauss_newton_step(
 
     d is the number of directions in which beta can move: K - 1 under a softmax.
 
-    First, the minibatch judges the step that was proposed last time. If that step does not raise the loss on this
-    minibatch, beta takes the step. Then the minibatch refines a quadratic model of the loss, and the model proposes the
-    next step. So `beta` lags one step behind, and the first step leaves beta where it is.
+    Each call does three things. It tests the move that the previous call proposed, and beta makes this move unless the
+    loss on the minibatch rises. It refines a quadratic model of the loss. The model proposes the next move. So the
+    first call does not change beta.
 
-    There is no optimizer. `init(num_experts)` makes the state. A step keeps the outputs of d + 2 blends in memory.
-    The curvature takes twice that memory again.
+    There is no optimizer. `init(num_experts)` makes the state. A call holds the outputs of d + 2 blends in memory, and
+    about twice as much again while it computes the curvature.
 
     Args:
         key: a `jax.random.key` that draws the directions, if `num_directions` is given. Otherwise it is not used and
             may be None.
         state: the state from `init(num_experts, link_fn=link_fn)` or from the previous step.
         experts: as for `spsa_step`.
-        batch: as for `spsa_step`. Minibatches of 16 to 32 examples take the fewest passes. The default of `learn` is
-            64. The quadratic model is a mean over minibatches, so more steps improve it. The number of outputs
-            (examples times classes) should exceed the number of directions.
+        batch: as for `spsa_step`. With 16 to 32 examples, learning takes the fewest passes, so pass `batch_size=32` to
+            `learn`, whose default is 64. The quadratic model is a mean over minibatches, so more steps improve it. The
+            number of outputs (examples times classes) should exceed the number of directions.
         loss_fn: an `OutputLoss`, deterministic as for `spsa_step`. Its `outputs_fn` needs no backward pass. With
             `differences` it is not differentiated at all.
         link_fn: as for `spsa_step`. Under a softmax d is K - 1. Under other links d is the number of coefficients.

@@ -20,7 +20,8 @@ from glue_jax.checks import check_optimizer, check_state
 from glue_jax.experts import num_experts
 from glue_jax.gauss_newton import check_gauss_newton_state, gauss_newton_step
 from glue_jax.runs import MOST_UNREAD, Run
-from glue_jax.steps import init, spsa_step
+from glue_jax.states import init
+from glue_jax.steps import spsa_step
 from glue_jax.streams import ArrayBatches, is_stream, stream_batches
 from glue_jax.types import (
     Batch,
@@ -67,12 +68,14 @@ def learn(
 
     `data` has one of three forms:
 
-    - Arrays `[N, ...]`, in a pytree. The minibatches are those of `minibatch_indices(jax.random.fold_in(key, 0), ...)`.
-      An epoch leaves out the examples that fill no whole minibatch.
+    - Arrays `[N, ...]`, in a pytree. The key shuffles the examples anew for each epoch: the minibatches are those of
+      `minibatch_indices(jax.random.fold_in(key, 0), ...)`. An epoch leaves out the examples that fill no whole
+      minibatch.
     - An iterator of batches. It is read once. If it ends before `max_steps`, the run ends.
-    - A loader of batches. Each epoch iterates it anew. An epoch may be endless.
+    - A loader of batches, such as PyTorch's `DataLoader`. Each epoch iterates it anew. An epoch may be endless.
 
-    To JAX a list is a pytree, so pass `iter(batches)` for a list of batches. A batch with a new shape compiles anew.
+    To JAX a list is a pytree, so pass `iter(batches)` for a list of batches. Such an iterator has one epoch. A batch
+    with a new shape compiles anew.
 
     A run can be continued: pass its `LearnResult` as `state`. The new call keeps the best coefficients, the patience
     and the history. It continues an iterator where it is, and begins a new epoch of a loader. With arrays or an
@@ -89,12 +92,13 @@ def learn(
     Args:
         key: a `jax.random.key`. It decides the directions, and the minibatches of arrays. Every `step_fn` sees the same
             minibatches.
-        experts: stacked experts, each leaf `[K, ...]`. Other leaves may be among them, such as the base that adapters
-            share, if you pass a `state` and a `merge_fn` that knows these leaves.
+        experts: stacked experts, each leaf `[K, ...]`. A leaf without the axis K, such as a base that adapters share,
+            is allowed if you pass a `state` and a `merge_fn` of your own.
         data: the training data: arrays, an iterator or a loader, as described above.
-        loss_fn: `loss_fn(params, batch) -> scalar`, the mean over a batch of `data`. Its params have at least float32,
-            whatever the dtype of the experts.
-        optimizer: the optimizer of beta. Pass None with `gauss_newton_step`, which needs no optimizer.
+        loss_fn: `loss_fn(params, batch) -> scalar`, the mean over a batch of `data`. `params` is the blend. Its
+            floating-point arrays are at least float32, also for experts of bfloat16 or float16.
+        optimizer: the optimizer of optax that updates beta. Each step but `gauss_newton_step` needs one, so also the
+            default step. The paper uses `optax.adam(1e-2, b1=0.9, b2=0.99)`.
         state: a state to start from, or a result to continue. None is `init(K, optimizer, link_fn=link_fn)`, the link's
             own start.
         step_fn: the step, and with it the estimator: `spsa_step`, `gauss_newton_step`, `full_gradient_step` or

@@ -1,9 +1,9 @@
 """Links from the learned beta to the coefficients alpha, beside the softmax: unconstrained, box, temperature.
 
-All of these links can leave the convex hull of the experts, except the temperature around a softmax. Outside the hull a
-blended BatchNorm variance can be negative. So keep the statistics out of the blend there, with `partition(experts,
-"^batch_stats/")`. A `loss_fn` that normalises by the minibatch does not need them. `refresh_statistics` computes new
-statistics for the finished model.
+Only the temperature around a softmax stays in the convex hull of the experts. The other links can leave it. Outside
+the hull a blended BatchNorm variance can be negative. So keep the statistics out of the blend there, with
+`partition(experts, "^batch_stats/")`. A `loss_fn` that normalises by the minibatch does not need them.
+`refresh_statistics` computes new statistics for the finished model.
 """
 
 import contextlib
@@ -38,8 +38,8 @@ class Link:
     Attributes:
         fn: `fn(beta) -> alpha`.
         start: `start(num_experts) -> beta`, the beta at which `init` starts.
-        directions: the default directions of `spsa_step` and `forward_gradient_step`.
-        radius: the default radius of `spsa_step`, in units of beta.
+        directions: the default directions of the steps, of `ask` and of `plan`.
+        radius: the default radius of `spsa_step` and `ask`, in units of beta. That of `gauss_newton_step` is a tenth.
     """
 
     fn: LinkFn
@@ -167,8 +167,9 @@ def task_vector_weights(scales: jax.Array) -> jax.Array:
 
     This is task arithmetic (Ilharco et al., 2023, https://arxiv.org/abs/2212.04089), written as a blend. Stack the
     origin theta_0 and the K experts with `stack_experts([origin, *experts])`. The coefficients are `1 - sum(lambda)`
-    for the origin and `lambda` for the experts. To keep each lambda between two bounds, let `scales = box(low=0.0,
-    high=1.0)` and use `link_fn=lambda beta: task_vector_weights(scales(beta))`.
+    for the origin and `lambda` for the experts. To keep each lambda between 0 and 1, pass
+    `link_fn=lambda beta: task_vector_weights(box(low=0.0, high=1.0)(beta))` to the steps and to `init`. Its beta is
+    `[K]`, so pass `beta=jnp.zeros(K)` to `init(K + 1, ...)`, and that state to `learn`.
 
     Args:
         scales: lambda, `[..., K]`.
@@ -258,7 +259,7 @@ def tempered_merge(merge_fn: MergeFn, *, head: str) -> MergeFn:
 
     Returns:
         The `merge_fn`. It raises a ValueError if `head` matches no path, and a TypeError if the coefficients are not
-        `Tempered`. If it is called with a `min_dtype`, of whatever value, its result keeps at least float32.
+        `Tempered`. The steps call it with a `min_dtype`. Then its result is at least float32, whatever `min_dtype` is.
     """
 
     def merge(experts: Params, alpha: PyTree, *, min_dtype: DTypeLike | None = None) -> Params:

@@ -22,7 +22,8 @@ from glue_jax.links import apply_link, directions_of
 from glue_jax.objectives import OutputLoss
 from glue_jax.plans import LeftOut, Plan, PlannedStep, reasons
 from glue_jax.precision import multiplies_short_floats
-from glue_jax.steps import forward_gradient_step, full_gradient_step, init, opt_state_of, spsa_step
+from glue_jax.states import init, opt_state_of
+from glue_jax.steps import forward_gradient_step, full_gradient_step, spsa_step
 from glue_jax.timing import Program, compile_and_run, median_seconds, temporary_bytes
 from glue_jax.types import Batch, GlueState, LearnResult, LinkFn, LossFn, MergeFn, Params, PyTree, StepFn
 
@@ -42,6 +43,9 @@ def plan(
     repeats: int = 5,
 ) -> Plan:
     """Times the steps on the device of the arrays, and says which one makes progress cheapest.
+
+    A step with a noisy estimate makes less progress, so the plan divides the time of a step by its progress. The plan
+    also says whether one SPSA step is faster than one full-gradient step (the paper's Eq. 10).
 
     The call compiles about twenty programs. This takes some minutes for a large network. For many coefficients it takes
     longer: the plan times steps of d directions. Each step is timed as `learn` runs it: with its default directions,
@@ -64,9 +68,9 @@ def plan(
     Two things are left out. The noise of minibatches raises the error of all estimates by the same factor. Each step is
     assumed to have its best learning rate for plain gradient descent.
 
-    The plan also answers Eq. (10). It measures the terms of Eq. (9) at JAX's present precision of products. The steps
-    themselves choose their precision. On an accelerator SPSA and Gauss-Newton use the highest precision, which takes
-    more time there. The other steps use JAX's default precision.
+    For Eq. (10) the plan measures a forward pass, a backward pass and a blend at JAX's present precision of products.
+    The steps themselves choose their precision. On an accelerator SPSA and Gauss-Newton use the highest precision,
+    which takes more time there. The other steps use JAX's default precision.
 
     Args:
         experts: stacked experts, each leaf `[K, ...]`.
@@ -79,7 +83,8 @@ def plan(
         repeats: how often each program is timed. The median counts.
 
     Returns:
-        The plan. `learn(..., step_fn=plan.best.step_fn)` uses its recommendation. Steps that do not run are listed in
+        The plan. `learn(..., step_fn=plan.best.step_fn)` uses its recommendation. It needs an `optimizer` unless the
+        best step is Gauss-Newton. Steps that do not run are listed in
         `left_out`, with the reason. A step is left out if it does not fit into the device's memory, or if JAX lacks a
         derivative for it. Except for SPSA, a step is also left out if its gradient is 0 or not finite. A metric that
         counts has a gradient of 0.

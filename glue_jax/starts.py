@@ -14,7 +14,8 @@ from glue_jax.blending import blend
 from glue_jax.coefficients import check_floating
 from glue_jax.failures import NonFiniteLossError
 from glue_jax.learning import learn
-from glue_jax.steps import opt_state_of, spsa_step
+from glue_jax.states import opt_state_of
+from glue_jax.steps import spsa_step
 from glue_jax.streams import as_arrays, is_stream
 from glue_jax.types import Batch, GlueState, LearnResult, LinkFn, LossFn, MergeFn, Params, PyTree, StepFn
 

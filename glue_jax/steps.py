@@ -1,4 +1,4 @@
-"""The steps `spsa_step`, `forward_gradient_step` and `full_gradient_step`, their start `init`, and `alpha`.
+"""The steps `spsa_step`, `forward_gradient_step` and `full_gradient_step`.
 
 Each step is a pure function: `step(key, state, experts, batch, *, loss_fn, optimizer, ...) -> (state, metrics)`. The
 caller jits it. Bind the keyword arguments that are functions with `functools.partial` before `jax.jit`. A step draws
@@ -8,94 +8,18 @@ its random numbers from `fold_in(key, state.step)`, so one key serves a whole ru
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from glue_jax import quadratic_model
 from glue_jax.blending import blend, merge_for_learning
-from glue_jax.checks import check_callable, check_counts, check_optimizer, check_state
-from glue_jax.coefficients import check_floating
+from glue_jax.checks import check_callable, check_optimizer, check_state
 from glue_jax.directions import Directions
 from glue_jax.estimators import Estimate, Scale, forward_gradient, full_gradient, spsa_gradient
-from glue_jax.links import apply_link, directions_of, radius_of, start_of
-from glue_jax.paths import check_finite
+from glue_jax.links import apply_link, directions_of, radius_of
 from glue_jax.precision import SHORT_FACTOR, matmul_precision_of, multiplies_short_floats
-from glue_jax.types import Batch, GlueMetrics, GlueState, LearnResult, LinkFn, LossFn, MergeFn, Params, PyTree
-
-
-def init(
-    num_experts: int,
-    optimizer: optax.GradientTransformation | None = None,
-    *,
-    beta: PyTree | None = None,
-    link_fn: LinkFn | None = None,
-) -> GlueState:
-    """Returns the state that learning starts from.
-
-    Args:
-        num_experts: K, the number of experts.
-        optimizer: the optimizer that updates beta. The paper uses `optax.adam(1e-2, b1=0.9, b2=0.99)`. Pass None for
-            `gauss_newton_step`, which needs no optimizer.
-        beta: the start, any pytree of floating-point coefficients. `weights_to_logits` gives a start anywhere inside
-            the simplex. None takes the link's own start. For the softmax this is zeros `[K]`, which give the uniform
-            average. A link that the library does not know also starts from zeros `[K]`.
-        link_fn: the `link_fn` of the steps. None is the softmax.
-
-    Returns:
-        The state of step 0.
-
-    Raises:
-        ValueError: if `num_experts` is below 1, if beta is empty or not finite, or if beta belongs to another number of
-            experts.
-        TypeError: if `num_experts` is no integer, if beta is not floating point, or if the optimizer is not one of
-            optax.
-    """
-    check_counts(num_experts=num_experts)
-    if optimizer is not None:
-        check_optimizer(optimizer)
-    start: PyTree = start_of(link_fn or jax.nn.softmax, num_experts) if beta is None else beta
-    check_floating(start)
-    check_finite("beta", start)
-    given = jax.eval_shape(link_fn, start) if link_fn else start
-    found = [jnp.shape(leaf) for leaf in jax.tree.leaves(given)]
-    if not found or any(shape and shape[-1] != num_experts for shape in found):
-        raise ValueError(
-            f"beta gives coefficients of shape {jax.tree.map(jnp.shape, given)}; expected a last axis of num_experts = "
-            f"{num_experts}"
-            + ("" if link_fn else " (if beta has another shape on purpose, pass the link_fn that takes it)")
-        )
-    # A copy, because a step may donate its state. A weak type would change in the first step and retrace.
-    start = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.result_type(leaf)), start)
-    return GlueState(jnp.zeros((), jnp.int32), start, opt_state_of(start, optimizer, link_fn or jax.nn.softmax))
-
-
-def opt_state_of(beta: PyTree, optimizer: optax.GradientTransformation | None, link_fn: LinkFn) -> Any:
-    """Returns the initial `opt_state`: the optimizer's, or Gauss-Newton's if there is no optimizer."""
-    return quadratic_model.start(beta, link_fn) if optimizer is None else optimizer.init(beta)
-
-
-def alpha(state: GlueState | LearnResult, link_fn: LinkFn = jax.nn.softmax) -> PyTree:
-    """Returns the coefficients that blend the experts, `link_fn(state.beta)`.
-
-    Args:
-        state: a state from `init` or a step, or a result of `learn`.
-        link_fn: the `link_fn` of the steps. A result of `learn` needs none: the function returns `state.alpha`.
-
-    Returns:
-        The coefficients, `[K]` or any pytree that the link returns.
-
-    Raises:
-        TypeError: if `state` is neither a state nor a result, or if the link does not take this beta.
-    """
-    if isinstance(state, LearnResult):
-        return state.alpha
-    if not hasattr(state, "beta"):
-        raise TypeError(f"state is a {type(state).__name__}; expected a GlueState or a LearnResult")
-    return apply_link(link_fn, state.beta)
+from glue_jax.types import Batch, GlueMetrics, GlueState, LinkFn, LossFn, MergeFn, Params, PyTree
 
 
 def spsa_step(
@@ -118,7 +42,9 @@ def spsa_step(
 ) -> tuple[GlueState, GlueMetrics]:
     """Takes one step of GLUE: two blended forward passes per direction, no backward pass (Eq. 3-7).
 
-    With `directions="sphere"` and `radius=0.01` this is the paper's Config 4.
+    The paper's Config 4 has `directions="sphere"` and the optimizer `optax.adam(1e-2, b1=0.9, b2=0.99)`. The paper
+    names no radius; our experiments take 0.01. The estimate here is d times the paper's Eq. (6), and Adam removes this
+    factor again. `scale="paper"` leaves the factor out.
 
     Args:
         key: a `jax.random.key`. Pass the same key at every step.
@@ -126,20 +52,24 @@ def spsa_step(
         experts: stacked experts, each leaf `[K, ...]`.
         batch: one minibatch, a pytree of arrays `[B, ...]`. Both probes of a pair see the same minibatch.
         loss_fn: `loss_fn(params, batch) -> scalar`. It must be deterministic: no dropout, and BatchNorm with its
-            running statistics or with the minibatch's (see `glue_jax.merging.batch_norm`). Its params have at least
-            float32, whatever the dtype of the experts. The step never differentiates it.
+            running statistics or with the minibatch's (see `glue_jax.merging.batch_norm`). `params` is the blend. Its
+            floating-point arrays are at least float32, also for experts of bfloat16 or float16. The step never
+            differentiates `loss_fn`.
         optimizer: the optimizer of beta that was given to `init`.
         link_fn: `link_fn(beta) -> alpha`. The softmax over the last axis keeps the blend in the convex hull of the
             experts. `unconstrained` is the literal Eq. (7).
         merge_fn: `merge_fn(experts, alpha) -> params`.
-        radius: the length of a probe's step in beta, or a schedule `radius(step)`. None takes the radius that suits the
-            link: 0.1 for the softmax and 0.01 for other links. If `loss_fn` multiplies bfloat16 or float16 arrays under
-            a softmax, None takes 1 and warns (see `glue_jax.precision`).
+        radius: the root mean square length of a probe's step in beta, or a schedule `radius(step)`. None takes the
+            radius of the link: 0.1 for the softmax, that of a `glue_jax.links.Link`, and 0.01 for another function. If
+            `loss_fn` multiplies bfloat16 or float16 arrays under a softmax, None takes 1 and warns (see
+            `glue_jax.precision`).
         num_directions: m, the number of directions.
-        directions: as for `spsa_gradient`. None takes the directions that suit the link. The softmax ignores a common
-            change of all coefficients, so it gets `simplex_orthogonal`. Other links get `orthogonal`.
-        scale: as for `spsa_gradient`.
-        probe_batch_size: as for `spsa_gradient`.
+        directions: `rademacher`, `sphere`, `gaussian`, `orthogonal`, `simplex_orthogonal`, or a function (see
+            `glue_jax.directions`). None takes those of the link. The softmax ignores a common change of all
+            coefficients, so it gets `simplex_orthogonal`. A function that is no `Link` gets `orthogonal`.
+        scale: `unbiased`, or `paper` for the literal Eq. (5) and (6).
+        probe_batch_size: how many of the 2m probes go forward together. None is all on an accelerator, and one on a
+            CPU.
         matmul_precision: the precision of the matrix products in `loss_fn`, `merge_fn` and `link_fn` that name none
             themselves, a value of `jax.default_matmul_precision`. By default an accelerator rounds the weights of both
             probes to bfloat16 or TF32, which destroys most of their difference. The highest precision prevents this and
@@ -191,7 +121,9 @@ def spsa_step(
             diagnostics=diagnostics,
         )
 
-    return _step(estimator, key, state, experts, batch, loss_fn, optimizer, link_fn, merge_fn)
+    return step_by(
+        estimator, key, state, experts, batch, loss_fn=loss_fn, optimizer=optimizer, link_fn=link_fn, merge_fn=merge_fn
+    )
 
 
 def forward_gradient_step(
@@ -242,7 +174,9 @@ def forward_gradient_step(
         scale=scale,
         probe_batch_size=probe_batch_size,
     )
-    return _step(estimator, key, state, experts, batch, loss_fn, optimizer, link_fn, merge_fn)
+    return step_by(
+        estimator, key, state, experts, batch, loss_fn=loss_fn, optimizer=optimizer, link_fn=link_fn, merge_fn=merge_fn
+    )
 
 
 def full_gradient_step(
@@ -275,21 +209,48 @@ def full_gradient_step(
         ValueError: as for `spsa_step`.
         TypeError: as for `spsa_step`.
     """
-    return _step(full_gradient, key, state, experts, batch, loss_fn, optimizer, link_fn, merge_fn)
+    return step_by(
+        full_gradient,
+        key,
+        state,
+        experts,
+        batch,
+        loss_fn=loss_fn,
+        optimizer=optimizer,
+        link_fn=link_fn,
+        merge_fn=merge_fn,
+    )
 
 
-def _step(
-    estimator: Callable[..., Estimate],
+def step_by(
+    estimator: Callable[[jax.Array, Callable[[PyTree], jax.Array], PyTree], Estimate],
     key: jax.Array,
     state: GlueState,
     experts: Params,
     batch: Batch,
+    *,
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
     link_fn: LinkFn,
     merge_fn: MergeFn,
 ) -> tuple[GlueState, GlueMetrics]:
-    """Updates beta once, by any estimator."""
+    """Takes one step by an estimator of the gradient. A new estimator becomes a step by this function.
+
+    Args:
+        estimator: `estimator(key, fun, beta)` estimates the gradient of `fun` at beta. Its key belongs to this step
+            alone. `fun(beta)` is the loss of the blend on the batch, a scalar.
+        key: as for `spsa_step`.
+        state: as for `spsa_step`.
+        experts: as for `spsa_step`.
+        batch: as for `spsa_step`.
+        loss_fn: as for `spsa_step`.
+        optimizer: as for `spsa_step`.
+        link_fn: as for `spsa_step`.
+        merge_fn: as for `spsa_step`.
+
+    Returns:
+        The next state, and the metrics of the state that was given.
+    """
     check_state(state)
     check_optimizer(optimizer, state)
     check_callable(loss_fn=loss_fn, link_fn=link_fn, merge_fn=merge_fn)

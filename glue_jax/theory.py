@@ -40,7 +40,6 @@ __all__ = [
     "relative_variance",
     "spsa_cost",
     "spsa_is_cheaper",
-    "spsa_saving",
 ]
 
 
@@ -70,18 +69,6 @@ def spsa_cost(forward: float, blend: float, *, num_directions: int = 1) -> float
     """
     check_counts(num_directions=num_directions)
     return 2 * num_directions * (forward + blend)
-
-
-def spsa_saving(forward: float, backward_ratio: float, blend: float, inner_products: float) -> float:
-    """Returns T_full - T_SPSA = (gamma - 1) F - C_mix + D_alpha, for one direction (Eq. 21).
-
-    Args:
-        forward: F, the cost of a forward pass.
-        backward_ratio: gamma; a backward pass costs gamma F.
-        blend: C_mix, the cost of one blend.
-        inner_products: D_alpha, the cost to turn a gradient for the model into a gradient for alpha.
-    """
-    return (backward_ratio - 1) * forward - blend + inner_products
 
 
 def spsa_is_cheaper(forward: float, backward_ratio: float, blend: float, inner_products: float) -> bool:

@@ -92,7 +92,9 @@ class Diagnostics(NamedTuple):
 
 
 class GlueMetrics(NamedTuple):
-    """What a step measured. The values describe the state that the step was given, not the state that it returned.
+    """What a step measured.
+
+    The values describe the state that the step was given. The `gradient_norm` of `gauss_newton_step` is the exception.
 
     Attributes:
         loss: the loss on the minibatch, `[]`. `spsa_step` reports the mean loss of its probes. The other steps report

@@ -36,16 +36,16 @@ def load_experts(
     """Reads K experts from files into one stacked pytree, for `glue_jax.learn` and `glue_jax.blend`.
 
     The headers are compared before any weight is read. Then a few tensors of all experts are read at a time. So the
-    call needs memory for the stacked experts, for 32 MB of each expert, and for the largest tensor of all experts.
+    call needs memory for the stacked experts, and for 32 MB of each expert or the largest tensor of each expert.
 
     Args:
-        paths: the paths of K checkpoints (`open_checkpoint` lists the formats), open checkpoints, or the folder of one
-            training run of orbax.
-        steps: the steps of the run. None is all steps.
-        last: how many of the last steps of the run.
+        paths: the paths of K checkpoints, or open checkpoints. `open_checkpoint` lists the formats. One path of a
+            checkpoint gives K = 1. The folder of one training run of orbax gives an expert for each saved step.
+        steps: the numbers of the saved steps to read of a training run. None reads all.
+        last: how many of the last saved steps to read of a training run.
         subtree: the part of each checkpoint that is the model, such as `"params"`.
-        take_first: as for `stack_experts`: integer tensors that may differ. The counters `num_batches_tracked` of
-            PyTorch's BatchNorm need not be named.
+        take_first: regular expressions for integer tensors that may differ. The first expert's are kept. The counters
+            `num_batches_tracked` of PyTorch's BatchNorm need not be named.
         rename: `rename(name)` returns the path of a tensor in the result, such as `"params/Dense_0/kernel"`. It renames
             only, and transposes nothing. None keeps the names.
         sharding: the place of each stacked tensor, as for `stack_experts`. None is JAX's default.

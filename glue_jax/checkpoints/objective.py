@@ -32,6 +32,7 @@ FUNCTIONS = (
 )
 """The names of the functions of an objective file that have a meaning."""
 
+_NOT_WITH_EVALUATE = {"load_data", "load_validation_data", "validation_fn", "metric", "statistics_fn"}
 _MOST_TEXT = 400
 _NUMBERS = ("loss", "metric", "loss_fn", "validation_fn")
 
@@ -50,9 +51,6 @@ class Objective(NamedTuple):
         validation_fn: what is validated. None is the loss.
         evaluate: the function on the host. None with data.
         statistics_fn: BatchNorm's statistics of a batch. None refreshes nothing.
-        collection: the pattern of the paths of the statistics.
-        mean: the pattern of the paths of means.
-        var: the pattern of the paths of variances.
         rename: as for `load_experts`.
         spec: `spec(params)` returns the PermutationSpec that aligns the experts. None aligns nothing.
         digest: the hash of the file, and of the modules in its folder that it imports.
@@ -64,9 +62,6 @@ class Objective(NamedTuple):
     validation_fn: LossFn | None
     evaluate: Callable[[Params], float | None] | None
     statistics_fn: Callable[..., Any] | None
-    collection: str
-    mean: str
-    var: str
     rename: Callable[[str], str] | None
     spec: Callable[[Params], Any] | None
     digest: str
@@ -84,9 +79,10 @@ def load_objective(path: Path) -> Objective:
     - `loss_fn(params, batch)`, with `load_data()`.
     - `evaluate(params) -> number`.
 
-    It may also define `load_validation_data()`, `statistics_fn(params, batch)` for Flax, and `rename(name)`. It may
-    define a function that chooses the best model in place of the loss: `metric(outputs, batch)` in the first two cases,
-    or `validation_fn(params, batch)`. Lower is better. To align experts of separate initialisations, it defines
+    It may also define `load_validation_data()` and `rename(name)`. With `outputs` or `loss_fn` it may define
+    `statistics_fn(params, batch)`, which returns BatchNorm's statistics of a batch. A `module` has its own. The file
+    may define a function that chooses the best model in place of the loss: `metric(outputs, batch)` in the first two
+    cases, or `validation_fn(params, batch)`. Lower is better. To align experts of separate initialisations, it defines
     `spec(params)`, which returns a PermutationSpec.
 
     Raises:
@@ -107,10 +103,14 @@ def load_objective(path: Path) -> Objective:
         if way in of and needed not in defined:
             raise ObjectiveError(f"{path} defines {way}, but no {needed}")
     if way == "evaluate":
-        if extra := sorted({"load_data", "load_validation_data", "validation_fn", "metric"} & defined.keys()):
-            raise ObjectiveError(f"{path} defines evaluate and {extra}; expected evaluate to load what it needs itself")
+        if extra := sorted(_NOT_WITH_EVALUATE & defined.keys()):
+            raise ObjectiveError(f"{path} defines evaluate and {extra}; expected evaluate to do what it needs itself")
         evaluate, rename, spec = defined["evaluate"], defined.get("rename"), defined.get("spec")
-        return Objective(None, None, None, None, evaluate, None, "", "", "", rename, spec, _digest(path))
+        return Objective(None, None, None, None, evaluate, None, rename, spec, _digest(path))
+    if way == "module" and "statistics_fn" in defined:
+        raise ObjectiveError(
+            f"{path} defines module and statistics_fn; expected module alone, which has its statistics"
+        )
     if "metric" in defined and (way == "loss_fn" or "validation_fn" in defined):
         if way == "loss_fn":
             raise ObjectiveError(f"{path} defines metric and loss_fn; expected validation_fn in place of metric")
@@ -124,10 +124,10 @@ def load_objective(path: Path) -> Objective:
             _check_targets(path, "load_validation_data", validation)
         functions = module_functions(defined["module"]())
         loss_fn = OutputLoss(functions.outputs_fn, defined.get("loss", default_loss))
-        statistics_fn, patterns = functions.statistics_fn, ("", r"running_mean$", r"running_var$")
+        statistics_fn = functions.statistics_fn
     else:
         loss_fn = OutputLoss(defined["outputs"], defined["loss"]) if way == "outputs" else defined["loss_fn"]
-        statistics_fn, patterns = defined.get("statistics_fn"), ("^batch_stats/", "mean$", "var$")
+        statistics_fn = defined.get("statistics_fn")
     validation_fn = defined.get("validation_fn")
     if "metric" in defined and isinstance(loss_fn, OutputLoss):
         validation_fn = OutputLoss(loss_fn.outputs_fn, defined["metric"])
@@ -138,7 +138,6 @@ def load_objective(path: Path) -> Objective:
         validation_fn,
         None,
         statistics_fn,
-        *patterns,
         defined.get("rename"),
         defined.get("spec"),
         _digest(path),

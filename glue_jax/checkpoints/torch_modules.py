@@ -32,8 +32,7 @@ class ModuleFunctions(NamedTuple):
         minibatch_fn: the same, but BatchNorm uses the statistics of the minibatch. It does not read the running
             statistics, so they may be missing or None. It is `outputs_fn` if the module has no BatchNorm.
         statistics_fn: `statistics_fn(params, batch)` returns the `running_mean` and the (biased) `running_var` of one
-            batch alone, for `glue_jax.merging.refresh_statistics(..., collection="")`. None if the module has no
-            BatchNorm.
+            batch alone, for `glue_jax.merging.refresh_statistics`. None if the module has no BatchNorm.
     """
 
     outputs_fn: ModuleFn
@@ -64,7 +63,7 @@ def module_functions(module: Any, *, inputs: Sequence[str] | None = None) -> Mod
 
     Examples:
         functions = module_functions(network)
-        loss_fn = glue_jax.OutputLoss(functions.outputs_fn, lambda logits, batch: mean_loss(logits, batch["y"]))
+        loss_fn = glue_jax.OutputLoss(functions.minibatch_fn, lambda logits, batch: mean_loss(logits, batch["y"]))
         result = glue_jax.learn(key, load_experts(paths), {"x": x, "y": y}, loss_fn=loss_fn, ...)
     """
     torch = library("torch", _ADVICE)

@@ -25,39 +25,43 @@ from glue_jax.checks import check_callable, check_counts, compiled
 from glue_jax.paths import by_name
 from glue_jax.types import Batch, Params, PyTree
 
+STATISTICS = r"^batch_stats/|(?=running_(mean|var)$)"
+"""The paths of BatchNorm's statistics in Flax's variables, and in a state dict of PyTorch."""
+
 
 def refresh_statistics(
     params: Params,
     batches: Iterable[Batch],
     statistics_fn: Callable[[Params, Batch], PyTree],
     *,
-    collection: str = "^batch_stats/",
+    collection: str = STATISTICS,
     mean: str = "mean$",
     var: str = "var$",
     num_batches: int | None = None,
 ) -> Params:
-    """Estimates the BatchNorm statistics of a model anew.
+    """Repairs the BatchNorm statistics of a blend: estimates them anew on target batches.
 
     The new mean is the mean of the batches' means, weighted by their sizes. The new variance follows the law of total
     variance: the mean of the batches' variances plus the variance of their means. With one batch, the result is the
     statistics of that batch.
 
-    `collection`, `mean` and `var` are regular expressions for paths (`glue_jax.paths`). The path of a variable in an
-    `nnx.State` has no `/value`. For a state dict of PyTorch, with keys such as `bn1.running_mean`, `collection=""` is
-    enough.
+    `collection`, `mean` and `var` are regular expressions for paths (`glue_jax.paths`). Here the path of a variable of
+    an `nnx.State` is without its `/value`. The defaults find the statistics in Flax's variables, such as
+    `batch_stats/norm/mean`, and in a state dict of PyTorch, such as `norm.running_mean`.
 
     Args:
         params: the model, with its old statistics in `collection`. The old statistics are replaced, and may be None.
         batches: a list, or another iterable, of pytrees of arrays `[B, ...]`.
         statistics_fn: `statistics_fn(params, batch)` returns the statistics of that batch alone, in training mode. They
             form a tree with the structure of the collection. With Flax, run a BatchNorm with momentum 0 and return its
-            updated statistics; with momentum 0.99 they would consist to 99 % of the old statistics. Jit this function.
+            updated statistics; with momentum 0.99 they would consist to 99 % of the old statistics. For a PyTorch
+            module, `glue_jax.checkpoints.torch_modules.module_functions` makes this function. Jit it.
         collection: a regular expression that matches the paths of statistics in `params`, and no paths of parameters.
-            The paths of `statistics_fn`'s tree may contain it or not. Pass "" if statistics and parameters share one
-            tree, as in `nnx.to_pure_dict(nnx.state(model))`.
+            `statistics_fn` may return the statistics with the text that it matches in their paths, or without. Pass ""
+            if only `mean` and `var` tell statistics from parameters, as in `nnx.to_pure_dict(nnx.state(model))`.
         mean: a regular expression for the paths of means. A mean and a variance form a pair if their paths differ only
             in the text that `mean` and `var` match, as in `norm1/mean` and `norm1/var`.
-        var: a regular expression for the paths of (biased) variances.
+        var: a regular expression for the paths of variances. They are biased: a sum of n squares is divided by n.
         num_batches: the largest number of batches to take, for a loader without an end. None takes all.
 
     Returns:
@@ -67,8 +71,8 @@ def refresh_statistics(
         TypeError: if `batches` is an array or a mapping, which is a single batch, or if a statistic is no
             floating-point array.
         ValueError: if there are no batches.
-        ValueError: after the first batch, if a statistic is neither a mean nor a variance, or has no place in `params`.
-        ValueError: after the first batch, if `statistics_fn` leaves out a statistic of `params`.
+        ValueError: when the first batch has been evaluated, if a statistic is neither a mean nor a variance, if it has
+            no place in `params`, or if `statistics_fn` leaves out a statistic of `params`.
         ValueError: if a variance is negative or NaN, or if `statistics_fn` returns no statistics.
     """
     if hasattr(batches, "shape") or hasattr(batches, "_fields") or isinstance(batches, Mapping):

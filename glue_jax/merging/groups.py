@@ -33,9 +33,9 @@ def group_by_path(experts: Params, pattern: str | Callable[[str], str]) -> Group
     r"""Groups the leaves of a model by their paths.
 
     To learn by groups, use `merge_fn=functools.partial(blend, groups=groups.rows)` and start from `init(K, optimizer,
-    beta=jnp.zeros((len(groups.names), K)))`. SPSA then learns G K numbers. With m orthogonal directions, the relative
-    squared error of an estimate is G K / m - 1 (`glue_jax.theory`). So with more groups, take more directions, or more
-    and smaller steps.
+    beta=jnp.zeros((len(groups.names), K)))`. SPSA then learns d numbers: d is G (K - 1) under a softmax, and G K for
+    free coefficients. With m orthogonal directions, m at most d, the relative squared error of an estimate is d/m - 1
+    (`glue_jax.theory`). So with more groups, take more directions, or more and smaller steps.
 
     Args:
         experts: stacked experts, or one of them.

@@ -108,9 +108,9 @@ def loss_barriers(
 ) -> np.ndarray:
     """Returns how much the loss rises on the line between each pair of experts (Entezari et al., 2022).
 
-    The barrier between experts a and b is the largest value of `L((1 - t) a + t b) - (1 - t) L(a) - t L(b)` for t in
-    [0, 1]. If it is near 0, the two experts lie in one valley of the loss, and their average is as good as they are.
-    The source is https://arxiv.org/abs/2110.06296.
+    The barrier between experts a and b is the largest value of `L((1 - t) a + t b) - (1 - t) L(a) - t L(b)` for t at
+    the two ends and at `num_points` points between them. If it is near 0, the two experts lie in one valley of the
+    loss, and their average is as good as they are. The source is https://arxiv.org/abs/2110.06296.
 
     Args:
         experts: stacked experts, each leaf `[K, ...]`.

@@ -15,6 +15,7 @@ from glue_jax.coefficients import uniform
 from glue_jax.experts import num_experts
 from glue_jax.links import unconstrained
 from glue_jax.merging.alignment import Permutations, align_experts
+from glue_jax.merging.batch_norm import STATISTICS
 from glue_jax.merging.groups import Groups
 from glue_jax.merging.permutation_specs import Layout, PermutationSpec
 from glue_jax.objectives import OutputLoss
@@ -71,7 +72,7 @@ def build_prior(
     evaluate: Callable[[Params], float | None] | None = None,
     spec: PermutationSpec | None = None,
     statistics_fn: Callable[[Params, Batch], PyTree] | None = None,
-    collection: str = "^batch_stats/",
+    collection: str = STATISTICS,
     mean: str = "mean$",
     var: str = "var$",
     groups: Groups | Literal["layers"] | None = "layers",

@@ -14,7 +14,8 @@ import optax
 from glue_jax.experts import num_experts
 from glue_jax.gauss_newton import gauss_newton_step
 from glue_jax.merging.groups import Groups, by_layer, group_by_path
-from glue_jax.steps import init, spsa_step
+from glue_jax.states import init
+from glue_jax.steps import spsa_step
 from glue_jax.types import GlueState, LearnResult, LinkFn, MergeFn, Params, PyTree, StepFn
 
 SOFTMAX_RADIUS = 0.3

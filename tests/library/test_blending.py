@@ -131,6 +131,7 @@ def test_one_row_for_the_whole_tree_is_the_blend_by_that_row():
         (jnp.ones((3, 2)), {"a": -1, "b": 0}, r"row -1 at \['a'\]"),
         (jnp.ones((3, 2)), {"a": 0, "b": 0.5}, r"0.5 at \['b'\]; expected a row number"),
         (jnp.ones((3, 2)), {"a": 0}, "groups does not fit; expected a prefix"),
+        (jnp.ones((1, 2)), glue_jax.merging.group_by_path({"a": 0.0}, "a"), "groups does not fit; pass groups.rows"),
         (jnp.ones((3, 2)), {"a": 0, "b": [0, 1]}, "groups does not fit; expected a prefix"),
     ],
 )

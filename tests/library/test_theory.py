@@ -17,10 +17,9 @@ def test_costs_of_equation_9():
 
 
 @pytest.mark.parametrize("cost", [COST, (1.0, 2.0, 5.0, 0.5), (2.0, 1.0, 0.1, 0.0), (7.0, 1.5, 0.0, 0.25)])
-def test_the_saving_of_equation_21_is_the_difference_of_equation_9_and_its_sign_is_equation_10(cost):
+def test_equation_10_is_the_sign_of_the_difference_of_the_costs_of_equation_9(cost):
     forward, _, blend, _ = cost
     saving = theory.full_gradient_cost(*cost) - theory.spsa_cost(forward, blend)
-    np.testing.assert_allclose(theory.spsa_saving(*cost), saving, rtol=1e-12)
     assert theory.spsa_is_cheaper(*cost) == (saving > 0)
 
 

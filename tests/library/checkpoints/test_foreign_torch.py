@@ -129,7 +129,7 @@ def test_a_blend_of_modules_is_learned_in_jax_and_as_accurate_in_pytorch(digits,
         max_steps=10,
     )
     blended = glue_jax.merging.refresh_statistics(
-        glue_jax.blend(bank, result.alpha), [digits.target], jax.jit(functions.statistics_fn), collection=""
+        glue_jax.blend(bank, result.alpha), [digits.target], jax.jit(functions.statistics_fn)
     )
     path = save_blend(tmp_path / "blend.safetensors", blended, like=digits.paths[0])
     logits, accuracy = in_torch(path, digits.test)

@@ -223,7 +223,7 @@ def test_statistics_of_a_flat_state_dict_of_pytorch_are_found_by_their_names():
         means = {f"{norm}.running_mean": jnp.mean(of_norm, axis=0) for norm, of_norm in x.items()}
         return means | {f"{norm}.running_var": jnp.var(of_norm, axis=0) for norm, of_norm in x.items()}
 
-    refreshed = glue_jax.merging.refresh_statistics(params, [DATA[:20], DATA[20:]], flat, collection="")
+    refreshed = glue_jax.merging.refresh_statistics(params, [DATA[:20], DATA[20:]], flat)
     for norm, factor in (("bn1", 2), ("layer1.0.bn2", 1)):
         np.testing.assert_allclose(refreshed[f"{norm}.running_mean"], factor * DATA.mean(axis=0), rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(refreshed[f"{norm}.running_var"], factor**2 * DATA.var(axis=0), rtol=1e-4)
@@ -233,7 +233,7 @@ def test_statistics_of_a_flat_state_dict_of_pytorch_are_found_by_their_names():
         return {path: leaf for path, leaf in flat(params, batch).items() if path.startswith("bn1")}
 
     with pytest.raises(ValueError, match=r"statistics_fn returned nothing for layer1.0.bn2.running_mean"):
-        glue_jax.merging.refresh_statistics(params, [DATA], first_alone, collection="")
+        glue_jax.merging.refresh_statistics(params, [DATA], first_alone)
 
 
 def test_names_of_several_keys_and_collections_inside_a_path_are_patterns():
