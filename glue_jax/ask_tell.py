@@ -203,7 +203,8 @@ def ask_outputs(
         num_directions: as for `gauss_newton_step`.
 
     Returns:
-        The probes, for `tell_outputs`. Before the first proposal, the first two probes are equal.
+        The probes, for `tell_outputs`: beta, the proposal of the step before, and a point around it for each direction.
+        The first step has no proposal yet, so its first two probes are equal.
 
     Raises:
         ValueError: if an argument is out of its range, or if the state belongs to another link.
@@ -242,8 +243,9 @@ def tell_outputs(
         probes: the probes from `ask_outputs`.
         outputs: the outputs of all probes in their order, on one minibatch. Pass arrays `[m + 2, B, ...]`, or a list of
             m + 2 outputs `[B, ...]`. A tuple is a pytree of arrays, not a list. In a list, None stands for a blend that
-            could not be evaluated. If the output of a direction is None, the model ignores this minibatch, and the
-            proposal is still judged. If the output of the proposal is None, the step turns the proposal down.
+            could not be evaluated. If the output of a direction is None, this minibatch does not change the quadratic
+            model of the loss, and the proposal is still tested. If the output of the proposal is None, the step turns
+            the proposal down.
         batch: the minibatch for `loss`, such as the labels.
         loss: `loss(outputs, batch) -> scalar`, the second part of an `OutputLoss`. Build it once, or each step
             compiles anew.

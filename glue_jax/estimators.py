@@ -68,7 +68,7 @@ def spsa_gradient(
             `glue_jax.blend(..., min_dtype=jnp.float32)` inside `fun`. On an accelerator, also call it under
             `jax.default_matmul_precision("highest")`. `spsa_step` does both.
         beta: the point at which to estimate, any pytree of floating-point coefficients.
-        radius: the root mean square length of a probe's step, above 0, in the units of beta.
+        radius: the root mean square distance of a probe from beta, above 0.
         num_directions: m, the number of directions.
         directions: the name of a distribution (see `glue_jax.directions`), or a function.
         scale: `unbiased`, or `paper` for the literal Eq. (5) and (6).

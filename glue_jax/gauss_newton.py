@@ -51,14 +51,15 @@ def gauss_newton_step(
 ) -> tuple[GlueState, GlueMetrics]:
     """Takes one damped Gauss-Newton step: d + 2 blended forward passes, no backward pass and no learning rate.
 
-    d is the number of directions in which beta can move: K - 1 under a softmax.
+    d is the number of directions that change the blend. Under a softmax d is K - 1, or G (K - 1) with G groups. Without
+    a softmax it is the size of beta.
 
     Each call does three things. It tests the move that the previous call proposed, and beta makes this move unless the
     loss on the minibatch rises. It refines a quadratic model of the loss. The model proposes the next move. So the
     first call does not change beta.
 
-    There is no optimizer. `init(num_experts)` makes the state. A call holds the outputs of d + 2 blends in memory, and
-    about twice as much again while it computes the curvature.
+    There is no optimizer. `init(num_experts, link_fn=link_fn)` makes the state. A call holds the outputs of d + 2
+    blends in memory. While it computes the curvature, it needs about three times this memory.
 
     Args:
         key: a `jax.random.key` that draws the directions, if `num_directions` is given. Otherwise it is not used and
@@ -70,13 +71,13 @@ def gauss_newton_step(
             number of outputs (examples times classes) should exceed the number of directions.
         loss_fn: an `OutputLoss`, deterministic as for `spsa_step`. Its `outputs_fn` needs no backward pass. With
             `differences` it is not differentiated at all.
-        link_fn: as for `spsa_step`. Under a softmax d is K - 1. Under other links d is the number of coefficients.
+        link_fn: as for `spsa_step`.
         merge_fn: as for `spsa_step`.
         tangents: how the Jacobian of the outputs is computed. `differences` takes one-sided differences. `forward_mode`
             takes `jax.jvp`, which needs about twice the time and is right in every number format. None is
             `forward_mode` if the network itself multiplies bfloat16 or float16 arrays, and `differences` otherwise.
-        radius: the length of a difference's step in beta, a number. None is a tenth of the radius that `spsa_step`
-            takes for the link. In `forward_mode` the radius has no effect.
+        radius: the distance in beta of the blends that are subtracted, a number. None is a tenth of the radius that
+            `spsa_step` takes for the link. In `forward_mode` the radius has no effect.
         num_directions: m, the number of random directions that a step looks along, at most d. Then a step takes m + 2
             forward passes. The mean over steps fills in the other directions. If d is large, fewer directions lower the
             loss faster at first. All d directions reach a lower loss in the end. None is all d directions.

@@ -97,7 +97,7 @@ def learn(
         data: the training data: arrays, an iterator or a loader, as described above.
         loss_fn: `loss_fn(params, batch) -> scalar`, the mean over a batch of `data`. `params` is the blend. Its
             floating-point arrays are at least float32, also for experts of bfloat16 or float16.
-        optimizer: the optimizer of optax that updates beta. Each step but `gauss_newton_step` needs one, so also the
+        optimizer: the optimizer of optax that updates beta. Every step except `gauss_newton_step` needs one, also the
             default step. The paper uses `optax.adam(1e-2, b1=0.9, b2=0.99)`.
         state: a state to start from, or a result to continue. None is `init(K, optimizer, link_fn=link_fn)`, the link's
             own start.
@@ -118,8 +118,8 @@ def learn(
         patience: the run stops after this many validations without a new best value. None runs all
             `max_steps`.
         steps_per_call: the largest number of steps in one call of a compiled program. None is 1 if the data lies on a
-            CPU, because XLA:CPU runs the backward pass of a convolution many times slower in a loop. None is also 1 for
-            an iterator or a loader. Otherwise None is the number of steps between two validations, at most 1000.
+            CPU, because XLA:CPU runs the backward pass of a convolution many times slower in a loop. With an iterator
+            or a loader it is always 1. Otherwise None is the number of steps between two validations, at most 1000.
         callback: a function that is called with a `Progress` after each chunk of `validate_every` steps. The run ends
             if it returns True. Do not return the value of a tqdm bar's `update`, which is True at times.
 

@@ -72,9 +72,9 @@ def start_of(link_fn: LinkFn, num_experts: int) -> PyTree:
 def directions_of(link_fn: LinkFn) -> DirectionName:
     """Returns the default directions for a link.
 
-    A softmax ignores a common change of all coefficients, and `simplex_orthogonal` leaves this change out. With two
-    experts, random signs would waste half of the steps on it. A link that the library does not know gets `orthogonal`,
-    which probes everything.
+    Adding one number to all of beta does not change a softmax, and `simplex_orthogonal` leaves this change out. With
+    two experts, random signs would waste half of the steps on it. A link that the library does not know gets
+    `orthogonal`, which probes everything.
     """
     if isinstance(link_fn, Link):
         return link_fn.directions

@@ -47,8 +47,8 @@ def partition(tree: PyTree, pattern: str) -> tuple[PyTree, PyTree]:
         part can be stacked and blended alone. `combine` joins the two.
 
     Raises:
-        ValueError: if the pattern matches no path.
-        TypeError: if the pattern is no regular expression.
+        ValueError: if the pattern matches no path, or is malformed.
+        TypeError: if the pattern is no string.
 
     Examples:
         >>> import glue_jax

@@ -49,7 +49,8 @@ def plan(
 
     The call compiles about twenty programs. This takes some minutes for a large network. For many coefficients it takes
     longer: the plan times steps of d directions. Each step is timed as `learn` runs it: with its default directions,
-    radius and precision, one step per program. The timings of the steps alternate.
+    radius and precision, one step a program. On an accelerator `learn` runs more steps a program. The timings of the
+    steps alternate.
 
     The plan compares steps by their progress. Suppose that the gradient g of a loss is L-Lipschitz. Suppose that an
     estimate has mean g and mean squared error V ||g||^2. Then a step of length eta along the estimate lowers the loss,
@@ -65,8 +66,8 @@ def plan(
       tells how much, since that depends on the problem. The printed plan says how much the step must be worth to be the
       cheapest.
 
-    Two things are left out. The noise of minibatches raises the error of all estimates by the same factor. Each step is
-    assumed to have its best learning rate for plain gradient descent.
+    The plan ignores the noise of minibatches. It assumes that each step has its best learning rate for plain gradient
+    descent.
 
     For Eq. (10) the plan measures a forward pass, a backward pass and a blend at JAX's present precision of products.
     The steps themselves choose their precision. On an accelerator SPSA and Gauss-Newton use the highest precision,

@@ -59,14 +59,14 @@ def spsa_step(
         link_fn: `link_fn(beta) -> alpha`. The softmax over the last axis keeps the blend in the convex hull of the
             experts. `unconstrained` is the literal Eq. (7).
         merge_fn: `merge_fn(experts, alpha) -> params`.
-        radius: the root mean square length of a probe's step in beta, or a schedule `radius(step)`. None takes the
+        radius: the root mean square distance of a probe from beta, or a schedule `radius(step)`. None takes the
             radius of the link: 0.1 for the softmax, that of a `glue_jax.links.Link`, and 0.01 for another function. If
             `loss_fn` multiplies bfloat16 or float16 arrays under a softmax, None takes 1 and warns (see
             `glue_jax.precision`).
         num_directions: m, the number of directions.
         directions: `rademacher`, `sphere`, `gaussian`, `orthogonal`, `simplex_orthogonal`, or a function (see
-            `glue_jax.directions`). None takes those of the link. The softmax ignores a common change of all
-            coefficients, so it gets `simplex_orthogonal`. A function that is no `Link` gets `orthogonal`.
+            `glue_jax.directions`). None takes those of the link. Adding one number to all of beta does not change a
+            softmax, so it gets `simplex_orthogonal`. A function that is no `Link` gets `orthogonal`.
         scale: `unbiased`, or `paper` for the literal Eq. (5) and (6).
         probe_batch_size: how many of the 2m probes go forward together. None is all on an accelerator, and one on a
             CPU.
@@ -151,7 +151,7 @@ def forward_gradient_step(
         state: as for `spsa_step`.
         experts: as for `spsa_step`.
         batch: as for `spsa_step`.
-        loss_fn: as for `spsa_step`, and differentiable.
+        loss_fn: as for `spsa_step`, but this step differentiates it in forward mode.
         optimizer: as for `spsa_step`.
         link_fn: as for `spsa_step`.
         merge_fn: as for `spsa_step`.
@@ -197,7 +197,7 @@ def full_gradient_step(
         state: as for `spsa_step`.
         experts: as for `spsa_step`.
         batch: as for `spsa_step`.
-        loss_fn: as for `spsa_step`, and differentiable.
+        loss_fn: as for `spsa_step`, but this step differentiates it.
         optimizer: as for `spsa_step`.
         link_fn: as for `spsa_step`.
         merge_fn: as for `spsa_step`.
@@ -234,7 +234,7 @@ def step_by(
     link_fn: LinkFn,
     merge_fn: MergeFn,
 ) -> tuple[GlueState, GlueMetrics]:
-    """Takes one step by an estimator of the gradient. A new estimator becomes a step by this function.
+    """Takes one step with an estimator of the gradient. A step of your own calls this function.
 
     Args:
         estimator: `estimator(key, fun, beta)` estimates the gradient of `fun` at beta. Its key belongs to this step

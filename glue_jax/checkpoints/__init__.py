@@ -1,4 +1,4 @@
-"""Experts from files, and blends to files. This package needs `pip install 'glue_jax[io]'`.
+"""Experts from files, and blends to files. In a clone, `pip install '.[io]'` installs what it needs.
 
 - `open_checkpoint` reads what a file or a folder holds, without the weights.
 - `load_experts` reads experts into one stacked pytree, for `glue_jax.learn`.

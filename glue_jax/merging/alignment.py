@@ -9,8 +9,8 @@ A `PermutationSpec` says which axes may be permuted (`glue_jax.merging.permutati
 plain chain of layers.
 
 If the experts have different heads, split the heads off with `partition`. Align the rest, with a spec that does not
-have the paths of the heads. Then `combine` the blend with the head of the reference expert. This head fits, because the
-units of the reference expert did not move.
+have the paths of the heads, and with `reference=0`. Then `combine` the blend with the head of expert 0. This head fits,
+because the units of expert 0 did not move.
 """
 
 from collections.abc import Callable, Mapping, Sequence

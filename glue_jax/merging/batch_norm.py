@@ -50,15 +50,16 @@ def refresh_statistics(
     `batch_stats/norm/mean`, and in a state dict of PyTorch, such as `norm.running_mean`.
 
     Args:
-        params: the model, with its old statistics in `collection`. The old statistics are replaced, and may be None.
+        params: the model, with its old statistics. They are replaced, and may be None.
         batches: a list, or another iterable, of pytrees of arrays `[B, ...]`.
-        statistics_fn: `statistics_fn(params, batch)` returns the statistics of that batch alone, in training mode. They
-            form a tree with the structure of the collection. With Flax, run a BatchNorm with momentum 0 and return its
+        statistics_fn: `statistics_fn(params, batch)` returns the statistics of that batch alone, in training mode, as a
+            tree with the paths of the statistics in `params`. With Flax, run a BatchNorm with momentum 0 and return its
             updated statistics; with momentum 0.99 they would consist to 99 % of the old statistics. For a PyTorch
             module, `glue_jax.checkpoints.torch_modules.module_functions` makes this function. Jit it.
         collection: a regular expression that matches the paths of statistics in `params`, and no paths of parameters.
-            `statistics_fn` may return the statistics with the text that it matches in their paths, or without. Pass ""
-            if only `mean` and `var` tell statistics from parameters, as in `nnx.to_pure_dict(nnx.state(model))`.
+            The text that it matches may be missing in the tree of `statistics_fn`: `norm/mean` does for
+            `batch_stats/norm/mean`. Pass "" if only `mean` and `var` tell statistics from parameters, as in
+            `nnx.to_pure_dict(nnx.state(model))`.
         mean: a regular expression for the paths of means. A mean and a variance form a pair if their paths differ only
             in the text that `mean` and `var` match, as in `norm1/mean` and `norm1/var`.
         var: a regular expression for the paths of variances. They are biased: a sum of n squares is divided by n.

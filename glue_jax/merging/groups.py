@@ -32,8 +32,9 @@ class Groups(NamedTuple):
 def group_by_path(experts: Params, pattern: str | Callable[[str], str]) -> Groups:
     r"""Groups the leaves of a model by their paths.
 
-    To learn by groups, use `merge_fn=functools.partial(blend, groups=groups.rows)` and start from `init(K, optimizer,
-    beta=jnp.zeros((len(groups.names), K)))`. SPSA then learns d numbers: d is G (K - 1) under a softmax, and G K for
+    To learn by groups, use `merge_fn=functools.partial(blend, groups=groups.rows)`. Under a softmax, start from
+    `init(K, optimizer, beta=jnp.zeros((len(groups.names), K)))`. Free coefficients start at
+    `jnp.full((len(groups.names), K), 1 / K)`. SPSA then learns d numbers: d is G (K - 1) under a softmax, and G K for
     free coefficients. With m orthogonal directions, m at most d, the relative squared error of an estimate is d/m - 1
     (`glue_jax.theory`). So with more groups, take more directions, or more and smaller steps.
 
@@ -49,9 +50,9 @@ def group_by_path(experts: Params, pattern: str | Callable[[str], str]) -> Group
         The groups, numbered in the order of the leaves.
 
     Raises:
-        ValueError: if the pattern matches no path, or if the experts have no leaves.
+        ValueError: if the pattern matches no path or is malformed, or if the experts have no leaves.
         ValueError: if a group has an empty name, as when the first capture group of `(w)|(b)` matches nothing.
-        TypeError: if the function returns no string, or if the pattern is no regular expression.
+        TypeError: if the function returns no string, or if the pattern is neither a string nor a function.
 
     Examples:
         >>> import glue_jax
@@ -90,8 +91,9 @@ def by_layer(experts: Params, *, norms: str | None = None, collections: str = "^
         The groups, numbered in the order of the leaves.
 
     Raises:
-        ValueError: if no path contains a layer, as in `{"w1": ..., "w2": ...}`, or if `norms` matches no layer.
-        TypeError: if `norms` is no regular expression.
+        ValueError: if no path contains a layer, as in `{"w1": ..., "w2": ...}`, or if `norms` matches no layer or is
+            malformed.
+        TypeError: if `norms` is no string.
 
     Examples:
         >>> import glue_jax

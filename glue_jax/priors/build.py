@@ -86,7 +86,8 @@ def build_prior(
 ) -> Prior:
     """Builds one model from K experts: it aligns, learns, refreshes and validates, and keeps the best candidate.
 
-    The candidates are each expert alone, the uniform average, and what two stages learn:
+    The candidates are each expert alone, the uniform average (and that of the aligned experts, if they were aligned),
+    and what two stages learn:
 
     - `learned`: K coefficients under a softmax. They start at the uniform average.
     - `learned by group`: coefficients for each group, without a softmax. They start at the coefficients of the first
@@ -108,8 +109,9 @@ def build_prior(
         evaluate: a function on the host in place of `data` and `loss_fn`: `evaluate(params) -> float`, lower is better.
             JAX does not trace it. If it returns None or raises, learning continues without this blend. There is then
             one stage, which learns by `ask` and `tell`.
-        spec: which units may be permuted. If an expert is unrelated to the others, the experts are aligned. The
-            alignment is kept if it lowers the value of the uniform average. None aligns nothing.
+        spec: which units may be permuted. An expert is related to the others if the median cosine between its kernels
+            and theirs is at least 0.1. If an expert is unrelated, the experts are aligned. The alignment is kept if it
+            lowers the value of the uniform average. None aligns nothing.
         statistics_fn: `statistics_fn(params, batch)` returns BatchNorm's statistics of a batch of `data`, as for
             `refresh_statistics`. The statistics of each blend are refreshed on at most 2048 examples. An expert alone
             keeps its own statistics. While the coefficients are learned, a model has the statistics of the minibatch.
