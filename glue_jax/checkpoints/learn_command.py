@@ -1,6 +1,7 @@
 """`glue-jax learn`: learns the coefficients on target data, from files to files."""
 
 import argparse
+import functools
 import hashlib
 import math
 import sys
@@ -16,6 +17,7 @@ from jax.typing import DTypeLike
 import glue_jax
 from glue_jax.checkpoints import kept_results, provenance
 from glue_jax.checkpoints.adapters import Adapters, add_adapter, merge_adapters, save_adapter
+from glue_jax.checkpoints.batch_checks import check_batches
 from glue_jax.checkpoints.command_experts import inputs_of, open_experts
 from glue_jax.checkpoints.formats import ADAPTER_CONFIG, Checkpoint, open_checkpoints
 from glue_jax.checkpoints.loading import Rename, load_experts, nested
@@ -66,6 +68,11 @@ def _learn(
         raise ValueError(f"{options.objective} defines spec, but adapters of PEFT need no alignment; expected no spec")
     spec = objective.spec and objective.spec(jax.tree.map(lambda leaf: leaf[0], bank))
     groups = None if options.groups == "none" or objective.evaluate else _layers(bank, adapters is not None)
+    if loss_fn is not None:
+        beside = {} if shared is None else {"shared": shared}
+        one = functools.partial(merge_fn, min_dtype=np.float32, **beside)
+        uniform = glue_jax.coefficients.uniform(glue_jax.num_experts(bank))
+        check_batches(options.objective, objective, jax.eval_shape(one, bank, uniform))
     if known:
         steps = {name: int(result.state.step) for name, result in known.items()}
         print(f"going on from {kept}, after the steps {steps}", file=sys.stderr)

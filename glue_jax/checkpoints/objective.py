@@ -33,7 +33,8 @@ FUNCTIONS = (
 """The names of the functions of an objective file that have a meaning."""
 
 _NOT_WITH_EVALUATE = {"load_data", "load_validation_data", "validation_fn", "metric", "statistics_fn"}
-_MOST_TEXT = 400
+MOST_TEXT = 400
+"""The most characters of another error that an error cites."""
 _NUMBERS = ("loss", "metric", "loss_fn", "validation_fn")
 
 
@@ -184,7 +185,7 @@ def _guarded(path: Path, name: str, function: Callable[..., Any]) -> Callable[..
             frames = traceback.extract_tb(error.__traceback__)
             lines = [frame.lineno for frame in frames if Path(frame.filename).absolute() == path.absolute()]
             line = f", line {lines[-1]}" if lines else ""
-            text = " ".join(str(error).split())[:_MOST_TEXT]
+            text = " ".join(str(error).split())[:MOST_TEXT]
             raise ObjectiveError(f"{path}{line}: {name} raised {type(error).__name__}: {text}") from error
         if name in _NUMBERS and not isinstance(result, jax.Array | np.ndarray | np.generic | int | float):
             raise ObjectiveError(f"{path}: {name} returned {result!r}; expected one number")
