@@ -372,6 +372,21 @@ MISTAKES = {
         "--estimator is gauss-newton; expected an objective with module or outputs",
     ),
     "no data": (objective("def loss_fn(params, batch): ..."), LEARNS, "but no load_data"),
+    "data of another shape": (
+        objective(DATA + "def outputs(params, batch): return batch['x'] @ np.ones((7, 2))\ndef loss(out, batch): ..."),
+        LEARNS,
+        "objective.py, line 3: outputs raised TypeError: dot_general requires contracting dimensions",
+    ),
+    "statistics beside evaluate": (
+        objective("def evaluate(params): ...\ndef statistics_fn(params, batch): ..."),
+        LEARNS,
+        "defines evaluate and ['statistics_fn']",
+    ),
+    "statistics beside a module": (
+        objective(DATA + "def module(): ...\ndef statistics_fn(params, batch): ..."),
+        LEARNS,
+        "expected module alone, which has its statistics",
+    ),
     "labels are one-hot": (
         objective("import numpy as np\ndef module(): ...\ndef load_data(): return np.ones((3, 4)), np.eye(3)"),
         LEARNS,
