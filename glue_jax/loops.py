@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.core import eval_jaxpr
 from jax.extend.core import jaxprs_in_params
 from jax.extend.core.primitives import conv_general_dilated_p
@@ -30,7 +28,7 @@ def loop(fun: Callable[[PyTree], Any], xs: PyTree, batch_size: int | None = None
         batch_size: how many calls `vmap` makes together. None is one at a time.
     """
     plain = functools.partial(jax.lax.map, fun, batch_size=batch_size)
-    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf)[1:], jnp.result_type(leaf)), xs)
+    one = jax.eval_shape(lambda xs: jax.tree.map(lambda leaf: leaf[0], xs), xs)
     if not any(map(_is_slow, equations(jax.make_jaxpr(fun)(one).jaxpr))):
         return plain(xs)
     on_cpu = functools.partial(jax.lax.map, _channels_last(fun), batch_size=batch_size)
