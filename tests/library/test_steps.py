@@ -520,7 +520,9 @@ def test_an_spsa_step_never_differentiates_the_loss_and_the_other_steps_do():
             jax.random.key(0), glue_jax.init(4, SGD), experts, batch
         )
 
-    assert np.isfinite(run(glue_jax.spsa_step)[1].loss)
+    for probe_batch_size in (None, 2):
+        spsa_step = functools.partial(glue_jax.spsa_step, probe_batch_size=probe_batch_size)
+        assert np.isfinite(run(spsa_step)[1].loss)
     for step_fn in STEPS[1:]:
         with pytest.raises(DifferentiatedError):
             run(step_fn)

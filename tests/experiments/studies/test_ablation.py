@@ -265,23 +265,3 @@ def test_the_ensemble_is_of_mean_probabilities(tmp_path):
     labels = np.asarray(context.test.labels)
     assert found["test_accuracy"] == pytest.approx((probabilities.argmax(axis=1) == labels).mean())
     assert found["test_loss"] == pytest.approx(-np.log(probabilities[np.arange(len(labels)), labels]).mean(), rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--recipes", "magic"], "recipes has 'magic'; expected part of one of"),
-        (["--epochs", "-1"], "epochs is -1; expected at least 0"),
-        (["--initializations", "common", "common"], "each given once"),
-        (["--experiment", "nowhere"], "experiment is 'nowhere'; expected a module of experiments with PRESETS"),
-        (["--experiment", "stages"], "experiment is 'stages'; expected"),
-        (["--preset", "huge"], "preset is 'huge'; expected one of ('quick',)"),
-    ],
-)
-def test_a_bad_command_line_is_refused_before_any_work(words, message, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        ablation.main(["--out-dir", str(tmp_path / "out"), *words])
-    printed = capsys.readouterr()
-    said = f"{stopped.value.code} {printed.out} {printed.err}".replace("│", " ")
-    assert message in " ".join(said.split())
-    assert not (tmp_path / "out").exists()

@@ -140,19 +140,3 @@ def test_the_command_keeps_its_curves_and_reports_them(tmp_path, capsys):
     assert "## free by layer: 15 directions" in report
     assert (tmp_path / "out" / "free-by-layer.png").exists()
     capsys.readouterr()
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--ways", "Newtons"], "ways has 'Newtons'"),
-        (["--passes", "0"], "passes is 0"),
-        (["--rate", "-1"], "rate is -1"),
-        (["--sharing", "free", "free"], "each given once"),
-    ],
-)
-def test_a_command_line_out_of_range_ends_before_any_work(words, message, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        budget.main([*words, "--out-dir", str(tmp_path / "out")])
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()

@@ -239,34 +239,6 @@ def test_the_memory_that_is_free_is_what_the_system_says(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--repetitions", "0"], "repetitions is 0; expected at least 1"),
-        (["--networks", "vgg"], "network is 'vgg'; expected one of"),
-        (["--batch-sizes", "64", "0"], "batch_size is 0; expected at least 1"),
-        (["--num-experts", "10", "-1"], "num_experts is -1; expected at least 1"),
-        (["--num-directions", "0"], "num_directions is 0; expected at least 1"),
-        (["--batch-sizes"], "batch_sizes is empty; expected at least one"),
-        (["--repetition", "few"], "repetition"),
-    ],
-)
-def test_a_bad_argument_is_refused_by_name(arguments, message, capsys, tmp_path):
-    with pytest.raises(SystemExit) as stopped:
-        cost.main(["--out-dir", str(tmp_path / "out"), *arguments])
-    assert stopped.value.code == 2
-    printed = capsys.readouterr()
-    assert message in " ".join((printed.err + printed.out).replace("│", " ").split())
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_folder_that_cannot_be_made_is_refused_before_any_work(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit) as stopped:
-        cost.main([*TINY, "--out-dir", str(tmp_path / "file")])
-    assert f"--out-dir is {tmp_path / 'file'}" in str(stopped.value.code)
-
-
-@pytest.mark.parametrize(
     ("content", "message"),
     [
         ("{", "Expecting"),

@@ -114,17 +114,3 @@ def test_a_command_line_comes_to_its_report_and_trains_and_learns_once(tmp_path,
     assert "nan" not in report
     assert "| learned, free | " in report
     assert "| epoch | 2 | 3 |" in report
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--decays", "1.0"], "decays are (1.0,); expected at least one, each between 0 and 1"),
-        (["--ways", "best", "none"], "ways has 'none'; expected part of one of"),
-        (["--num-experts", "9", "--expert-epochs", "8"], "num_experts is 9, and expert_epochs is 8; expected"),
-    ],
-)
-def test_a_command_line_that_cannot_be_followed_is_refused(words, said, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        last_checkpoints.main([*words, "--out-dir", str(tmp_path)])
-    assert said in " ".join(f"{stopped.value.code} {capsys.readouterr().err}".split())

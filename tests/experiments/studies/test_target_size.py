@@ -117,25 +117,3 @@ def test_the_command_keeps_what_it_measured_and_reports_it(tiny, tmp_path, monke
     monkeypatch.setattr(target_size, "fine_tune", lambda *_: pytest.fail("fine-tuned again"))
     assert target_size.main(words)["rows"] == rows
     capsys.readouterr()
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--sizes", "30", "30"], "sizes are (30, 30)"),
-        (["--sizes", "19"], "sizes are (19,)"),
-        (["--epochs", "0"], "epochs is 0"),
-        (["--starts", "Newtons"], "starts has 'Newtons'"),
-    ],
-)
-def test_a_command_line_out_of_range_ends_before_any_work(words, message, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        target_size.main([*words, "--out-dir", str(tmp_path / "out")])
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-def test_sizes_that_are_all_above_what_is_there_end_before_any_work(tiny, tmp_path):
-    with pytest.raises(SystemExit, match=f"there are {AVAILABLE} images to draw from"):
-        target_size.main(["--sizes", "2000", "--run-dir", str(tmp_path / "run"), "--out-dir", str(tmp_path / "out")])
-    assert not (tmp_path / "run").exists()
