@@ -560,6 +560,9 @@ def test_arguments_out_of_their_range_are_refused(words, message):
         ({"link_fn": lambda beta: None}, "link_fn returned None; expected coefficients"),
         ({"optimizer": optax.adam}, r"optimizer is .*; expected an optax\.GradientTransformation"),
         ({"state": jnp.zeros(4)}, r"state is a .*; expected a GlueState"),
+        ({"state": tuple(START)}, "state is a tuple; expected a GlueState"),
+        ({"state": START._replace(step=0.5)}, r"state\.step is 0\.5; expected one integer"),
+        ({"state": START._replace(step=None)}, r"state\.step is None; expected one integer"),
     ],
 )
 def test_arguments_of_another_type_are_refused(words, message):
