@@ -6,12 +6,7 @@ import numpy as np
 import pytest
 
 import glue_jax
-from glue_jax.checks import (
-    as_number,
-    as_numbers,
-    check_positive,
-    compiled,
-)
+from glue_jax.checks import as_number, as_numbers, check_positive, compiled
 
 
 @pytest.mark.parametrize(

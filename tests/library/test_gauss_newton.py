@@ -14,7 +14,7 @@ import glue_jax
 from glue_jax import gauss_newton
 from glue_jax.links import directions_of
 from glue_jax.quadratic_model import GaussNewtonState
-from tests.library.helpers import CLASSIFICATION, FEATURES, K, classification, cross_entropy, network
+from tests.library.helpers import CLASSIFICATION, FEATURES, K, classification, cross_entropy, forward_only, network
 
 EXAMPLES = 40
 EXPERTS, BATCH = classification()
@@ -111,18 +111,6 @@ def test_differences_and_tangents_agree_in_proportion_to_the_radius():
     assert 0.15 < errors[1] / errors[0] < 0.35
 
 
-@jax.custom_vjp
-def forward_only(value):
-    return value
-
-
-def _refuse_forward(value):
-    raise AssertionError("differentiated")
-
-
-forward_only.defvjp(_refuse_forward, _refuse_forward)
-
-
 @jax.custom_jvp
 def no_reverse(value):
     return value
@@ -138,7 +126,7 @@ def _no_reverse_jvp(primals, tangents):
 @pytest.mark.parametrize(("guard", "tangents"), [(forward_only, "differences"), (no_reverse, "forward_mode")])
 def test_the_network_is_never_differentiated_backwards(guard, tangents):
     loss_fn = glue_jax.OutputLoss(lambda params, batch: guard(network(params, batch)), cross_entropy)
-    with pytest.raises((AssertionError, ValueError)):
+    with pytest.raises((NotImplementedError, ValueError)):
         jax.grad(lambda params: loss_fn(params, BATCH))(jax.tree.map(lambda leaf: leaf[0], EXPERTS))
     state, metrics = steps(3, START, EXPERTS, BATCH, loss_fn=loss_fn, tangents=tangents)
     plain, expected = steps(3, START, EXPERTS, BATCH, tangents=tangents)
@@ -349,31 +337,13 @@ def test_groups_a_temperature_and_outputs_of_several_arrays():
 
 
 def test_learn_needs_no_optimizer_and_comes_to_the_least_loss():
-    result = glue_jax.learn(
-        jax.random.key(0),
-        EXPERTS,
-        BATCH,
-        loss_fn=CLASSIFICATION,
-        step_fn=glue_jax.gauss_newton_step,
-        batch_size=48,
-        max_steps=60,
-        validation_data=BATCH,
-    )
+    words: dict[str, Any] = {"loss_fn": CLASSIFICATION, "step_fn": glue_jax.gauss_newton_step, "batch_size": 48}
+    learn = functools.partial(glue_jax.learn, jax.random.key(0), EXPERTS, BATCH, validation_data=BATCH, **words)
+    result = learn(max_steps=60)
     assert min(result.history.validation_values) < 1.01 * best_loss(EXPERTS, BATCH)
     assert result.history.validation_steps[1] == 5
     assert isinstance(result.state.opt_state, GaussNewtonState)
-    more = glue_jax.learn(
-        jax.random.key(0),
-        EXPERTS,
-        BATCH,
-        state=result,
-        loss_fn=CLASSIFICATION,
-        step_fn=glue_jax.gauss_newton_step,
-        batch_size=48,
-        max_steps=5,
-        validation_data=BATCH,
-        patience=None,
-    )
+    more = learn(state=result, max_steps=5, patience=None)
     assert len(more.history.metrics.loss) == len(result.history.metrics.loss) + 5
 
 

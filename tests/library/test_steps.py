@@ -243,12 +243,7 @@ def test_coefficients_may_be_a_tuple():
 def test_a_loss_that_counts_is_not_differentiated_to_zero_in_silence(step_fn):
     with pytest.raises(ValueError, match="returned dtype int32, whose derivative is 0"):
         step_fn(
-            jax.random.key(0),
-            START,
-            EXPERTS,
-            BATCH,
-            loss_fn=lambda params, _: jnp.sum(params["w"] > 0),
-            optimizer=SGD,
+            jax.random.key(0), START, EXPERTS, BATCH, loss_fn=lambda params, _: jnp.sum(params["w"] > 0), optimizer=SGD
         )
 
 

@@ -13,22 +13,10 @@ import pytest
 import glue_jax
 from glue_jax.streams import ArrayBatches, is_stream
 from tests.helpers import compilations
-from tests.library.helpers import ADAM, DATA, Loader, learn, squared
+from tests.library.helpers import ADAM, DATA, Loader, Tensor, learn, squared
 
 KEY = jax.random.key(3)
 learn = functools.partial(learn, key=KEY, batch_size=64, loss_fn=squared, optimizer=ADAM)
-
-
-class Tensor:
-    """As PyTorch's: an array to NumPy alone, whose dtype JAX does not know."""
-
-    dtype = "torch.float32"
-
-    def __init__(self, array):
-        self.array, self.shape = np.asarray(array), np.shape(array)
-
-    def __array__(self, dtype=None, copy=None):
-        return self.array
 
 
 def batches_of_arrays(steps, data=DATA, batch_size=8):
