@@ -2,14 +2,7 @@
 
 import pytest
 
-from experiments import digits
 from experiments.studies import similarity
-from tests.experiments.helpers import TINY
-
-
-@pytest.fixture
-def tiny(monkeypatch):
-    monkeypatch.setitem(digits.PRESETS, "quick", TINY)
 
 
 @pytest.mark.parametrize("initialization", ["common", "separate"])
