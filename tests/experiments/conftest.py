@@ -1,5 +1,6 @@
 """What the tests of the experiments share: data, and the programs of equal configs."""
 
+import ast
 import functools
 import types
 
@@ -7,13 +8,22 @@ import optax
 import pytest
 
 from experiments import models
+from experiments.digits import PRESETS
 from experiments.protocol import context, data
 from experiments.protocol.training import Problem, make_evaluate, make_trainer
+from experiments.runtime import sources
+from tests.experiments.helpers import ONE_SEED
 
 
 @pytest.fixture(scope="session")
 def digits():
     return data.load("digits")
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Makes the experiment that the studies are of by default a small one."""
+    monkeypatch.setitem(PRESETS, "quick", ONE_SEED)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,3 +43,23 @@ def _programs_are_made_once():
         patch.setattr(context, "make_trainer", functools.cache(make_trainer))
         patch.setattr(context, "make_evaluate", functools.cache(make_evaluate))
         yield
+
+
+@pytest.fixture
+def change_source(monkeypatch):
+    """Changes a definition in the source that digests see."""
+
+    def forget():
+        sources.digest.cache_clear()
+        sources._definition.cache_clear()
+
+    def change(module, name, before, after):
+        parsed = sources._parse(module)
+        (statement,) = parsed.definitions[name]
+        text = ast.unparse(statement)
+        assert before in text
+        monkeypatch.setitem(parsed.definitions, name, ast.parse(text.replace(before, after)).body)
+        forget()
+
+    yield change
+    forget()

@@ -1,7 +1,9 @@
 """A run of the protocol that takes seconds."""
 
 import copy
+import dataclasses
 import io
+import json
 
 from rich.console import Console
 
@@ -29,6 +31,7 @@ TINY = Config(
     test_examples=30,
     seeds=(0, 1),
 )
+ONE_SEED = dataclasses.replace(TINY, seeds=(0,))
 
 
 def prepare_quietly(config, dataset, folder):
@@ -45,3 +48,12 @@ def without_times(results):
     for run in results["runs"]:
         del run["prior_seconds"]
     return results
+
+
+def check_report(folder, results, *files):
+    """Checks what a command wrote into its folder, and returns the text of its report."""
+    assert {path.name for path in folder.iterdir()} == {"results.json", "report.md", "stages", *files}
+    assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(results))
+    report = (folder / "report.md").read_text()
+    assert "nan" not in report
+    return report

@@ -8,29 +8,28 @@ import pytest
 from experiments import cifar10, cli, digits, imagenette, svhn
 from experiments.protocol.config import Config
 from experiments.reporting import paper
-from tests.experiments.helpers import TINY
+from tests.experiments.helpers import TINY, check_report
 
 FILES = {"config.json", "results.json", "report.md", "figure1.png", "alpha.png", "stages"}
 
 
 def test_a_run_ends_with_its_report_and_says_where_it_lies(tmp_path, capsys):
-    results = cli.main("digits", "", {"tiny": TINY}, ["--out-dir", str(tmp_path), "--seeds", "0"])
-    assert {path.name for path in tmp_path.iterdir()} == FILES
-    assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
-    assert json.loads((tmp_path / "config.json").read_text())["seeds"] == [0]
-    report = (tmp_path / "report.md").read_text()
+    # The name of the folder is no markup, and no pattern.
+    folder = tmp_path / "a[/b] lr=[1e-3]"
+    results = cli.main("digits", "", {"tiny": TINY}, ["--out-dir", str(folder), "--seeds", "0"])
+    assert json.loads((folder / "config.json").read_text())["seeds"] == [0]
+    report = check_report(folder, results, *FILES)
     printed = capsys.readouterr().out
     for name in ("4 GLUE (SPSA)", "5 Gauss-Newton (ours)"):
         assert f"| {name} |" in report
         assert name in printed
-    assert "nan" not in report
     assert "Config 5, Gauss-Newton, is ours" in report
     assert "coefficients: 3 Configs x 1 seeds x at most 5; fine-tuning: 5 Configs x 1 seeds x 4" in printed
     assert "forward passes" in printed
     assert re.search(
         r"time, from a few steps measured here: \d.*experts \d.*coefficients, at most \d.*tuning \d", printed
     )
-    assert printed.rstrip().splitlines()[-1] == f"report: {tmp_path / 'report.md'}"
+    assert printed.rstrip().splitlines()[-1] == f"report: {folder / 'report.md'}"
 
 
 def test_every_field_of_a_config_is_an_option_over_its_preset():
@@ -76,13 +75,6 @@ def test_a_bad_value_ends_with_one_clear_line(arguments, message, tmp_path):
     assert message in str(stopped.value.code)
 
 
-def test_a_folder_that_cannot_be_made_is_refused_before_any_work(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit) as stopped:
-        cli.main("digits", "", {"tiny": TINY}, ["--out-dir", str(tmp_path / "file")])
-    assert f"--out-dir is {tmp_path / 'file'}: expected a folder" in str(stopped.value.code)
-
-
 def test_a_disk_that_is_full_at_the_report_ends_with_one_line_and_is_gone_on_from(tmp_path, monkeypatch):
     words = ["--out-dir", str(tmp_path), "--seeds", "0"]
 
@@ -105,25 +97,6 @@ def test_a_folder_of_another_experiment_is_refused_and_left_as_it_is(tmp_path):
     with pytest.raises(SystemExit, match=r"its results\.json is of experiments\.cifar10"):
         cli.main("digits", "", {"tiny": TINY}, ["--out-dir", str(tmp_path)])
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
-
-
-def test_a_folder_whose_name_is_markup_or_a_pattern_is_printed_as_it_is(tmp_path, capsys):
-    folder = tmp_path / "a[/b] lr=[1e-3]"
-    cli.main("digits", "", {"tiny": TINY}, ["--out-dir", str(folder), "--seeds", "0"])
-    assert capsys.readouterr().out.rstrip().splitlines()[-1] == f"report: {folder / 'report.md'}"
-    assert {path.name for path in folder.iterdir()} == FILES
-
-
-def test_an_interruption_says_that_the_work_is_kept(tmp_path, capsys, monkeypatch):
-    def interrupted(context):
-        context.stages.write("a stage", {"code": ""}, {})
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("experiments.protocol.run.run", interrupted)
-    with pytest.raises(SystemExit) as stopped:
-        cli.main("digits", "", {"tiny": TINY}, ["--out-dir", str(tmp_path)])
-    assert stopped.value.code == 130
-    assert f"finished stages are kept in {tmp_path}" in capsys.readouterr().out
 
 
 def test_a_title_names_what_differs_from_the_preset():

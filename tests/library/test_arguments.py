@@ -63,6 +63,7 @@ def test_bad_values_are_refused_before_any_work(words, message):
         ({"max_steps": 2.5}, r"max_steps is 2\.5; expected an integer"),
         ({"max_steps": float("nan")}, "max_steps is nan; expected an integer"),
         ({"max_steps": None}, "max_steps is None; expected an integer"),
+        ({"max_steps": jnp.ones(2, int)}, "max_steps is .*; expected an integer"),
         ({"validate_every": "5"}, "validate_every is '5'; expected an integer"),
         ({"batch_size": 16.0}, r"batch_size is 16\.0; expected an integer"),
         ({"patience": 1.5, "validation_data": DATA}, r"patience is 1\.5; expected an integer"),

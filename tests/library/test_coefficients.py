@@ -9,26 +9,24 @@ import numpy as np
 import pytest
 
 import glue_jax
-from glue_jax.coefficients import check_floating
+from glue_jax.coefficients import check_floating, data_size_weights, proxy_accuracy_weights, uniform, weights_to_logits
 
 reproducible = hypothesis.settings(deadline=None, derandomize=True, max_examples=20)
 
 
 @pytest.mark.parametrize("k", [1, 2, 10])
 def test_uniform_is_one_over_k(k):
-    alpha = glue_jax.coefficients.uniform(k)
+    alpha = uniform(k)
     assert alpha.dtype == jnp.float32
     np.testing.assert_array_equal(alpha, np.full(k, np.float32(1 / k)))
 
 
 def test_uniform_refuses_no_experts():
     with pytest.raises(ValueError, match="num_experts is 0"):
-        glue_jax.coefficients.uniform(0)
+        uniform(0)
 
 
-@pytest.mark.parametrize(
-    "weights", [glue_jax.coefficients.data_size_weights, glue_jax.coefficients.proxy_accuracy_weights]
-)
+@pytest.mark.parametrize("weights", [data_size_weights, proxy_accuracy_weights])
 @pytest.mark.parametrize(
     ("values", "expected"),
     [([1, 3], [0.25, 0.75]), ([2000, 2000], [0.5, 0.5]), ([0, 5, 5, 10], [0, 0.25, 0.25, 0.5]), ([7.5], [1])],
@@ -40,15 +38,11 @@ def test_weights_are_proportional_to_sizes_and_accuracies(weights, values, expec
 
 
 def test_weights_whose_sum_is_too_large_for_a_float_are_weights():
-    np.testing.assert_array_equal(glue_jax.coefficients.data_size_weights([1e308, 1e308, 0]), [0.5, 0.5, 0])
+    np.testing.assert_array_equal(data_size_weights([1e308, 1e308, 0]), [0.5, 0.5, 0])
 
 
 def test_accuracies_in_percent_and_as_fractions_weigh_the_same():
-    np.testing.assert_allclose(
-        glue_jax.coefficients.proxy_accuracy_weights([42.0, 21.0]),
-        glue_jax.coefficients.proxy_accuracy_weights([0.42, 0.21]),
-        rtol=1e-6,
-    )
+    np.testing.assert_allclose(proxy_accuracy_weights([42.0, 21.0]), proxy_accuracy_weights([0.42, 0.21]), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -63,10 +57,7 @@ def test_accuracies_in_percent_and_as_fractions_weigh_the_same():
         ([1, np.nan], "nan"),
     ],
 )
-@pytest.mark.parametrize(
-    ("weights", "name"),
-    [(glue_jax.coefficients.data_size_weights, "sizes"), (glue_jax.coefficients.proxy_accuracy_weights, "accuracies")],
-)
+@pytest.mark.parametrize(("weights", "name"), [(data_size_weights, "sizes"), (proxy_accuracy_weights, "accuracies")])
 def test_weights_of_impossible_numbers_are_refused(weights, name, values, message):
     with pytest.raises(ValueError, match=f"{name} .*{message}"):
         weights(values)
@@ -74,7 +65,7 @@ def test_weights_of_impossible_numbers_are_refused(weights, name, values, messag
 
 def test_logits_of_known_weights():
     # softmax of (0, log 3) is (1/4, 3/4); the mean is taken off.
-    logits = glue_jax.coefficients.weights_to_logits([0.25, 0.75])
+    logits = weights_to_logits([0.25, 0.75])
     np.testing.assert_allclose(logits, [-np.log(3) / 2, np.log(3) / 2], rtol=1e-6)
     assert logits.dtype == jnp.float32
 
@@ -85,7 +76,7 @@ def test_logits_of_known_weights():
 )
 def test_the_softmax_of_the_logits_is_the_weights_and_their_mean_is_zero(logits):
     weights = jax.nn.softmax(logits)
-    found = glue_jax.coefficients.weights_to_logits(weights)
+    found = weights_to_logits(weights)
     np.testing.assert_allclose(jax.nn.softmax(found), weights, atol=1e-6)
     np.testing.assert_allclose(jnp.mean(found, axis=-1), np.zeros(logits.shape[:-1]), atol=1e-6)
 
@@ -104,7 +95,7 @@ def test_the_softmax_of_the_logits_is_the_weights_and_their_mean_is_zero(logits)
 )
 def test_weights_outside_the_simplex_have_no_logits(weights, message):
     with pytest.raises(ValueError, match=message):
-        glue_jax.coefficients.weights_to_logits(weights)
+        weights_to_logits(weights)
 
 
 def test_the_unconstrained_link_changes_nothing():
@@ -130,10 +121,7 @@ def test_floating_point_coefficients_of_any_kind_pass(beta):
     assert check_floating(beta) is None
 
 
-@pytest.mark.parametrize(
-    "function",
-    [glue_jax.coefficients.data_size_weights, glue_jax.coefficients.weights_to_logits, glue_jax.merging.best_expert],
-)
+@pytest.mark.parametrize("function", [data_size_weights, weights_to_logits, glue_jax.merging.best_expert])
 def test_complex_weights_keep_no_real_part_in_silence(function):
     with pytest.raises(TypeError, match="expected real numbers"):
         function(jnp.array([0.5 + 1j, 0.5]))

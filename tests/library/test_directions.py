@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-import glue_jax
-from glue_jax.directions import DirectionName, dimension
+from glue_jax.directions import DirectionName, dimension, sample_directions
 
 NAMES = get_args(DirectionName)
 BETAS = {
@@ -23,7 +22,7 @@ SAMPLES = 4000
 
 def flat_directions(key, beta, m, directions):
     """Directions as rows `[m, size of beta]`."""
-    u = glue_jax.directions.sample_directions(key, beta, m, directions)
+    u = sample_directions(key, beta, m, directions)
     return jax.vmap(lambda one: ravel_pytree(one)[0])(u)
 
 
@@ -99,34 +98,32 @@ def test_the_dimension_counts_what_is_probed(name, expected):
 
 
 def test_rademacher_entries_are_plus_or_minus_one_over_root_d():
-    u = glue_jax.directions.sample_directions(jax.random.key(0), jnp.zeros(16), 50)
+    u = sample_directions(jax.random.key(0), jnp.zeros(16), 50)
     assert set(np.unique(u)) == {-0.25, 0.25}
 
 
 def test_sphere_directions_have_length_one():
-    u = glue_jax.directions.sample_directions(jax.random.key(0), jnp.zeros((2, 5)), 20, "sphere")
+    u = sample_directions(jax.random.key(0), jnp.zeros((2, 5)), 20, "sphere")
     np.testing.assert_allclose(jnp.linalg.norm(u.reshape(20, 10), axis=1), np.ones(20), rtol=1e-6)
 
 
 @pytest.mark.parametrize("beta", [jnp.zeros(4), jnp.zeros((2, 3)), jnp.zeros((2, 3, 2))])
 def test_simplex_directions_sum_to_zero_over_the_experts(beta):
-    u = glue_jax.directions.sample_directions(jax.random.key(1), beta, 5, "simplex_orthogonal")
+    u = sample_directions(jax.random.key(1), beta, 5, "simplex_orthogonal")
     np.testing.assert_allclose(jnp.sum(u, axis=-1), np.zeros((5, *beta.shape[:-1])), atol=2e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_directions_have_the_structure_and_dtypes_of_beta(name):
     beta = {"a": jnp.zeros(3), "h": jnp.zeros((2, 2), jnp.bfloat16), "t": jnp.zeros(())}
-    u = glue_jax.directions.sample_directions(jax.random.key(0), beta, 3, name)
+    u = sample_directions(jax.random.key(0), beta, 3, name)
     shapes_and_dtypes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype.name), u)
     assert shapes_and_dtypes == {"a": ((3, 3), "float32"), "h": ((3, 2, 2), "bfloat16"), "t": ((3,), "float32")}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_key_alone_decides_the_directions(name):
-    draw = functools.partial(
-        glue_jax.directions.sample_directions, beta=jnp.zeros(5), num_directions=2, directions=name
-    )
+    draw = functools.partial(sample_directions, beta=jnp.zeros(5), num_directions=2, directions=name)
     np.testing.assert_array_equal(draw(jax.random.key(3)), draw(jax.random.key(3)))
     assert not np.allclose(draw(jax.random.key(3)), draw(jax.random.key(4)))
 
@@ -136,9 +133,7 @@ def test_a_function_of_ones_own_gives_the_directions():
         del key
         return jnp.eye(num_directions, beta.size)
 
-    np.testing.assert_array_equal(
-        glue_jax.directions.sample_directions(jax.random.key(0), jnp.zeros(3), 2, axes), [[1, 0, 0], [0, 1, 0]]
-    )
+    np.testing.assert_array_equal(sample_directions(jax.random.key(0), jnp.zeros(3), 2, axes), [[1, 0, 0], [0, 1, 0]])
     assert dimension(jnp.zeros(3), axes) == 3
 
 
@@ -155,4 +150,4 @@ def test_a_function_of_ones_own_gives_the_directions():
 )
 def test_directions_that_cannot_be_drawn_are_refused(directions, m, beta, message):
     with pytest.raises(ValueError, match=message):
-        glue_jax.directions.sample_directions(jax.random.key(0), beta, m, directions)
+        sample_directions(jax.random.key(0), beta, m, directions)

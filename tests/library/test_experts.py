@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import glue_jax
+from tests.library.helpers import Tensor
 
 
 class Layer(NamedTuple):
@@ -42,10 +43,7 @@ def test_stacking_keeps_dtypes(dtype):
 
 def test_python_numbers_and_numpy_arrays_can_be_stacked():
     stacked = glue_jax.stack_experts(
-        [
-            {"a": 1.0, "b": np.array([2.0, 3.0], np.float32)},
-            {"a": 3.0, "b": np.array([4.0, 5.0], np.float32)},
-        ]
+        [{"a": 1.0, "b": np.array([2.0, 3.0], np.float32)}, {"a": 3.0, "b": np.array([4.0, 5.0], np.float32)}]
     )
     np.testing.assert_array_equal(stacked["a"], [1, 3])
     np.testing.assert_array_equal(stacked["b"], [[2, 3], [4, 5]])
@@ -244,18 +242,7 @@ def test_masks_and_arrays_that_numpy_cannot_read_are_refused_by_path():
 
 
 def test_a_tensor_of_another_framework_that_numpy_reads_is_stacked():
-    class Tensor:
-        """As a PyTorch tensor, whose dtype NumPy does not know."""
-
-        dtype = "torch.float32"
-
-        def __init__(self, values):
-            self.values = np.asarray(values, np.float32)
-
-        def __array__(self, dtype=None, copy=None):
-            return self.values
-
-    stacked = glue_jax.stack_experts([{"w": Tensor([1, 2])}, {"w": Tensor([3, 4])}])
+    stacked = glue_jax.stack_experts([{"w": Tensor(np.array(values, np.float32))} for values in ([1, 2], [3, 4])])
     np.testing.assert_array_equal(stacked["w"], [[1, 2], [3, 4]])
 
 

@@ -35,20 +35,6 @@ def test_the_part_that_the_pattern_is_in_comes_first():
     assert jax.tree.leaves(rest) == [5, 1, 2]
 
 
-def test_backbones_are_blended_and_one_head_is_put_back():
-    def expert(value, classes):
-        return {"body": jnp.full(3, value), "head": jnp.full((3, classes), value)}
-
-    first, second = expert(0.0, 2), expert(1.0, 5)
-    with pytest.raises(ValueError, match=r"expert 1 differs from expert 0 at \['head'\]: \(3, 5\) against \(3, 2\)"):
-        glue_jax.stack_experts([first, second])
-    (head, body), (_, other_body) = (glue_jax.partition(model, "^head") for model in (first, second))
-    blend = glue_jax.blend(glue_jax.stack_experts([body, other_body]), jnp.array([0.25, 0.75]))
-    model = glue_jax.combine(blend, head)
-    np.testing.assert_allclose(model["body"], [0.75] * 3)
-    np.testing.assert_array_equal(model["head"], first["head"])
-
-
 def test_a_pattern_in_no_path_is_refused_with_the_paths():
     with pytest.raises(ValueError, match=r"the pattern 'tail' matches no path; the paths are \['batch_stats/body', "):
         glue_jax.partition(MODEL, "tail")

@@ -13,6 +13,7 @@ import pytest
 import glue_jax
 from glue_jax import planning, theory, timing
 from glue_jax.timing import Program, compile_and_run
+from tests.library.helpers import forward_only, refuse
 
 K, FEATURES, CLASSES, EXAMPLES = 4, 5, 3, 12
 D = K - 1
@@ -41,17 +42,6 @@ LOSS = glue_jax.OutputLoss(outputs_fn, cross_entropy)
 def plain_loss(params, batch):
     return LOSS(params, batch)
 
-
-@functools.partial(jax.custom_vjp)
-def forward_only(x):
-    return x
-
-
-def _raise(*_):
-    raise NotImplementedError("no reverse derivative\nof this layer")
-
-
-forward_only.defvjp(_raise, _raise)
 
 SECONDS = {
     "forward": 1.0,
@@ -277,7 +267,7 @@ def test_what_the_allocator_refuses_is_a_reason_and_not_an_error(monkeypatch):
 
 
 def test_what_is_raised_while_tracing_is_a_reason_of_one_line():
-    reason = compile_and_run("raises", _raise, jnp.ones(3))
+    reason = compile_and_run("raises", refuse, jnp.ones(3))
     assert reason == "NotImplementedError: no reverse derivative"
 
 

@@ -137,19 +137,10 @@ def test_a_loader_is_data_and_an_iterator_is_refused():
         ({"starts": "abc"}, TypeError, "starts is a Python str; expected an array"),
         ({"starts": jnp.zeros((2, 3), jnp.int32)}, TypeError, "expected a floating-point dtype"),
         ({"starts": jnp.zeros((0, 3))}, ValueError, "starts has shapes"),
+        ({"starts": STARTS[0]}, ValueError, r"starts have shape \(3,\); expected \[S, K\]"),
+        ({"starts": {"a": STARTS, "b": STARTS[:2]}}, ValueError, "starts"),
     ],
 )
 def test_bad_arguments_are_refused(words, error, message):
     with pytest.raises(error, match=message):
         together(jax.random.key(5), **({"starts": STARTS} | words))
-
-
-def test_starts_without_a_leading_axis_are_refused():
-    with pytest.raises(ValueError, match=r"starts have shape \(3,\); expected \[S, K\]"):
-        glue_jax.learn_from_starts(jax.random.key(5), EXPERTS, DATA, starts=STARTS[0], **WORDS)
-
-
-def test_starts_of_different_numbers_are_refused():
-    starts = {"a": STARTS, "b": STARTS[:2]}
-    with pytest.raises(ValueError, match="starts"):
-        glue_jax.learn_from_starts(jax.random.key(6), EXPERTS, DATA, starts=starts, **WORDS)

@@ -30,6 +30,10 @@ def linear_problem(k=4, seed=0):
     return experts, (jnp.asarray(inputs, jnp.float32), jnp.asarray(targets, jnp.float32))
 
 
+EXPERTS, BATCH = linear_problem()
+START = glue_jax.init(4, SGD)
+
+
 def by_hand(experts, batch, beta):
     """Loss, alpha, and the gradients for alpha and beta of `squared_loss`, derived by hand, in float64."""
     weights, (inputs, targets) = np.asarray(experts["w"], np.float64), (np.asarray(part, np.float64) for part in batch)
@@ -90,14 +94,13 @@ def test_an_optimizer_that_is_none_is_refused():
 
 @pytest.mark.parametrize("optimizer", [optax.polyak_sgd(), optax.chain(SGD, optax.contrib.reduce_on_plateau())])
 def test_optimizers_that_want_the_loss_are_given_it(optimizer):
-    experts, batch = linear_problem()
     state = glue_jax.init(4, optimizer)
     step = jax.jit(functools.partial(glue_jax.full_gradient_step, loss_fn=squared_loss, optimizer=optimizer))
     losses = []
     for _ in range(3):
-        state, metrics = step(jax.random.key(0), state, experts, batch)
+        state, metrics = step(jax.random.key(0), state, EXPERTS, BATCH)
         losses.append(metrics.loss)
-    start = squared_loss(glue_jax.blend(experts, glue_jax.coefficients.uniform(4)), batch)
+    start = squared_loss(glue_jax.blend(EXPERTS, glue_jax.coefficients.uniform(4)), BATCH)
     assert losses[-1] < start
 
 
@@ -154,8 +157,6 @@ def test_diagnostics_see_the_rounding_of_the_network_whatever_the_dtype_of_the_l
 
 
 def test_a_network_of_bfloat16_products_is_told_and_takes_a_large_radius():
-    experts, batch = linear_problem()
-
     def loss(params, batch):
         inputs, targets = batch
         outputs = inputs.astype(jnp.bfloat16) @ params["w"].astype(jnp.bfloat16)
@@ -163,9 +164,9 @@ def test_a_network_of_bfloat16_products_is_told_and_takes_a_large_radius():
 
     step = functools.partial(glue_jax.spsa_step, loss_fn=loss, optimizer=SGD)
     with pytest.warns(UserWarning, match="multiplies bfloat16 or float16 arrays.*forward_gradient_step is right there"):
-        _, told = step(jax.random.key(0), glue_jax.init(4, SGD), experts, batch)
+        _, told = step(jax.random.key(0), START, EXPERTS, BATCH)
     # A radius that is given is taken without a word.
-    _, given = step(jax.random.key(0), glue_jax.init(4, SGD), experts, batch, radius=1.0)
+    _, given = step(jax.random.key(0), START, EXPERTS, BATCH, radius=1.0)
     np.testing.assert_array_equal(told.probe_losses, given.probe_losses)
 
 
@@ -174,7 +175,6 @@ def test_a_network_of_bfloat16_products_is_told_and_takes_a_large_radius():
     [({}, {"HIGHEST"}), ({"matmul_precision": None}, {"None"}), ({"matmul_precision": "default"}, {"DEFAULT"})],
 )
 def test_the_products_of_the_loss_have_the_highest_precision_unless_another_is_asked_for(words, expected):
-    experts, batch = linear_problem()
     seen = set()
 
     def loss(params, batch):
@@ -185,7 +185,7 @@ def test_the_products_of_the_loss_have_the_highest_precision_unless_another_is_a
                 seen.add(precision[0].name if precision else "None")
         return squared_loss(params, batch)
 
-    glue_jax.spsa_step(jax.random.key(0), glue_jax.init(4, SGD), experts, batch, loss_fn=loss, optimizer=SGD, **words)
+    glue_jax.spsa_step(jax.random.key(0), START, EXPERTS, BATCH, loss_fn=loss, optimizer=SGD, **words)
     assert seen == expected
 
 
@@ -241,15 +241,9 @@ def test_coefficients_may_be_a_tuple():
 
 @pytest.mark.parametrize("step_fn", STEPS[1:])
 def test_a_loss_that_counts_is_not_differentiated_to_zero_in_silence(step_fn):
-    experts, batch = linear_problem()
     with pytest.raises(ValueError, match="returned dtype int32, whose derivative is 0"):
         step_fn(
-            jax.random.key(0),
-            glue_jax.init(4, SGD),
-            experts,
-            batch,
-            loss_fn=lambda params, _: jnp.sum(params["w"] > 0),
-            optimizer=SGD,
+            jax.random.key(0), START, EXPERTS, BATCH, loss_fn=lambda params, _: jnp.sum(params["w"] > 0), optimizer=SGD
         )
 
 
@@ -274,11 +268,10 @@ def test_no_experts_and_integer_coefficients_are_refused():
     ids=["full", "forward, K - 1 zero-sum directions", "forward, K directions"],
 )
 def test_a_step_of_plain_descent_subtracts_the_gradient_derived_by_hand(step_fn):
-    experts, batch = linear_problem()
     beta = np.array([0.3, -0.5, 1.0, 0.0])
-    loss, alpha, _, gradient = by_hand(experts, batch, beta)
+    loss, alpha, _, gradient = by_hand(EXPERTS, BATCH, beta)
     state, metrics = jax.jit(functools.partial(step_fn, loss_fn=squared_loss, optimizer=SGD))(
-        jax.random.key(0), glue_jax.init(4, SGD, beta=jnp.asarray(beta, jnp.float32)), experts, batch
+        jax.random.key(0), glue_jax.init(4, SGD, beta=jnp.asarray(beta, jnp.float32)), EXPERTS, BATCH
     )
     scale = float(np.linalg.norm(gradient))
     np.testing.assert_allclose(state.beta, beta - gradient, rtol=0, atol=3e-6 * scale)
@@ -288,14 +281,13 @@ def test_a_step_of_plain_descent_subtracts_the_gradient_derived_by_hand(step_fn)
 
 
 def test_spsa_along_all_zero_sum_directions_approaches_the_gradient_derived_by_hand():
-    experts, batch = linear_problem()
     beta = np.array([0.3, -0.5, 1.0, 0.0])
-    *_, gradient = by_hand(experts, batch, beta)
+    *_, gradient = by_hand(EXPERTS, BATCH, beta)
     state, _ = glue_jax.spsa_step(
         jax.random.key(0),
         glue_jax.init(4, SGD, beta=jnp.asarray(beta, jnp.float32)),
-        experts,
-        batch,
+        EXPERTS,
+        BATCH,
         loss_fn=squared_loss,
         optimizer=SGD,
         num_directions=3,
@@ -334,15 +326,14 @@ def test_the_update_in_alpha_space_is_equation_7():
 
 @all_steps
 def test_the_state_keeps_its_structure_and_metrics_belong_to_the_state_that_went_in(step_fn):
-    experts, batch = linear_problem()
     optimizer = optax.adam(1e-2, b1=0.9, b2=0.99)
     before = glue_jax.init(4, optimizer, beta=jnp.array([0.3, -0.5, 1.0, 0.0]))
-    after, metrics = step_fn(jax.random.key(0), before, experts, batch, loss_fn=squared_loss, optimizer=optimizer)
+    after, metrics = step_fn(jax.random.key(0), before, EXPERTS, BATCH, loss_fn=squared_loss, optimizer=optimizer)
     chex.assert_trees_all_equal_shapes_and_dtypes(after, before)
     assert int(after.step) == 1
     assert not np.allclose(after.beta, before.beta)
     np.testing.assert_array_equal(metrics.alpha, glue_jax.alpha(before))
-    blended = squared_loss(glue_jax.blend(experts, glue_jax.alpha(before)), batch)
+    blended = squared_loss(glue_jax.blend(EXPERTS, glue_jax.alpha(before)), BATCH)
     if step_fn is glue_jax.spsa_step:
         assert metrics.probe_losses.shape == (1, 2)
         np.testing.assert_allclose(metrics.loss, np.mean(metrics.probe_losses), rtol=1e-6)
@@ -355,13 +346,12 @@ def test_the_state_keeps_its_structure_and_metrics_belong_to_the_state_that_went
 
 @all_steps
 def test_the_gradient_norm_is_over_the_whole_tree_of_coefficients(step_fn):
-    experts, batch = linear_problem()
     start = glue_jax.init(4, SGD, beta={"logits": jnp.zeros(4), "temperature": jnp.array(0.5)})
     after, metrics = step_fn(
         jax.random.key(0),
         start,
-        experts,
-        batch,
+        EXPERTS,
+        BATCH,
         loss_fn=squared_loss,
         optimizer=SGD,
         link_fn=lambda beta: jax.nn.softmax(beta["logits"] / beta["temperature"]),
@@ -389,21 +379,18 @@ def test_groups_learn_a_row_of_coefficients_each(step_fn):
 
 @all_steps
 def test_the_same_key_gives_the_same_result_bit_for_bit(step_fn):
-    experts, batch = linear_problem()
     step = functools.partial(step_fn, loss_fn=squared_loss, optimizer=SGD)
     for transformed in (step, jax.jit(step)):
-        results = [transformed(jax.random.key(5), glue_jax.init(4, SGD), experts, batch) for _ in range(2)]
+        results = [transformed(jax.random.key(5), START, EXPERTS, BATCH) for _ in range(2)]
         chex.assert_trees_all_equal(*results)
 
 
 @pytest.mark.parametrize("step_fn", STEPS[:2])
 def test_another_step_or_another_key_draws_other_directions(step_fn):
-    experts, batch = linear_problem()
-
     def update(seed, step):
-        state = glue_jax.init(4, SGD)._replace(step=jnp.asarray(step, jnp.int32))
+        state = START._replace(step=jnp.asarray(step, jnp.int32))
         return step_fn(
-            jax.random.key(seed), state, experts, batch, loss_fn=squared_loss, optimizer=SGD, directions="sphere"
+            jax.random.key(seed), state, EXPERTS, BATCH, loss_fn=squared_loss, optimizer=SGD, directions="sphere"
         )[0].beta
 
     first = update(0, 0)
@@ -414,7 +401,7 @@ def test_another_step_or_another_key_draws_other_directions(step_fn):
 def test_the_radius_may_be_a_schedule_of_the_step():
     # The loss is alpha_0 = beta_0, so that L+ - L- is 2 radius times +-1/sqrt(K).
     def gap(step):
-        state = glue_jax.init(4, SGD)._replace(step=jnp.asarray(step, jnp.int32))
+        state = START._replace(step=jnp.asarray(step, jnp.int32))
         _, metrics = jax.jit(
             functools.partial(
                 glue_jax.spsa_step,
@@ -432,14 +419,13 @@ def test_the_radius_may_be_a_schedule_of_the_step():
 
 @all_steps
 def test_permuting_the_experts_permutes_alpha_under_the_exact_gradient(step_fn):
-    experts, batch = linear_problem()
     order = np.array([2, 0, 3, 1])
     words = {"loss_fn": squared_loss, "optimizer": SGD}
     if step_fn is not glue_jax.full_gradient_step:
         words |= {"num_directions": 4, "directions": "orthogonal"}
     step = functools.partial(step_fn, **words)
-    state, _ = step(jax.random.key(0), glue_jax.init(4, SGD), experts, batch)
-    permuted, _ = step(jax.random.key(0), glue_jax.init(4, SGD), jax.tree.map(lambda w: w[order], experts), batch)
+    state, _ = step(jax.random.key(0), START, EXPERTS, BATCH)
+    permuted, _ = step(jax.random.key(0), START, jax.tree.map(lambda w: w[order], EXPERTS), BATCH)
     atol = 2e-3 if step_fn is glue_jax.spsa_step else 1e-5
     np.testing.assert_allclose(glue_jax.alpha(permuted), glue_jax.alpha(state)[order], atol=atol)
     assert np.ptp(glue_jax.alpha(state)) > 0.05
@@ -471,14 +457,13 @@ def test_integer_leaves_reach_the_loss_unchanged(step_fn):
 
 @all_steps
 def test_steps_compose_under_jit_vmap_and_scan(step_fn):
-    experts, batch = linear_problem()
     optimizer = optax.adam(0.05)
     step = functools.partial(step_fn, loss_fn=squared_loss, optimizer=optimizer)
     betas = jnp.asarray(np.random.default_rng(1).normal(size=(3, 4)), jnp.float32)
 
     def run(beta):
         return jax.lax.scan(
-            lambda state, _: step(jax.random.key(0), state, experts, batch),
+            lambda state, _: step(jax.random.key(0), state, EXPERTS, BATCH),
             glue_jax.init(4, optimizer, beta=beta),
             None,
             length=4,
@@ -490,7 +475,7 @@ def test_steps_compose_under_jit_vmap_and_scan(step_fn):
     for index, beta in enumerate(betas):
         state = glue_jax.init(4, optimizer, beta=beta)
         for number in range(4):
-            state, metrics = one_step(jax.random.key(0), state, experts, batch)
+            state, metrics = one_step(jax.random.key(0), state, EXPERTS, BATCH)
             np.testing.assert_allclose(many_metrics.loss[index, number], metrics.loss, rtol=1e-4)
         np.testing.assert_allclose(many.beta[index], state.beta, atol=2e-3)
 
@@ -510,17 +495,17 @@ def _refuse(primals, tangents):
 
 
 def test_an_spsa_step_never_differentiates_the_loss_and_the_other_steps_do():
-    experts, batch = linear_problem()
-
     def loss(params, batch):
         return undifferentiable(squared_loss(params, batch))
 
     def run(step_fn):
         return jax.jit(functools.partial(step_fn, loss_fn=loss, optimizer=SGD))(
-            jax.random.key(0), glue_jax.init(4, SGD), experts, batch
+            jax.random.key(0), START, EXPERTS, BATCH
         )
 
-    assert np.isfinite(run(glue_jax.spsa_step)[1].loss)
+    for probe_batch_size in (None, 2):
+        spsa_step = functools.partial(glue_jax.spsa_step, probe_batch_size=probe_batch_size)
+        assert np.isfinite(run(spsa_step)[1].loss)
     for step_fn in STEPS[1:]:
         with pytest.raises(DifferentiatedError):
             run(step_fn)
@@ -535,9 +520,8 @@ def test_an_spsa_step_never_differentiates_the_loss_and_the_other_steps_do():
     ],
 )
 def test_coefficients_and_losses_that_do_not_fit_are_refused(step_fn, beta, loss, message):
-    experts, batch = linear_problem()
     with pytest.raises(ValueError, match=message):
-        step_fn(jax.random.key(0), glue_jax.init(len(beta), SGD), experts, batch, loss_fn=loss, optimizer=SGD)
+        step_fn(jax.random.key(0), glue_jax.init(len(beta), SGD), EXPERTS, BATCH, loss_fn=loss, optimizer=SGD)
 
 
 @pytest.mark.parametrize(
@@ -555,11 +539,8 @@ def test_coefficients_and_losses_that_do_not_fit_are_refused(step_fn, beta, loss
     ],
 )
 def test_arguments_out_of_their_range_are_refused(words, message):
-    experts, batch = linear_problem()
     with pytest.raises(ValueError, match=message):
-        glue_jax.spsa_step(
-            jax.random.key(0), glue_jax.init(4, SGD), experts, batch, loss_fn=squared_loss, optimizer=SGD, **words
-        )
+        glue_jax.spsa_step(jax.random.key(0), START, EXPERTS, BATCH, loss_fn=squared_loss, optimizer=SGD, **words)
 
 
 @pytest.mark.parametrize(
@@ -574,10 +555,12 @@ def test_arguments_out_of_their_range_are_refused(words, message):
         ({"link_fn": lambda beta: None}, "link_fn returned None; expected coefficients"),
         ({"optimizer": optax.adam}, r"optimizer is .*; expected an optax\.GradientTransformation"),
         ({"state": jnp.zeros(4)}, r"state is a .*; expected a GlueState"),
+        ({"state": tuple(START)}, "state is a tuple; expected a GlueState"),
+        ({"state": START._replace(step=0.5)}, r"state\.step is 0\.5; expected one integer"),
+        ({"state": START._replace(step=None)}, r"state\.step is None; expected one integer"),
     ],
 )
 def test_arguments_of_another_type_are_refused(words, message):
-    experts, batch = linear_problem()
-    words = {"loss_fn": squared_loss, "optimizer": SGD, "state": glue_jax.init(4, SGD), **words}
+    words = {"loss_fn": squared_loss, "optimizer": SGD, "state": START, **words}
     with pytest.raises(TypeError, match=message):
-        glue_jax.spsa_step(jax.random.key(0), words.pop("state"), experts, batch, **words)
+        glue_jax.spsa_step(jax.random.key(0), words.pop("state"), EXPERTS, BATCH, **words)

@@ -123,9 +123,7 @@ def test_the_same_jitted_step_lowers_the_loss(problem):
         return jnp.mean((predict(params, batch[0]) - batch[1]) ** 2)
 
     optimizer = optax.adam(0.05, b1=0.9, b2=0.99)
-    step = jax.jit(
-        functools.partial(glue_jax.spsa_step, loss_fn=loss_fn, optimizer=optimizer, num_directions=2),
-    )
+    step = jax.jit(functools.partial(glue_jax.spsa_step, loss_fn=loss_fn, optimizer=optimizer, num_directions=2))
     state, losses = glue_jax.init(3, optimizer), []
     for _ in range(60):
         state, metrics = step(jax.random.key(0), state, stacked, (x, targets))

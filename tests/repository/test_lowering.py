@@ -29,11 +29,7 @@ def convolutional_loss(params, batch):
     return jnp.mean(batch**2)
 
 
-SHAPES = {
-    "kernel": [(3, 3, 4, 4)] * LAYERS,
-    "mean": [(4,)] * LAYERS,
-    "variance": [(4,)] * LAYERS,
-}
+SHAPES = {"kernel": [(3, 3, 4, 4)] * LAYERS, "mean": [(4,)] * LAYERS, "variance": [(4,)] * LAYERS}
 
 
 def step_arguments() -> tuple[Any, ...]:

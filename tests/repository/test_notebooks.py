@@ -42,10 +42,7 @@ def _execute(notebook, folder):
     # Pictures are shown by the kernel's own backend, which yields to this variable.
     environment.pop("MPLBACKEND", None)
     client = NotebookClient(
-        notebook,
-        timeout=CELL_TIMEOUT,
-        kernel_name="python3",
-        resources={"metadata": {"path": str(ROOT / "notebooks")}},
+        notebook, timeout=CELL_TIMEOUT, kernel_name="python3", resources={"metadata": {"path": str(ROOT / "notebooks")}}
     )
     client.execute(env=environment)
     assert not [output for cell in _code(notebook) for output in cell.outputs if output.output_type == "error"]

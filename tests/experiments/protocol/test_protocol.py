@@ -1,4 +1,3 @@
-import ast
 import dataclasses
 import errno
 import io
@@ -25,7 +24,7 @@ from experiments.runtime import checkpoints, sources, stages
 from experiments.runtime.locks import LockedError
 from experiments.runtime.progress import ProgressBars
 from experiments.runtime.stages import DamagedStageError, Stages
-from tests.experiments.helpers import TINY, prepare_quietly, run_quietly, without_times
+from tests.experiments.helpers import ONE_SEED, TINY, prepare_quietly, run_quietly, without_times
 
 
 @pytest.fixture(scope="module")
@@ -175,32 +174,6 @@ def test_a_run_killed_anywhere_ends_with_the_same_results(done, digits, tmp_path
     assert without_times(again) == without_times(expected)
 
 
-def test_a_checkpoint_that_is_gone_is_made_again(done, digits, tmp_path):
-    results, folder = done
-    copied = shutil.copytree(folder, tmp_path / "run")
-    gone = next(path for path in (copied / "experts").iterdir() if path.is_dir())
-    shutil.rmtree(gone)
-    assert without_times(run_quietly(TINY, digits, copied)) == without_times(results)
-
-
-def _changed(monkeypatch, module, name, before, after):
-    """Changes a definition in the source that digests see."""
-    parsed = sources._parse(module)
-    (statement,) = parsed.definitions[name]
-    text = ast.unparse(statement)
-    assert before in text
-    monkeypatch.setitem(parsed.definitions, name, ast.parse(text.replace(before, after)).body)
-    sources.digest.cache_clear()
-    sources._definition.cache_clear()
-
-
-@pytest.fixture
-def fresh_digests():
-    yield
-    sources.digest.cache_clear()
-    sources._definition.cache_clear()
-
-
 ALL = {"experts", "accuracies", "coefficients", "fine-tuning"}
 
 
@@ -230,9 +203,7 @@ ALL = {"experts", "accuracies", "coefficients", "fine-tuning"}
         ("experiments.runtime.stages", "machine", "CPU", "cpu", set()),
     ],
 )
-def test_changed_source_does_anew_what_it_touches(
-    digits, tmp_path, monkeypatch, fresh_digests, module, name, before, after, anew
-):
+def test_changed_source_does_anew_what_it_touches(digits, tmp_path, change_source, module, name, before, after, anew):
     context = prepare_quietly(TINY, digits, tmp_path)
 
     def places():
@@ -246,7 +217,7 @@ def test_changed_source_does_anew_what_it_touches(
 
     unchanged = places()
     assert places() == unchanged
-    _changed(monkeypatch, module, name, before, after)
+    change_source(module, name, before, after)
     assert {kind for kind, _ in places() - unchanged} == anew
 
 
@@ -308,7 +279,7 @@ def test_all_functions_that_run_in_a_stage_are_of_its_digest(digits, tmp_path, m
         lambda context, *rest: watched("experts", context.expert_fields["code"], lambda: train(context, *rest)),
     )
     monkeypatch.setattr(protocol, "CONFIGS", (4, 5))
-    run_quietly(dataclasses.replace(TINY, seeds=(0,)), digits, tmp_path)
+    run_quietly(ONE_SEED, digits, tmp_path)
     learned = {"coefficients/seed0-config4", "coefficients/seed0-config5"}
     assert ran.keys() == {"experts", "accuracies", "fine-tuning", *learned}
     for kind, (code, found) in ran.items():
@@ -329,11 +300,11 @@ def test_what_the_checksum_of_the_data_does_not_see_counts(change, digits, tmp_p
 
 
 def test_experts_that_other_source_trained_are_taken_where_they_are_accepted(
-    done, digits, tmp_path, monkeypatch, fresh_digests
+    done, digits, tmp_path, monkeypatch, change_source
 ):
     results, folder = done
     copied = shutil.copytree(folder, tmp_path / "run")
-    _changed(monkeypatch, "experiments.protocol.training", "_MINIBATCHES", "2", "3")
+    change_source("experiments.protocol.training", "_MINIBATCHES", "2", "3")
     context = prepare_quietly(TINY, digits, copied)
     assert "2 of them are kept, but other source computed them" in describe_missing(context)
     output = io.StringIO()

@@ -195,20 +195,6 @@ def test_another_network_on_a_data_set_is_not_set_beside_the_paper():
     assert report.leads([other])[1][0][4] == "-"
 
 
-def test_the_page_has_a_panel_a_run(tmp_path):
-    for name in ("a", "b", "c"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "results.json").write_text(json.dumps(RESULTS))
-    report.main([*(str(tmp_path / name) for name in "abc"), "--out-dir", str(tmp_path / "page")])
-    assert {path.name for path in (tmp_path / "page").iterdir()} == {"report.md", "figure1.png"}
-    text = (tmp_path / "page" / "report.md").read_text()
-    assert [line for line in text.splitlines() if line.startswith("### ")] == [
-        f"### {number} cifar10, resnet20" for number in (1, 2, 3)
-    ]
-    assert "nan" not in text
-    assert len(report.figure1([RESULTS] * 3).axes) == 3
-
-
 def test_without_folders_all_runs_that_came_to_their_report_are_taken(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     other = {**RESULTS, "title": "another", "config": {**RESULTS["config"], "network": "vit"}}
@@ -217,26 +203,14 @@ def test_without_folders_all_runs_that_came_to_their_report_are_taken(tmp_path, 
         (tmp_path / "runs" / name / "results.json").write_text(json.dumps(content))
     (tmp_path / "runs" / "in-progress" / "stages").mkdir(parents=True)
     report.main([])
-    text = (tmp_path / "runs" / "report" / "report.md").read_text()
+    page = tmp_path / "runs" / "report"
+    assert {path.name for path in page.iterdir()} == {"report.md", "figure1.png"}
+    text = (page / "report.md").read_text()
+    assert "nan" not in text
     assert [line for line in text.splitlines() if line.startswith("### ")] == [
         "### 1 cifar10, resnet20",
         "### 2 cifar10, vit",
     ]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "holds no results.json"),
-        ("{", "results.json is damaged"),
-        ('{"rows": []}', r"it holds \['rows'\], not the results of an experiment's Configs"),
-    ],
-)
-def test_a_folder_that_is_no_runs_is_named(tmp_path, content, message):
-    if content:
-        (tmp_path / "results.json").write_text(content)
-    with pytest.raises(SystemExit, match=f"{tmp_path}.*{message}"):
-        report.main([str(tmp_path), "--out-dir", str(tmp_path / "page")])
 
 
 def changed(*path, to):
@@ -255,6 +229,9 @@ def changed(*path, to):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (None, "holds no results.json"),
+        ("{", "results.json is damaged"),
+        ('{"rows": []}', r"it holds \['rows'\], not the results of an experiment's Configs"),
         ("[1]", r"it holds \[1\], not the results of an experiment's Configs"),
         ("null", "it holds None, not"),
         (changed("runs", 0, "test_accuracy", 1, to=float("nan")), "it has NaN, which is no number"),
@@ -275,7 +252,8 @@ def changed(*path, to):
     ],
 )
 def test_wrong_content_is_named_in_one_line(tmp_path, content, message):
-    (tmp_path / "results.json").write_text(content)
+    if content:
+        (tmp_path / "results.json").write_text(content)
     with pytest.raises(SystemExit, match=f"{tmp_path}.*{message}") as stopped:
         report.main([str(tmp_path), "--out-dir", str(tmp_path / "page")])
     assert len(str(stopped.value.code).splitlines()) == 1
@@ -327,6 +305,7 @@ def test_a_long_title_stays_within_its_picture():
 @pytest.mark.parametrize("panels", [1, 2, 3])
 def test_the_legend_of_figure_1_stays_within_it(panels):
     figure = report.figure1([WITH_OURS] * panels)
+    assert len(figure.axes) == panels
     figure.canvas.draw()
     box = figure.legends[0].get_window_extent()
     assert box.x0 >= 0

@@ -1,6 +1,5 @@
 """Which changes of the source change a digest."""
 
-import ast
 import functools
 import textwrap
 
@@ -225,31 +224,12 @@ def test_a_nested_function_is_what_encloses_it():
     assert name_of(inner) == "tests.experiments.runtime.test_sources:test_a_nested_function_is_what_encloses_it"
 
 
-def changed(monkeypatch, module, name, how):
-    """Changes a definition of this repository, for the digests."""
-    parsed = sources._parse(module)
-    (statement,) = parsed.definitions[name]
-    text = ast.unparse(statement)
-    assert how[0] in text
-    (after,) = ast.parse(text.replace(*how)).body
-    monkeypatch.setitem(parsed.definitions, name, [after])
-    sources.digest.cache_clear()
-    sources._definition.cache_clear()
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    yield
-    sources.digest.cache_clear()
-    sources._definition.cache_clear()
-
-
-def test_the_constants_of_the_studies_decide_their_digests(monkeypatch):
+def test_the_constants_of_the_studies_decide_their_digests(change_source):
     before = digest(name_of(calibration._learn_calibrated))
-    changed(monkeypatch, "experiments.studies.calibration", "_IMAGES", ("512", "513"))
+    change_source("experiments.studies.calibration", "_IMAGES", "512", "513")
     assert digest(name_of(calibration._learn_calibrated)) != before
     of_ablation = digest("experiments.studies.ablation.trials:measure")
-    changed(monkeypatch, "experiments.studies.ablation.learners", "_LAST_RATE", ("0.02", "0.03"))
+    change_source("experiments.studies.ablation.learners", "_LAST_RATE", "0.02", "0.03")
     assert digest("experiments.studies.ablation.trials:measure") != of_ablation
 
 

@@ -86,14 +86,7 @@ def test_a_damaged_file_is_named_and_not_taken_for_missing(content, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change",
-    [
-        {"alpha": [0.5]},
-        {"alpha": [0.25, 0.75]},
-        {"alpha": "high"},
-        {},
-        {"alpha": [0.5, 0.5], "more": 1},
-    ],
+    "change", [{"alpha": [0.5]}, {"alpha": [0.25, 0.75]}, {"alpha": "high"}, {}, {"alpha": [0.5, 0.5], "more": 1}]
 )
 def test_a_result_that_was_changed_is_damaged(change, tmp_path):
     stages = Stages(tmp_path)

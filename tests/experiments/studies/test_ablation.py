@@ -2,47 +2,40 @@
 
 import dataclasses
 import functools
-import io
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rich.console import Console
 
 import glue_jax
-from experiments import digits
-from experiments.protocol import data, presets
+from experiments.protocol import presets
 from experiments.protocol import run as protocol
-from experiments.protocol.context import prepare
 from experiments.protocol.expert_training import train_experts
-from experiments.runtime.progress import ProgressBars
 from experiments.runtime.stages import Stages
 from experiments.studies.ablation import __main__ as ablation
 from experiments.studies.ablation import ablation_report as report
 from experiments.studies.ablation import trials as measurement
 from experiments.studies.ablation.prerequisites import Measured
 from experiments.studies.ablation.recipes import Recipe, recipes
-from tests.experiments.helpers import TINY
+from tests.experiments.helpers import ONE_SEED, check_report, prepare_quietly
 from tests.helpers import ROOT
 
 RESULTS = ROOT / "experiments" / "results"
-ONE_SEED = dataclasses.replace(TINY, seeds=(0,))
 ALL = {recipe.name: recipe for recipe in recipes(ONE_SEED)}
 
 
 @pytest.fixture
-def tiny(monkeypatch):
-    monkeypatch.setitem(digits.PRESETS, "quick", ONE_SEED)
+def context(digits, tmp_path):
+    return prepare_quietly(ONE_SEED, digits, tmp_path)
 
 
 def run(folder, *words):
     return ablation.main(["--run-dir", str(folder / "run"), "--out-dir", str(folder / "out"), "--epochs", "1", *words])
 
 
-def test_every_recipe_gives_a_model_of_the_experts_architecture(tmp_path):
-    context = prepare(ONE_SEED, data.load("digits"), tmp_path, ProgressBars(Console(file=io.StringIO())))
+def test_every_recipe_gives_a_model_of_the_experts_architecture(context, tmp_path):
     found = measurement.measure(context, list(ALL.values()), 0, Stages(tmp_path / "out"))
     assert [row["recipe"] for row in found["rows"]] == list(ALL)
     rows = {row["recipe"]: row for row in found["rows"]}
@@ -92,17 +85,10 @@ def test_a_command_line_comes_to_its_report_and_has_nothing_to_do_again(tiny, tm
         ["4 GLUE", "task vectors"],
         ["4 GLUE"],
     ]
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "stages",
-        "results.json",
-        "report.md",
-        "ablation.png",
-    }
-    text = (tmp_path / "out" / "report.md").read_text()
-    assert "nan" not in text
+    text = check_report(tmp_path / "out", first, "ablation.png")
     assert "| 4 GLUE |" in text
     assert "Experts of separate initialisation" in text
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["title"] in text
+    assert first["title"] in text
     monkeypatch.setattr(measurement, "_model", None)
     again = run(tmp_path, *words)
     assert again["sets"] == first["sets"]
@@ -133,11 +119,10 @@ def test_a_recipe_is_chosen_by_its_name_and_several_by_a_word():
     ]
 
 
-def test_an_interrupted_fine_tuning_finds_the_coefficients_learned(tmp_path, monkeypatch):
+def test_an_interrupted_fine_tuning_finds_the_coefficients_learned(context, tmp_path, monkeypatch):
     def interrupted(*arguments, **words):
         raise KeyboardInterrupt
 
-    context = prepare(ONE_SEED, data.load("digits"), tmp_path, ProgressBars(Console(file=io.StringIO())))
     chosen = [ALL["GLUE from three starts"], ALL["minibatch, temperature, by block"]]
     folder = Stages(tmp_path / "out")
     alone = measurement.measure(context, chosen, 1, Stages(tmp_path / "alone"))["rows"]
@@ -154,8 +139,7 @@ def test_an_interrupted_fine_tuning_finds_the_coefficients_learned(tmp_path, mon
     assert rows == alone
 
 
-def test_what_the_experiment_has_done_of_the_papers_configs_is_taken_from_there(tmp_path, monkeypatch):
-    context = prepare(ONE_SEED, data.load("digits"), tmp_path, ProgressBars(Console(file=io.StringIO())))
+def test_what_the_experiment_has_done_of_the_papers_configs_is_taken_from_there(context, tmp_path, monkeypatch):
     paper = [recipe for recipe in ALL.values() if recipe.part == "the paper"]
     anew = measurement.measure(context, paper, 1, Stages(tmp_path / "anew"))["rows"]
     protocol.run(context)
@@ -173,17 +157,16 @@ def test_what_the_experiment_has_done_of_the_papers_configs_is_taken_from_there(
     assert len(measurement.measure(context, paper, 1, Stages(tmp_path / "anew"))["rows"]) == 4
 
 
-def test_longer_fine_tuning_than_the_experiments_is_done_anew(tmp_path):
-    context = prepare(ONE_SEED, data.load("digits"), tmp_path, ProgressBars(Console(file=io.StringIO())))
+def test_longer_fine_tuning_than_the_experiments_is_done_anew(context, tmp_path):
     protocol.run(context)
     epochs = ONE_SEED.fine_tuning_epochs + 1
     (row,) = measurement.measure(context, [ALL["1 data size (uniform)"]], epochs, Stages(tmp_path / "out"))["rows"]
     assert len(row["test_accuracy"]) == 1 + epochs
 
 
-def test_a_network_without_batch_norm_has_every_way(tmp_path):
+def test_a_network_without_batch_norm_has_every_way(digits, tmp_path):
     config = dataclasses.replace(ONE_SEED, network="vit", vit_patch_size=4, vit_depth=1, vit_width=12, vit_mlp_width=24)
-    context = prepare(config, data.load("digits"), tmp_path, ProgressBars(Console(file=io.StringIO())))
+    context = prepare_quietly(config, digits, tmp_path)
     chosen = [ALL[name] for name in ("GLUE, minibatch", "uniform, refreshed", "aligned, free coefficients, by layer")]
     rows = measurement.measure(context, chosen, 0, Stages(tmp_path / "out"))["rows"]
     assert len(rows) == 3
@@ -198,8 +181,7 @@ def test_coefficients_outside_the_hull_with_blended_statistics_are_refused_with_
         Recipe(name="x", part="remedies", **parts)
 
 
-def test_several_starts_go_with_groups_and_a_temperature(tmp_path):
-    context = prepare(ONE_SEED, data.load("digits"), tmp_path, ProgressBars(Console(file=io.StringIO())))
+def test_several_starts_go_with_groups_and_a_temperature(context, tmp_path):
     recipe = dataclasses.replace(
         ALL["GLUE from three starts"], grouping="layer", temperature=True, statistics="minibatch"
     )
@@ -208,8 +190,7 @@ def test_several_starts_go_with_groups_and_a_temperature(tmp_path):
     assert abs(np.log(row["temperature"])) > ONE_SEED.alpha_learning_rate / 2
 
 
-def test_groups_start_where_one_vector_for_the_model_ended(tmp_path):
-    context = prepare(ONE_SEED, data.load("digits"), tmp_path, ProgressBars(Console(file=io.StringIO())))
+def test_groups_start_where_one_vector_for_the_model_ended(context, tmp_path):
     first = ALL["free coefficients, temperature"]
     # A start of its own is not asked for.
     fine = dataclasses.replace(ALL["free coefficients, by layer"], first=first, temperature=True, start=None)
@@ -226,8 +207,7 @@ def test_groups_start_where_one_vector_for_the_model_ended(tmp_path):
     assert rows[1]["forward_passes"] == rows[0]["forward_passes"] + 5 * 2 * 4 * 16 + 4 * 20
 
 
-def test_regmean_of_equal_experts_is_that_expert(tmp_path):
-    context = prepare(ONE_SEED, data.load("digits"), tmp_path, ProgressBars(Console(file=io.StringIO())))
+def test_regmean_of_equal_experts_is_that_expert(context):
     expert = context.problem.network.init(jax.random.key(0))
     experts = glue_jax.stack_experts([expert] * 2)
     measured = Measured(context.problem, lambda how: experts, [{}, {}], context.validation, context.evaluate)
@@ -257,31 +237,10 @@ def test_the_experiments_own_step_of_glue_is_the_one_that_is_measured():
     assert step.keywords == expected
 
 
-def test_the_ensemble_is_of_mean_probabilities(tmp_path):
-    context = prepare(ONE_SEED, data.load("digits"), tmp_path, ProgressBars(Console(file=io.StringIO())))
+def test_the_ensemble_is_of_mean_probabilities(context):
     experts = [context.problem.network.init(jax.random.key(seed)) for seed in range(3)]
     found = measurement._ensemble(context, experts)
     probabilities = np.mean([jax.nn.softmax(context.problem.logits(e, context.test.images)) for e in experts], axis=0)
     labels = np.asarray(context.test.labels)
     assert found["test_accuracy"] == pytest.approx((probabilities.argmax(axis=1) == labels).mean())
     assert found["test_loss"] == pytest.approx(-np.log(probabilities[np.arange(len(labels)), labels]).mean(), rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--recipes", "magic"], "recipes has 'magic'; expected part of one of"),
-        (["--epochs", "-1"], "epochs is -1; expected at least 0"),
-        (["--initializations", "common", "common"], "each given once"),
-        (["--experiment", "nowhere"], "experiment is 'nowhere'; expected a module of experiments with PRESETS"),
-        (["--experiment", "stages"], "experiment is 'stages'; expected"),
-        (["--preset", "huge"], "preset is 'huge'; expected one of ('quick',)"),
-    ],
-)
-def test_a_bad_command_line_is_refused_before_any_work(words, message, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        ablation.main(["--out-dir", str(tmp_path / "out"), *words])
-    printed = capsys.readouterr()
-    said = f"{stopped.value.code} {printed.out} {printed.err}".replace("│", " ")
-    assert message in " ".join(said.split())
-    assert not (tmp_path / "out").exists()

@@ -2,14 +2,7 @@
 
 import pytest
 
-from experiments import digits
 from experiments.studies import similarity
-from tests.experiments.helpers import TINY
-
-
-@pytest.fixture
-def tiny(monkeypatch):
-    monkeypatch.setitem(digits.PRESETS, "quick", TINY)
 
 
 @pytest.mark.parametrize("initialization", ["common", "separate"])
@@ -45,30 +38,3 @@ def test_a_runs_experts_are_compared_and_advised_on(tiny, tmp_path, initializati
 )
 def test_the_advice_follows_weights_and_barriers(cosine, barriers, message):
     assert message in similarity.advice(cosine, barriers)
-
-
-@pytest.mark.parametrize("barriers", ["1", "-1"])
-def test_a_number_of_barriers_that_cannot_be_is_refused(tiny, tmp_path, barriers, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        similarity.main(["--out-dir", str(tmp_path / "out"), "--barriers", barriers])
-    printed = capsys.readouterr()
-    said = " ".join(f"{stopped.value.code} {printed.out} {printed.err}".replace("│", " ").split())
-    assert f"barriers is {barriers}; expected 0, or at least 2 experts" in said
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--num-experts", "1"], "num_experts is 1; expected at least 2 for this command"),
-        (["--run-dir", "out"], "out_dir is out, which is run_dir: expected another folder"),
-        (["--run-dir", "a/../out"], "which is run_dir"),
-    ],
-)
-def test_what_cannot_be_compared_or_would_be_written_over_is_refused_before_any_work(
-    tiny, tmp_path, words, message, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match=message):
-        similarity.main(["--out-dir", "out", *words])
-    assert not list(tmp_path.iterdir())

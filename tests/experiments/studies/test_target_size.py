@@ -1,34 +1,25 @@
 """The study of target sizes: what is drawn, how epochs are chosen, and the command at a tiny scale."""
 
 import dataclasses
-import io
 import itertools
-import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rich.console import Console
 
-from experiments import digits
-from experiments.protocol import data
-from experiments.protocol.context import prepare
 from experiments.protocol.training import Trainer, TrainingState
-from experiments.runtime.progress import ProgressBars
 from experiments.studies import starts, target_size
 from experiments.studies.starts import STARTS, labelled_images
-from tests.experiments.helpers import TINY
+from tests.experiments.helpers import ONE_SEED, check_report, prepare_quietly
 
-TINY_ONE = dataclasses.replace(TINY, seeds=(0,))
 # Of the training images, those that do not validate.
-AVAILABLE = 1348 - TINY.validation_examples
+AVAILABLE = 1348 - ONE_SEED.validation_examples
 
 
 @pytest.fixture(scope="module")
-def context(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    return prepare(TINY_ONE, data.load("digits"), folder, ProgressBars(Console(file=io.StringIO())))
+def context(digits, tmp_path_factory):
+    return prepare_quietly(ONE_SEED, digits, tmp_path_factory.mktemp("run"))
 
 
 def test_smaller_target_sets_are_part_of_larger_ones_and_begin_with_the_seeds_own(context):
@@ -51,8 +42,7 @@ def test_of_many_images_a_thousand_validate(context):
 
 
 @pytest.mark.parametrize(
-    ("accuracies", "losses", "best"),
-    [([0.5, 0.7, 0.6], [1.0, 3.0, 2.0], 1), ([0.5, 0.7, 0.7], [1.0, 3.0, 2.0], 2)],
+    ("accuracies", "losses", "best"), [([0.5, 0.7, 0.6], [1.0, 3.0, 2.0], 1), ([0.5, 0.7, 0.7], [1.0, 3.0, 2.0], 2)]
 )
 def test_the_best_expert_is_the_most_accurate_and_of_equals_the_one_of_the_lowest_loss(
     context, accuracies, losses, best
@@ -89,11 +79,6 @@ def test_fine_tuning_keeps_the_model_of_the_lowest_validation_loss_and_stops(con
     assert found == losses[: epochs + 1]
 
 
-@pytest.fixture
-def tiny(monkeypatch):
-    monkeypatch.setitem(digits.PRESETS, "quick", TINY_ONE)
-
-
 def test_the_command_keeps_what_it_measured_and_reports_it(tiny, tmp_path, monkeypatch, capsys):
     words = ["--sizes", "30", "2000", "--epochs", "2", "--least-steps", "3"]
     words += ["--run-dir", str(tmp_path / "run"), "--out-dir", str(tmp_path / "out")]
@@ -108,34 +93,9 @@ def test_the_command_keeps_what_it_measured_and_reports_it(tiny, tmp_path, monke
         assert 1 < len(row["validation_loss"]) <= row["most_epochs"] + 1
         if not row["epochs"]:
             assert row["tuned_accuracy"] == row["prior_accuracy"]
-    report = (tmp_path / "out" / "report.md").read_text()
+    report = check_report(tmp_path / "out", results, "target-size.png")
     assert f"| {AVAILABLE:,} | 2,000 |" in report
     assert f"| 30 | 10 | {len(rows)} |" in report
-    assert "nan" not in report
-    assert (tmp_path / "out" / "target-size.png").exists()
-    assert json.loads((tmp_path / "out" / "results.json").read_text()) == json.loads(json.dumps(results))
     monkeypatch.setattr(target_size, "fine_tune", lambda *_: pytest.fail("fine-tuned again"))
     assert target_size.main(words)["rows"] == rows
     capsys.readouterr()
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--sizes", "30", "30"], "sizes are (30, 30)"),
-        (["--sizes", "19"], "sizes are (19,)"),
-        (["--epochs", "0"], "epochs is 0"),
-        (["--starts", "Newtons"], "starts has 'Newtons'"),
-    ],
-)
-def test_a_command_line_out_of_range_ends_before_any_work(words, message, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        target_size.main([*words, "--out-dir", str(tmp_path / "out")])
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-def test_sizes_that_are_all_above_what_is_there_end_before_any_work(tiny, tmp_path):
-    with pytest.raises(SystemExit, match=f"there are {AVAILABLE} images to draw from"):
-        target_size.main(["--sizes", "2000", "--run-dir", str(tmp_path / "run"), "--out-dir", str(tmp_path / "out")])
-    assert not (tmp_path / "run").exists()

@@ -62,19 +62,3 @@ def test_each_network_is_compiled_at_each_batch_size():
         for network in ("vit", "resnet20")
         for batch_size in (64, 512)
     ]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--networks", "vgg"], "network is 'vgg'; expected one of"),
-        (["--batch-sizes", "0"], "batch_size is 0; expected at least 1"),
-        (["--networks"], "networks or batch_sizes is empty"),
-    ],
-)
-def test_a_bad_argument_is_refused_by_name(arguments, message, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        tpu.main(arguments)
-    assert stopped.value.code == 2
-    printed = capsys.readouterr()
-    assert message in " ".join((printed.err + printed.out).replace("│", " ").split())

@@ -351,20 +351,6 @@ def test_an_interrupted_run_goes_on(done, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--examples", "65"], "examples is 65, but there are 64 target images"),
-        (["--averaged", "1", "30", "--probes", "64"], "probes is 64; expected at least 66 for m = 30 and K = 3"),
-    ],
-)
-def test_a_bad_value_ends_with_one_clear_line_before_any_work(options, message, tmp_path):
-    with pytest.raises(SystemExit) as stopped:
-        _main(tmp_path, *options)
-    assert message in str(stopped.value.code)
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"examples": 0}, "examples is 0; expected at least 1"),

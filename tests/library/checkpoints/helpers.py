@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from glue_jax.checkpoints import open_checkpoint
+
 
 def weights(seed, dtype: Any = np.float32):
     """A small state dict of PyTorch, with BatchNorm and its counter."""
@@ -59,3 +61,8 @@ def expected(alpha, dtype: Any = np.float32):
 def everything_in(folder):
     """The names and the bytes of all files in a folder."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def read(path):
+    opened = open_checkpoint(path)
+    return opened.read(list(opened.tensors))

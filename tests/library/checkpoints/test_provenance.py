@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 import glue_jax
 from glue_jax.checkpoints import Checkpoint, blend_files, load_experts, open_checkpoint, open_checkpoints, provenance
 from glue_jax.merging import by_layer
-from tests.library.checkpoints.helpers import save, save_shards, weights
+from tests.library.checkpoints.helpers import read, save, save_shards, weights
 
 ALPHA = {"bn": [1, 0, 0], "fc1": [0.2, 0.3, 0.5], "fc2": [0.5, -0.5, 1]}
 
@@ -34,11 +34,6 @@ def written(paths, out, learned=None, report=""):
     made = provenance.record(checkpoints, coefficients, learned)
     side_files = provenance.side_files(checkpoints, made, report)
     return blend_files(checkpoints, coefficients.of, out, side_files=side_files)
-
-
-def read(path):
-    opened = open_checkpoint(path)
-    return opened.read(list(opened.tensors))
 
 
 def test_the_record_names_groups_tensors_hashes_and_versions(folders, tmp_path):

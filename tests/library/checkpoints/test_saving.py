@@ -15,14 +15,9 @@ from safetensors.numpy import save_file
 
 import glue_jax
 from glue_jax.checkpoints import blend_files, load_experts, open_checkpoint, open_checkpoints, save_blend, saving, sums
-from tests.library.checkpoints.helpers import everything_in, expected, save, save_shards
+from tests.library.checkpoints.helpers import everything_in, expected, read, save, save_shards
 
 ALPHA = [0.5, -0.25, 0.75]
-
-
-def read(path):
-    opened = open_checkpoint(path)
-    return opened.read(list(opened.tensors))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import glue_jax
 from experiments import models
 from experiments.models.permutations import SPECS
+from glue_jax.merging import align, align_experts, chain_spec, permute
 
 MLP = {
     "dense1/kernel": (None, "hidden1"),
@@ -44,7 +45,7 @@ def mlp_logits(params, x):
 
 def shuffled(spec, params, seed=0):
     """Random permutations of all that a spec names."""
-    identity = glue_jax.merging.align(params, params, spec)
+    identity = align(params, params, spec)
     rng = np.random.default_rng(seed)
     drawn = {name: rng.permutation(len(permutation)) for name, permutation in identity.items()}
     # None stays as it is.
@@ -77,7 +78,7 @@ def network(request):
 
 def test_a_permuted_network_computes_the_same(network):
     network, variables, spec, images = network
-    moved = glue_jax.merging.permute(variables, spec, shuffled(spec, variables))
+    moved = permute(variables, spec, shuffled(spec, variables))
     kernels = [path for path in spec if path.endswith("kernel")]
     by_path = dict(zip(jax.tree.leaves(glue_jax.paths.leaf_paths(moved)), jax.tree.leaves(moved), strict=True))
     before = dict(zip(by_path, jax.tree.leaves(variables), strict=True))
@@ -88,9 +89,9 @@ def test_a_permuted_network_computes_the_same(network):
 
 def test_a_permuted_expert_is_aligned_back_exactly(network):
     _, variables, spec, _ = network
-    moved = glue_jax.merging.permute(variables, spec, shuffled(spec, variables))
-    found = glue_jax.merging.align(moved, variables, spec)
-    assert_trees_equal(glue_jax.merging.permute(moved, spec, found), variables)
+    moved = permute(variables, spec, shuffled(spec, variables))
+    found = align(moved, variables, spec)
+    assert_trees_equal(permute(moved, spec, found), variables)
 
 
 def test_every_leaf_of_a_network_is_in_its_spec(network):
@@ -101,7 +102,7 @@ def test_every_leaf_of_a_network_is_in_its_spec(network):
 
 def test_a_permutation_takes_each_unit_from_its_place():
     params = {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.arange(3.0)}
-    moved = glue_jax.merging.permute(params, {"a": (None, "unit"), "b": ("unit",)}, {"unit": np.array([2, 0, 1])})
+    moved = permute(params, {"a": (None, "unit"), "b": ("unit",)}, {"unit": np.array([2, 0, 1])})
     np.testing.assert_array_equal(moved["a"], [[2, 0, 1], [5, 3, 4]])
     np.testing.assert_array_equal(moved["b"], [2, 0, 1])
 
@@ -111,12 +112,10 @@ def test_segments_move_the_units_of_each_permutation_among_its_own_places():
     spec = {"a": ((("outer", 0, 1), ("inner", 0, 2), ("outer", 1, 2)),), "b": ("inner",)}
     params = {"a": jnp.array([10.0, 20.0, 21.0, 11.0]), "b": jnp.array([20.0, 21.0])}
     swapped = {"inner": np.array([1, 0]), "outer": np.array([1, 0])}
-    moved = glue_jax.merging.permute(params, spec, swapped)
+    moved = permute(params, spec, swapped)
     np.testing.assert_array_equal(moved["a"], [11, 21, 20, 10])
     np.testing.assert_array_equal(moved["b"], [21, 20])
-    np.testing.assert_array_equal(
-        glue_jax.merging.permute(params, spec, {"outer": np.array([1, 0])})["a"], [11, 20, 21, 10]
-    )
+    np.testing.assert_array_equal(permute(params, spec, {"outer": np.array([1, 0])})["a"], [11, 20, 21, 10])
 
 
 def test_experts_aligned_to_one_of_them_differ_as_they_did_before_they_were_permuted():
@@ -124,24 +123,21 @@ def test_experts_aligned_to_one_of_them_differ_as_they_did_before_they_were_perm
     noise = [jax.tree.map(lambda leaf: 0.01 * leaf, mlp(jax.random.key(4 + index))) for index in range(3)]
     originals = [jax.tree.map(jnp.add, base, tree) for tree in noise]
     moved = [
-        glue_jax.merging.permute(expert, MLP, shuffled(MLP, base, index)) if index else expert
-        for index, expert in enumerate(originals)
+        permute(expert, MLP, shuffled(MLP, base, index)) if index else expert for index, expert in enumerate(originals)
     ]
-    found = glue_jax.merging.align_experts(glue_jax.stack_experts(moved), MLP)
+    found = align_experts(glue_jax.stack_experts(moved), MLP)
     jax.tree.map(np.testing.assert_allclose, found.experts, glue_jax.stack_experts(originals))
     for index, expert in enumerate(moved):
         assert_trees_equal(
-            glue_jax.merging.permute(expert, MLP, found.permutations[index]),
+            permute(expert, MLP, found.permutations[index]),
             jax.tree.map(lambda leaf, index=index: leaf[index], found.experts),
         )
 
 
 def test_joint_alignment_brings_permuted_copies_of_one_expert_together():
     base = mlp(jax.random.key(5))
-    experts = glue_jax.stack_experts(
-        [glue_jax.merging.permute(base, MLP, shuffled(MLP, base, index)) for index in range(4)]
-    )
-    found = glue_jax.merging.align_experts(experts, MLP, reference=None)
+    experts = glue_jax.stack_experts([permute(base, MLP, shuffled(MLP, base, index)) for index in range(4)])
+    found = align_experts(experts, MLP, reference=None)
     average = glue_jax.blend(found.experts, glue_jax.coefficients.uniform(4))
     x = jax.random.normal(jax.random.key(6), (10, 5))
     np.testing.assert_allclose(mlp_logits(average, x), mlp_logits(base, x), rtol=1e-3, atol=1e-4)
@@ -158,7 +154,7 @@ def test_an_expert_is_never_further_from_the_reference_than_before():
             float(jnp.sum(jnp.square(a - b))) for a, b in zip(*map(jax.tree.leaves, (params, first)), strict=True)
         )
 
-    aligned = glue_jax.merging.permute(second, MLP, glue_jax.merging.align(second, first, MLP))
+    aligned = permute(second, MLP, align(second, first, MLP))
     assert distance(aligned) < distance(second)
 
 
@@ -178,13 +174,13 @@ def test_an_expert_is_never_further_from_the_reference_than_before():
 def test_a_spec_that_does_not_fit_is_refused(spec, message):
     params = mlp(jax.random.key(9))
     with pytest.raises(ValueError, match=message):
-        glue_jax.merging.align(params, params, spec)
+        align(params, params, spec)
 
 
 def test_a_reference_that_is_no_experts_number_is_refused():
     experts = glue_jax.stack_experts([mlp(jax.random.key(10))] * 2)
     with pytest.raises(ValueError, match="reference is 2; expected the index of one of 2 experts, or None"):
-        glue_jax.merging.align_experts(experts, MLP, reference=2)
+        align_experts(experts, MLP, reference=2)
 
 
 @pytest.mark.parametrize(
@@ -198,28 +194,26 @@ def test_a_reference_that_is_no_experts_number_is_refused():
 )
 def test_what_is_no_permutation_of_the_spec_is_refused(permutations, message):
     with pytest.raises(ValueError, match=message):
-        glue_jax.merging.permute(
-            mlp(jax.random.key(0)), MLP, {name: np.array(found) for name, found in permutations.items()}
-        )
+        permute(mlp(jax.random.key(0)), MLP, {name: np.array(found) for name, found in permutations.items()})
 
 
 def test_a_reference_of_other_leaves_or_shapes_is_refused():
     model = mlp(jax.random.key(0))
     with pytest.raises(ValueError, match="params has no leaf at 'dense3/"):
-        glue_jax.merging.align({name: model[name] for name in ("dense1", "dense2")}, model, MLP)
+        align({name: model[name] for name in ("dense1", "dense2")}, model, MLP)
     smaller = {**model, "dense1": {"kernel": jnp.zeros((4, 7)), "bias": jnp.zeros(7)}}
     with pytest.raises(ValueError, match=r"params has \(4, 7\) at 'dense1/kernel', and reference has \(5, 7\)"):
-        glue_jax.merging.align(smaller, model, MLP)
+        align(smaller, model, MLP)
 
 
 def test_the_spec_of_a_chain_is_the_one_written_by_hand():
     def renamed(spec, names):
         return {path: tuple(names.get(axis, axis) for axis in axes) for path, axes in spec.items()}
 
-    found = glue_jax.merging.chain_spec(mlp(jax.random.key(0)), ["dense1", "dense2", "dense3"])
+    found = chain_spec(mlp(jax.random.key(0)), ["dense1", "dense2", "dense3"])
     assert renamed(found, {"units0": "hidden1", "units1": "hidden2"}) == MLP
     variables = jax.eval_shape(models.build("convnet", image_shape=(8, 8, 1), num_classes=4).init, jax.random.key(0))
-    found = glue_jax.merging.chain_spec(variables, ["(conv|norm)1/", "(conv|norm)2/", "head"])
+    found = chain_spec(variables, ["(conv|norm)1/", "(conv|norm)2/", "head"])
     assert renamed(found, {"units0": "conv1", "units1": "conv2"}) == SPECS["convnet"]()
 
 
@@ -234,18 +228,18 @@ def test_the_spec_of_a_chain_is_the_one_written_by_hand():
 )
 def test_layers_that_are_no_chain_are_refused(layers, message):
     with pytest.raises(ValueError, match=message):
-        glue_jax.merging.chain_spec(mlp(jax.random.key(0)), layers)
+        chain_spec(mlp(jax.random.key(0)), layers)
 
 
 def test_experts_that_are_stacked_and_a_single_pattern_are_no_layers():
     model = mlp(jax.random.key(0))
     stacked = glue_jax.stack_experts([model, model])
     with pytest.raises(ValueError, match=r"no chain of one model \(stacked experts are several models\)"):
-        glue_jax.merging.chain_spec(stacked, ["dense1", "dense2", "dense3"])
+        chain_spec(stacked, ["dense1", "dense2", "dense3"])
     with pytest.raises(TypeError, match="layers is the string 'dense1'; expected a sequence of patterns"):
-        glue_jax.merging.chain_spec(model, "dense1")
+        chain_spec(model, "dense1")
     with pytest.raises(ValueError, match="kernel_layout is 'oi'; expected one of"):
-        glue_jax.merging.chain_spec(model, ["dense1", "dense2"], kernel_layout="oi")  # pyright: ignore[reportArgumentType]
+        chain_spec(model, ["dense1", "dense2"], kernel_layout="oi")  # pyright: ignore[reportArgumentType]
 
 
 def torch_mlp(key, sizes):
@@ -271,10 +265,8 @@ LAYERS = [r"^0\.", r"^1\.", r"^2\."]
 def test_kernels_with_outputs_first_compute_the_same_when_they_are_aligned(sizes, layout):
     models = [torch_mlp(jax.random.key(seed), sizes) for seed in range(2)]
     x = jax.random.normal(jax.random.key(2), (4, sizes[0]))
-    spec = glue_jax.merging.chain_spec(models[0], LAYERS, kernel_layout=layout)
-    found = glue_jax.merging.align_experts(
-        glue_jax.stack_experts(models), spec, check_fn=lambda params: torch_logits(params, x)
-    )
+    spec = chain_spec(models[0], LAYERS, kernel_layout=layout)
+    found = align_experts(glue_jax.stack_experts(models), spec, check_fn=lambda params: torch_logits(params, x))
     assert (found.permutations[1]["units0"] != np.arange(sizes[1])).any()
     moved = jax.tree.map(lambda leaf: leaf[1], found.experts)
     np.testing.assert_allclose(torch_logits(moved, x), torch_logits(models[1], x), rtol=1e-4, atol=1e-4)
@@ -283,9 +275,9 @@ def test_kernels_with_outputs_first_compute_the_same_when_they_are_aligned(sizes
 def test_a_layout_that_the_shapes_do_not_tell_or_that_they_contradict_is_refused():
     square = torch_mlp(jax.random.key(0), (6, 6, 6, 6))
     with pytest.raises(ValueError, match="the shapes fit both layouts of kernels: pass kernel_layout='in_out'"):
-        glue_jax.merging.chain_spec(square, LAYERS)
+        chain_spec(square, LAYERS)
     with pytest.raises(ValueError, match=r"with kernel_layout 'in_out', permutation 'units0' has 5 units at 0.weight"):
-        glue_jax.merging.chain_spec(torch_mlp(jax.random.key(0), (5, 7, 6, 3)), LAYERS, kernel_layout="in_out")
+        chain_spec(torch_mlp(jax.random.key(0), (5, 7, 6, 3)), LAYERS, kernel_layout="in_out")
 
 
 def test_convolutions_with_outputs_first_have_biases_and_counters_of_their_own_shapes():
@@ -294,7 +286,7 @@ def test_convolutions_with_outputs_first_have_biases_and_counters_of_their_own_s
         "conv1": {"weight": jnp.zeros((4, 3, 3, 3)), "bias": jnp.zeros((4, 1, 1)), "count": jnp.array(7)},
         "conv2": {"weight": jnp.zeros((2, 4, 3, 3)), "bias": jnp.zeros((2, 1, 1))},
     }
-    assert glue_jax.merging.chain_spec(params, ["conv1", "conv2"]) == {
+    assert chain_spec(params, ["conv1", "conv2"]) == {
         "conv1/bias": ("units0", None, None),
         "conv1/count": (),
         "conv1/weight": ("units0", None, None, None),
@@ -306,9 +298,9 @@ def test_convolutions_with_outputs_first_have_biases_and_counters_of_their_own_s
 def test_a_spec_that_changes_what_an_expert_computes_is_found_by_its_function():
     models = [torch_mlp(jax.random.key(seed), (6, 6, 6, 6)) for seed in range(2)]
     x = jax.random.normal(jax.random.key(2), (4, 6))
-    wrong = glue_jax.merging.chain_spec(models[0], LAYERS, kernel_layout="in_out")
+    wrong = chain_spec(models[0], LAYERS, kernel_layout="in_out")
     with pytest.raises(ValueError, match="expert 1 computes something else after its units changed places"):
-        glue_jax.merging.align_experts(
+        align_experts(
             glue_jax.stack_experts(models), wrong, check_fn=lambda params: {"logits": torch_logits(params, x)}
         )
 
@@ -318,18 +310,18 @@ def test_weights_that_are_no_numbers_are_named_by_expert_and_path():
     for value in (jnp.nan, -jnp.inf):
         bad = {**good, "dense2": {**good["dense2"], "bias": good["dense2"]["bias"].at[3].set(value)}}
         with pytest.raises(ValueError, match=f"expert 1 of experts holds {value} at dense2/bias; expected finite"):
-            glue_jax.merging.align_experts(glue_jax.stack_experts([good, bad]), MLP)
+            align_experts(glue_jax.stack_experts([good, bad]), MLP)
         for name, pair in (("params", (bad, good)), ("reference", (good, bad))):
             with pytest.raises(ValueError, match=f"{name} holds {value} at dense2/bias"):
-                glue_jax.merging.align(*pair, MLP)
+                align(*pair, MLP)
 
 
 def test_two_leaves_of_one_path_are_refused():
     tree = {"a/b": jnp.arange(4.0), "a": {"b": jnp.arange(4.0)}, "c": jnp.ones((4, 2))}
     for function in (
-        lambda: glue_jax.merging.permute(tree, {}, {}),
-        lambda: glue_jax.merging.align(tree, tree, {"c": ("unit", None)}),
-        lambda: glue_jax.merging.chain_spec(tree, ["a", "c"]),
+        lambda: permute(tree, {}, {}),
+        lambda: align(tree, tree, {"c": ("unit", None)}),
+        lambda: chain_spec(tree, ["a", "c"]),
     ):
         with pytest.raises(ValueError, match="two leaves have the path 'a/b'"):
             function()
@@ -340,19 +332,19 @@ def test_nothing_to_compare_and_no_rounds_are_refused():
     with pytest.raises(
         ValueError, match=r"ignore is '.'; expected a pattern that leaves weights to match .*'hidden1', 'hidden2'"
     ):
-        glue_jax.merging.align(model, model, MLP, ignore=".")
+        align(model, model, MLP, ignore=".")
     with pytest.raises(ValueError, match="max_sweeps is 0; expected at least 1"):
-        glue_jax.merging.align(model, model, MLP, max_sweeps=0)
+        align(model, model, MLP, max_sweeps=0)
     with pytest.raises(ValueError, match="max_rounds is -1; expected at least 1"):
-        glue_jax.merging.align_experts(glue_jax.stack_experts([model, model]), MLP, reference=None, max_rounds=-1)
+        align_experts(glue_jax.stack_experts([model, model]), MLP, reference=None, max_rounds=-1)
 
 
 def test_experts_of_half_precision_keep_it_and_their_counters():
     base = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), mlp(jax.random.key(5)))
-    moved = glue_jax.merging.permute(base, MLP, shuffled(MLP, base, 1))
+    moved = permute(base, MLP, shuffled(MLP, base, 1))
     experts = {**jax.tree.map(lambda *leaves: jnp.stack(leaves), base, moved), "seen": np.array([2**40, 2**40 + 7])}
     for reference in (0, None):
-        found = glue_jax.merging.align_experts(experts, MLP, reference=reference).experts
+        found = align_experts(experts, MLP, reference=reference).experts
         assert found["dense1"]["kernel"].dtype == jnp.bfloat16
         np.testing.assert_array_equal(found["seen"], experts["seen"])
         np.testing.assert_array_equal(found["dense2"]["kernel"][1], found["dense2"]["kernel"][0])
@@ -361,10 +353,10 @@ def test_experts_of_half_precision_keep_it_and_their_counters():
 def test_experts_whose_heads_differ_share_a_backbone_and_one_of_the_heads():
     base = mlp(jax.random.key(10))
     heads = [{"kernel": jnp.ones((6, classes)), "bias": jnp.zeros(classes)} for classes in (3, 5)]
-    moved = {**glue_jax.merging.permute(base, MLP, shuffled(MLP, base)), "dense3": heads[1]}
+    moved = {**permute(base, MLP, shuffled(MLP, base)), "dense3": heads[1]}
     parts, rests = zip(*(glue_jax.partition(expert, "^dense3/") for expert in (base, moved)), strict=True)
     backbone = {path: axes for path, axes in MLP.items() if not path.startswith("dense3/")}
-    aligned = glue_jax.merging.align_experts(glue_jax.stack_experts(rests), backbone).experts
+    aligned = align_experts(glue_jax.stack_experts(rests), backbone).experts
     model = glue_jax.combine(glue_jax.blend(aligned, glue_jax.coefficients.uniform(2)), parts[0])
     x = jax.random.normal(jax.random.key(11), (4, 5))
     np.testing.assert_allclose(mlp_logits(model, x), mlp_logits(base, x), rtol=1e-4, atol=1e-5)
@@ -373,11 +365,11 @@ def test_experts_whose_heads_differ_share_a_backbone_and_one_of_the_heads():
 def test_complex_weights_and_a_check_that_checks_nothing_are_refused():
     models = [mlp(jax.random.key(seed)) for seed in (20, 21)]
     with pytest.raises(TypeError, match=r"params or reference is complex at '.*'; expected real weights"):
-        glue_jax.merging.align(jax.tree.map(lambda leaf: leaf * 1j, models[0]), models[1], MLP)
+        align(jax.tree.map(lambda leaf: leaf * 1j, models[0]), models[1], MLP)
     experts = glue_jax.stack_experts(models)
     with pytest.raises(ValueError, match="check_fn returned None; expected arrays"):
-        glue_jax.merging.align_experts(experts, MLP, check_fn=lambda params: None)
+        align_experts(experts, MLP, check_fn=lambda params: None)
     with pytest.raises(TypeError, match=r"reference is 1.0; expected an integer"):
-        glue_jax.merging.align_experts(experts, MLP, reference=1.0)  # pyright: ignore[reportArgumentType]
+        align_experts(experts, MLP, reference=1.0)  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="permutations is a list; expected a mapping"):
-        glue_jax.merging.permute(models[0], MLP, [{}])  # pyright: ignore[reportArgumentType]
+        permute(models[0], MLP, [{}])  # pyright: ignore[reportArgumentType]

@@ -12,6 +12,7 @@ from flax import nnx
 import glue_jax
 from experiments import models
 from experiments.protocol.data import Examples
+from glue_jax.merging import refresh_statistics
 
 
 def statistics(params, batch):
@@ -26,7 +27,7 @@ PARAMS = {"params": {"scale": jnp.array(2.0)}, "batch_stats": {"norm": {"mean": 
 
 @pytest.mark.parametrize("cuts", [[], [25], [1, 3, 40]], ids=["one batch", "equal batches", "unequal batches"])
 def test_statistics_of_batches_are_those_of_all_examples(cuts):
-    refreshed = glue_jax.merging.refresh_statistics(PARAMS, np.split(np.asarray(DATA), cuts), statistics)
+    refreshed = refresh_statistics(PARAMS, np.split(np.asarray(DATA), cuts), statistics)
     norm = refreshed["batch_stats"]["norm"]
     np.testing.assert_allclose(norm["mean"], 2 * DATA.mean(axis=0), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(norm["var"], 4 * DATA.var(axis=0), rtol=1e-4)
@@ -35,7 +36,7 @@ def test_statistics_of_batches_are_those_of_all_examples(cuts):
 
 def test_what_statistics_held_before_makes_no_difference():
     _, without = glue_jax.partition(PARAMS, "^batch_stats/")
-    first, second = (glue_jax.merging.refresh_statistics(params, [DATA], statistics) for params in (PARAMS, without))
+    first, second = (refresh_statistics(params, [DATA], statistics) for params in (PARAMS, without))
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
@@ -48,7 +49,7 @@ def test_a_flax_nnx_networks_statistics_are_its_minibatchs():
         return network.apply_minibatch(variables["params"], batch)[1]
 
     logits, _ = network.apply_minibatch(variables["params"], images)
-    refreshed = glue_jax.merging.refresh_statistics(variables, [images], jax.jit(statistics_fn))
+    refreshed = refresh_statistics(variables, [images], jax.jit(statistics_fn))
     # In evaluation mode with the statistics of a batch, the network does to it what it does in training mode.
     np.testing.assert_allclose(network.apply(refreshed, images), logits, rtol=1e-4, atol=1e-4)
     assert np.abs(network.apply(variables, images) - logits).max() > 0.1
@@ -76,9 +77,7 @@ def test_statistics_among_the_parameters_of_an_nnx_model_are_found_by_their_path
         module(batch)
         return convert(nnx.state(module, nnx.BatchStat))
 
-    refreshed = glue_jax.merging.refresh_statistics(
-        convert(state), [DATA[:20], DATA[20:]], statistics_fn, collection=""
-    )
+    refreshed = refresh_statistics(convert(state), [DATA[:20], DATA[20:]], statistics_fn, collection="")
     assert jax.tree.structure(refreshed) == jax.tree.structure(convert(state))
     models = (nnx.merge(graph, tree) for tree in (refreshed, convert(state)))
     found, before = (nnx.to_pure_dict(nnx.state(model)) for model in models)
@@ -89,15 +88,12 @@ def test_statistics_among_the_parameters_of_an_nnx_model_are_found_by_their_path
 
 
 def test_statistics_of_low_precision_are_pooled_in_float32():
-    batches = [np.asarray(DATA[:, :1])] * 300
-
     def low(params, batch):
         return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), statistics(params, batch))
 
-    params = {**PARAMS, "batch_stats": {"norm": {"mean": jnp.zeros(1), "var": jnp.ones(1)}}}
-    norm = glue_jax.merging.refresh_statistics(params, batches, low)["batch_stats"]["norm"]
-    assert norm["var"].dtype == jnp.bfloat16
-    np.testing.assert_array_equal(norm["var"], low(params, batches[0])["norm"]["var"])
+    norm = refresh_statistics(PARAMS, [DATA] * 300, low)["batch_stats"]["norm"]
+    assert norm["mean"].dtype == norm["var"].dtype == jnp.bfloat16
+    jax.tree.map(np.testing.assert_array_equal, norm, low(PARAMS, DATA)["norm"])
 
 
 def test_what_does_not_fit_is_refused_with_the_first_batch():
@@ -106,14 +102,14 @@ def test_what_does_not_fit_is_refused_with_the_first_batch():
         pytest.fail("a second batch was asked for")
 
     with pytest.raises(ValueError, match="params has no place for"):
-        glue_jax.merging.refresh_statistics({"params": PARAMS["params"]}, batches(), statistics)
+        refresh_statistics({"params": PARAMS["params"]}, batches(), statistics)
 
 
 def test_batches_of_other_statistics_are_refused():
     found = iter([{"a": {"mean": jnp.zeros(3), "var": jnp.ones(3)}}, {"b": {"mean": jnp.zeros(3), "var": jnp.ones(3)}}])
     params = {"batch_stats": {"a": {"mean": jnp.zeros(3), "var": jnp.ones(3)}}}
     with pytest.raises(ValueError, match=r"returned \['b/mean', 'b/var'\] for one batch and \['a/mean', 'a/var'\]"):
-        glue_jax.merging.refresh_statistics(params, [DATA, DATA], lambda params, batch: next(found))
+        refresh_statistics(params, [DATA, DATA], lambda params, batch: next(found))
 
 
 def test_evaluation_without_statistics_is_refused_with_the_reason():
@@ -135,7 +131,7 @@ def test_a_flax_linen_networks_statistics_are_found_by_their_collection():
     def statistics_fn(variables, batch):
         return net.apply(variables, batch, mutable="batch_stats")[1]["batch_stats"]
 
-    refreshed = glue_jax.merging.refresh_statistics(variables, [DATA[:20], DATA[20:]], statistics_fn)
+    refreshed = refresh_statistics(variables, [DATA[:20], DATA[20:]], statistics_fn)
     whole = statistics_fn(variables, DATA)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), refreshed["batch_stats"], whole)
 
@@ -165,20 +161,20 @@ def test_a_flax_linen_networks_statistics_are_found_by_their_collection():
 )
 def test_statistics_that_do_not_fit_are_refused(batches, function, message):
     with pytest.raises(ValueError, match=message):
-        glue_jax.merging.refresh_statistics(PARAMS, batches, function)
+        refresh_statistics(PARAMS, batches, function)
 
 
 @pytest.mark.parametrize("batches", [np.asarray(DATA), DATA, {"x": DATA}, Examples(np.zeros(2), np.zeros(2, int))])
 def test_one_batch_in_place_of_several_is_refused(batches):
     with pytest.raises(TypeError, match=f"batches is a {type(batches).__name__}; expected an iterable of batches"):
-        glue_jax.merging.refresh_statistics(PARAMS, batches, statistics)
+        refresh_statistics(PARAMS, batches, statistics)
 
 
 def test_a_loader_without_an_end_is_asked_for_so_many_batches():
-    refreshed = glue_jax.merging.refresh_statistics(PARAMS, itertools.repeat(DATA), statistics, num_batches=2)
+    refreshed = refresh_statistics(PARAMS, itertools.repeat(DATA), statistics, num_batches=2)
     np.testing.assert_allclose(refreshed["batch_stats"]["norm"]["var"], 4 * DATA.var(axis=0), rtol=1e-4)
     with pytest.raises(ValueError, match="num_batches is 0; expected at least 1"):
-        glue_jax.merging.refresh_statistics(PARAMS, itertools.repeat(DATA), statistics, num_batches=0)
+        refresh_statistics(PARAMS, itertools.repeat(DATA), statistics, num_batches=0)
 
 
 @pytest.mark.parametrize(
@@ -197,13 +193,13 @@ def test_a_loader_without_an_end_is_asked_for_so_many_batches():
 )
 def test_statistics_that_are_none_are_refused_by_path(mean, var, error, message):
     with pytest.raises(error, match=message):
-        glue_jax.merging.refresh_statistics(PARAMS, [DATA], lambda params, batch: {"norm": {"mean": mean, "var": var}})
+        refresh_statistics(PARAMS, [DATA], lambda params, batch: {"norm": {"mean": mean, "var": var}})
 
 
 def test_a_negative_variance_of_a_later_batch_is_refused():
     found = iter([jnp.ones(3), -jnp.ones(3)])
     with pytest.raises(ValueError, match=r"returned the variance -1.0"):
-        glue_jax.merging.refresh_statistics(
+        refresh_statistics(
             PARAMS, [DATA, DATA], lambda params, batch: {"norm": {"mean": jnp.zeros(3), "var": next(found)}}
         )
 
@@ -223,7 +219,7 @@ def test_statistics_of_a_flat_state_dict_of_pytorch_are_found_by_their_names():
         means = {f"{norm}.running_mean": jnp.mean(of_norm, axis=0) for norm, of_norm in x.items()}
         return means | {f"{norm}.running_var": jnp.var(of_norm, axis=0) for norm, of_norm in x.items()}
 
-    refreshed = glue_jax.merging.refresh_statistics(params, [DATA[:20], DATA[20:]], flat)
+    refreshed = refresh_statistics(params, [DATA[:20], DATA[20:]], flat)
     for norm, factor in (("bn1", 2), ("layer1.0.bn2", 1)):
         np.testing.assert_allclose(refreshed[f"{norm}.running_mean"], factor * DATA.mean(axis=0), rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(refreshed[f"{norm}.running_var"], factor**2 * DATA.var(axis=0), rtol=1e-4)
@@ -233,7 +229,7 @@ def test_statistics_of_a_flat_state_dict_of_pytorch_are_found_by_their_names():
         return {path: leaf for path, leaf in flat(params, batch).items() if path.startswith("bn1")}
 
     with pytest.raises(ValueError, match=r"statistics_fn returned nothing for layer1.0.bn2.running_mean"):
-        glue_jax.merging.refresh_statistics(params, [DATA], first_alone)
+        refresh_statistics(params, [DATA], first_alone)
 
 
 def test_names_of_several_keys_and_collections_inside_a_path_are_patterns():
@@ -244,7 +240,7 @@ def test_names_of_several_keys_and_collections_inside_a_path_are_patterns():
 
     empty = {"norm": {f"{name}_ema": {"average": jnp.zeros(3)} for name in ("mean", "var")}}
     params = {"body": {"state": empty, "params": jnp.ones(2)}}
-    refreshed = glue_jax.merging.refresh_statistics(
+    refreshed = refresh_statistics(
         params, [DATA], stats, collection="state/", mean="mean_ema/average", var="var_ema/average"
     )
     norm = refreshed["body"]["state"]["norm"]
@@ -253,21 +249,10 @@ def test_names_of_several_keys_and_collections_inside_a_path_are_patterns():
 
 
 def test_what_statistics_fn_returns_may_hold_the_collection():
-    whole = glue_jax.merging.refresh_statistics(
-        PARAMS, [DATA], lambda params, x: {"batch_stats": statistics(params, x)}
-    )
-    jax.tree.map(np.testing.assert_array_equal, whole, glue_jax.merging.refresh_statistics(PARAMS, [DATA], statistics))
-
-
-def test_statistics_of_a_bfloat16_model_are_pooled_in_float32_and_cast():
-    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
-    batches = [DATA.astype(jnp.bfloat16)] * 300
-    norm = glue_jax.merging.refresh_statistics(params, batches, statistics)["batch_stats"]["norm"]
-    expected = statistics(params, batches[0])["norm"]
-    assert norm["mean"].dtype == norm["var"].dtype == jnp.bfloat16
-    jax.tree.map(np.testing.assert_array_equal, norm, expected)
+    whole = refresh_statistics(PARAMS, [DATA], lambda params, x: {"batch_stats": statistics(params, x)})
+    jax.tree.map(np.testing.assert_array_equal, whole, refresh_statistics(PARAMS, [DATA], statistics))
 
 
 def test_statistics_that_are_missing_altogether_are_refused():
     with pytest.raises(ValueError, match="statistics_fn returned no statistics"):
-        glue_jax.merging.refresh_statistics({"w": jnp.ones(2)}, [jnp.ones((3, 2))], lambda params, batch: {})
+        refresh_statistics({"w": jnp.ones(2)}, [jnp.ones((3, 2))], lambda params, batch: {})

@@ -1,17 +1,14 @@
 """Coefficients by groups of paths."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 import pytest
 from flax import nnx
 
 import glue_jax
 from experiments import models
 from experiments.studies.ablation.recipes import Grouping, Recipe
+from glue_jax.merging import by_layer, group_by_path
 from glue_jax.paths import by_path
 
 MODEL = {
@@ -21,7 +18,7 @@ MODEL = {
 
 
 def test_a_block_has_its_parameters_and_its_statistics():
-    groups = glue_jax.merging.group_by_path(MODEL, r"blocks/\d+")
+    groups = group_by_path(MODEL, r"blocks/\d+")
     assert groups.names == ("blocks/0", "blocks/1", "rest")
     assert groups.rows == {
         "params": {"blocks": [{"w": 0, "b": 0}, {"w": 1}], "head": {"w": 2}, "stem": 2},
@@ -30,18 +27,18 @@ def test_a_block_has_its_parameters_and_its_statistics():
 
 
 def test_a_group_is_the_first_capture_group_where_there_is_one():
-    assert glue_jax.merging.group_by_path(MODEL, "(blocks|head)/").names == ("blocks", "head", "rest")
-    assert glue_jax.merging.group_by_path(MODEL, "^params/([a-z]+)").names == ("rest", "blocks", "head", "stem")
+    assert group_by_path(MODEL, "(blocks|head)/").names == ("blocks", "head", "rest")
+    assert group_by_path(MODEL, "^params/([a-z]+)").names == ("rest", "blocks", "head", "stem")
 
 
 def test_a_function_may_name_the_groups():
-    groups = glue_jax.merging.group_by_path(MODEL, lambda path: path.rpartition("/")[2])
+    groups = group_by_path(MODEL, lambda path: path.rpartition("/")[2])
     assert groups.names == ("mean", "b", "w", "stem")
 
 
 def test_a_pattern_in_no_path_is_refused_with_the_paths():
     with pytest.raises(ValueError, match="the pattern 'tail' matches no path; the paths are"):
-        glue_jax.merging.group_by_path(MODEL, "tail")
+        group_by_path(MODEL, "tail")
 
 
 @pytest.mark.parametrize(
@@ -56,15 +53,12 @@ def test_a_pattern_in_no_path_is_refused_with_the_paths():
 )
 def test_a_group_without_a_name_is_refused_by_its_leaf(pattern, error, message):
     with pytest.raises(error, match=message):
-        glue_jax.merging.group_by_path(MODEL, pattern)
+        group_by_path(MODEL, pattern)
 
 
 @pytest.mark.parametrize("tree", [{}, None, {"a": []}])
 def test_experts_without_leaves_have_no_groups(tree):
-    for function in (
-        lambda: glue_jax.merging.group_by_path(tree, "w"),
-        lambda: glue_jax.merging.group_by_path(tree, str),
-    ):
+    for function in (lambda: group_by_path(tree, "w"), lambda: group_by_path(tree, str)):
         with pytest.raises(ValueError, match=r"the experts hold no arrays"):
             function()
 
@@ -77,9 +71,9 @@ def named(tree, groups):
 
 def test_layers_of_flat_names_are_what_comes_before_the_last_dot():
     names = ["conv1.weight", "bn1.weight", "bn1.running_mean", "layer1.0.bn.bias", "layer1.0.bn.running_var", "fc.bias"]
-    found = named(tree := dict.fromkeys(names, 0.0), glue_jax.merging.by_layer(tree))
+    found = named(tree := dict.fromkeys(names, 0.0), by_layer(tree))
     assert found == {name: name.rpartition(".")[0] for name in names}
-    together = named(tree, glue_jax.merging.by_layer(tree, norms="bn"))
+    together = named(tree, by_layer(tree, norms="bn"))
     assert together == {name: "norms" if "bn" in name else layer for name, layer in found.items()}
 
 
@@ -91,16 +85,13 @@ class Net(nnx.Module):
 
 def test_layers_of_an_nnx_state_are_its_modules():
     state = nnx.state(Net(nnx.Rngs(0)))
-    assert glue_jax.merging.by_layer(state).names == ("dense", "norm")
+    assert by_layer(state).names == ("dense", "norm")
     # Parameters and statistics apart, and as dicts.
     parts = nnx.split(Net(nnx.Rngs(0)), nnx.Param, nnx.BatchStat)[1:]
-    assert glue_jax.merging.by_layer(parts, collections=r"^\d+/").names == ("dense", "norm")
-    assert glue_jax.merging.by_layer(tuple(map(nnx.to_pure_dict, parts)), collections=r"^\d+/").names == (
-        "dense",
-        "norm",
-    )
+    assert by_layer(parts, collections=r"^\d+/").names == ("dense", "norm")
+    assert by_layer(tuple(map(nnx.to_pure_dict, parts)), collections=r"^\d+/").names == ("dense", "norm")
     stacked = glue_jax.stack_experts([state, state])
-    rows = glue_jax.merging.by_layer(stacked, norms="norm").rows
+    rows = by_layer(stacked, norms="norm").rows
     blended = glue_jax.blend(stacked, jnp.eye(2), groups=rows)
     assert jax.tree.structure(blended) == jax.tree.structure(state)
 
@@ -113,33 +104,11 @@ def test_layers_are_those_of_the_ablation(name):
     for grouping, norms in groupings:
         expected = Recipe(name="of groups", part="remedies", grouping=grouping).groups(variables, name)
         assert expected is not None
-        assert named(variables, glue_jax.merging.by_layer(variables, norms=norms)) == named(variables, expected)
+        assert named(variables, by_layer(variables, norms=norms)) == named(variables, expected)
 
 
 def test_paths_without_layers_and_norms_in_no_layer_are_refused():
     with pytest.raises(ValueError, match=r"no path names a layer; .* the paths are \['b1', 'w1'\]"):
-        glue_jax.merging.by_layer({"w1": 0.0, "b1": 0.0})
+        by_layer({"w1": 0.0, "b1": 0.0})
     with pytest.raises(ValueError, match=r"norms is 'bn', which matches no layer; .*'blocks/0'"):
-        glue_jax.merging.by_layer(MODEL, norms="bn")
-
-
-@pytest.mark.parametrize("step_fn", [glue_jax.spsa_step, glue_jax.full_gradient_step, glue_jax.forward_gradient_step])
-def test_each_group_learns_coefficients_of_its_own(step_fn):
-    # The first leaf is right in expert 0, the second in expert 1: no single alpha has both.
-    experts = glue_jax.stack_experts(
-        [{"a": jnp.array(1.0), "b": jnp.array(0.0)}, {"a": jnp.array(0.0), "b": jnp.array(1.0)}]
-    )
-    groups = glue_jax.merging.group_by_path(experts, "a|b")
-    optimizer = optax.adam(0.2)
-    words = {
-        "loss_fn": lambda params, batch: jnp.square(params["a"] - 1) + jnp.square(params["b"] - 1) + 0 * jnp.sum(batch),
-        "optimizer": optimizer,
-        "merge_fn": functools.partial(glue_jax.blend, groups=groups.rows),
-    }
-    if step_fn is not glue_jax.full_gradient_step:
-        words |= {"directions": "simplex_orthogonal", "num_directions": 2}
-    step = jax.jit(functools.partial(step_fn, **words))
-    state = glue_jax.init(2, optimizer, beta=jnp.zeros((len(groups.names), 2)))
-    for _ in range(60):
-        state, _ = step(jax.random.key(0), state, experts, jnp.zeros(1))
-    np.testing.assert_allclose(glue_jax.alpha(state), np.eye(2), atol=0.05)
+        by_layer(MODEL, norms="bn")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import glue_jax
+from glue_jax.merging import regmean_merge
 from glue_jax.merging.regmean import conv_gram, layer_gram
 
 
@@ -27,7 +28,7 @@ def least_squares(inputs, kernels):
 def test_without_reduction_it_is_the_least_squares_solution_and_biases_are_averaged():
     experts, inputs = experts_and_inputs()
     grams = {"layer/kernel": jax.vmap(layer_gram)(inputs)}
-    merged = glue_jax.merging.regmean_merge(experts, grams, scale=1)
+    merged = regmean_merge(experts, grams, scale=1)
     kernels = experts["layer"]["kernel"]
     np.testing.assert_allclose(merged["layer"]["kernel"], least_squares(inputs, kernels), rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(merged["layer"]["bias"], jnp.mean(kernels[:, 0], axis=0), rtol=1e-6)
@@ -40,7 +41,7 @@ def test_the_off_diagonal_entries_are_reduced():
     for words, scale in (({}, 0.9), ({"scale": 0.5}, 0.5), ({"scale": 0}, 0)):
         reduced = np.where(np.eye(5, dtype=bool), grams, scale * grams)
         expected = np.linalg.solve(reduced.sum(axis=0), (reduced @ kernels).sum(axis=0))
-        merged = glue_jax.merging.regmean_merge(experts, {"layer/kernel": grams}, **words)
+        merged = regmean_merge(experts, {"layer/kernel": grams}, **words)
         np.testing.assert_allclose(merged["layer"]["kernel"], expected, rtol=1e-4, atol=1e-5)
 
 
@@ -91,7 +92,7 @@ def test_convolutions_are_merged_as_the_same_layers_of_patches():
     grams = jax.vmap(lambda x: conv_gram(x, (3, 3, 2, 4), padding="VALID"))(images)
     windows = np.lib.stride_tricks.sliding_window_view(np.asarray(images), (3, 3), axis=(2, 3))
     patches = np.moveaxis(windows, 4, -1).reshape(2, -1, 18)
-    merged = glue_jax.merging.regmean_merge({"kernel": kernels}, {"kernel": grams}, scale=1)["kernel"]
+    merged = regmean_merge({"kernel": kernels}, {"kernel": grams}, scale=1)["kernel"]
     expected = least_squares(patches, np.reshape(kernels, (2, 18, 4))).reshape(3, 3, 2, 4)
     np.testing.assert_allclose(merged, expected, rtol=1e-3, atol=1e-4)
 
@@ -101,9 +102,9 @@ def test_a_kernel_may_have_several_axes_of_inputs_or_of_outputs():
     _, inputs = experts_and_inputs(in_features=6)
     grams = jax.vmap(layer_gram)(inputs)
     kernels = jax.random.normal(jax.random.key(5), (3, 6, 4))
-    flat = glue_jax.merging.regmean_merge({"w": kernels}, {"w": grams})["w"]
-    wide = glue_jax.merging.regmean_merge({"w": kernels.reshape(3, 6, 2, 2)}, {"w": grams})["w"]
-    deep = glue_jax.merging.regmean_merge({"w": kernels.reshape(3, 3, 2, 4)}, {"w": grams})["w"]
+    flat = regmean_merge({"w": kernels}, {"w": grams})["w"]
+    wide = regmean_merge({"w": kernels.reshape(3, 6, 2, 2)}, {"w": grams})["w"]
+    deep = regmean_merge({"w": kernels.reshape(3, 3, 2, 4)}, {"w": grams})["w"]
     np.testing.assert_array_equal(wide, flat.reshape(6, 2, 2))
     np.testing.assert_array_equal(deep, flat.reshape(3, 2, 4))
 
@@ -113,7 +114,7 @@ def test_equal_experts_give_that_expert_back(scale):
     kernel = jax.random.normal(jax.random.key(0), (5, 4))
     _, inputs = experts_and_inputs()
     experts = glue_jax.stack_experts([{"kernel": kernel, "bias": jnp.arange(4.0)}] * 3)
-    merged = glue_jax.merging.regmean_merge(experts, {"kernel": jax.vmap(layer_gram)(inputs)}, scale=scale)
+    merged = regmean_merge(experts, {"kernel": jax.vmap(layer_gram)(inputs)}, scale=scale)
     np.testing.assert_allclose(merged["kernel"], kernel, rtol=1e-5)
     np.testing.assert_array_equal(merged["bias"], jnp.arange(4.0))
 
@@ -122,10 +123,8 @@ def test_permuting_the_experts_changes_nothing():
     experts, inputs = experts_and_inputs()
     grams = jax.vmap(layer_gram)(inputs)
     order = jnp.array([2, 0, 1])
-    merged = glue_jax.merging.regmean_merge(experts, {"layer/kernel": grams})
-    other = glue_jax.merging.regmean_merge(
-        jax.tree.map(lambda leaf: leaf[order], experts), {"layer/kernel": grams[order]}
-    )
+    merged = regmean_merge(experts, {"layer/kernel": grams})
+    other = regmean_merge(jax.tree.map(lambda leaf: leaf[order], experts), {"layer/kernel": grams[order]})
     np.testing.assert_allclose(other["layer"]["kernel"], merged["layer"]["kernel"], rtol=1e-4, atol=1e-5)
 
 
@@ -135,7 +134,7 @@ def test_along_directions_that_no_input_has_it_is_the_average(scale):
     # The last feature is 0 in all inputs.
     inputs = inputs.at[..., -1].set(0)
     kernels = experts["layer"]["kernel"]
-    merged = glue_jax.merging.regmean_merge(experts, {"layer/kernel": jax.vmap(layer_gram)(inputs)}, scale=scale)
+    merged = regmean_merge(experts, {"layer/kernel": jax.vmap(layer_gram)(inputs)}, scale=scale)
     merged, mean = merged["layer"]["kernel"], np.mean(kernels, axis=0)
     np.testing.assert_allclose(merged[-1], mean[-1], rtol=1e-6)
     assert np.abs(merged[:-1] - mean[:-1]).max() > 0.1
@@ -146,9 +145,7 @@ def test_along_directions_that_no_input_has_it_is_the_average(scale):
 def test_fewer_inputs_than_features_leave_the_average_where_nothing_is_known():
     experts, inputs = experts_and_inputs(num_experts=2, rows=1, in_features=6)
     kernels = np.asarray(experts["layer"]["kernel"])
-    merged = glue_jax.merging.regmean_merge(experts, {"layer/kernel": jax.vmap(layer_gram)(inputs)}, scale=1)["layer"][
-        "kernel"
-    ]
+    merged = regmean_merge(experts, {"layer/kernel": jax.vmap(layer_gram)(inputs)}, scale=1)["layer"]["kernel"]
     for x, kernel in zip(np.asarray(inputs), kernels, strict=True):
         np.testing.assert_allclose(x @ merged, x @ kernel, atol=1e-2)
     mean = kernels.mean(axis=0)
@@ -158,7 +155,7 @@ def test_fewer_inputs_than_features_leave_the_average_where_nothing_is_known():
 
 def test_gram_matrices_of_zeros_give_the_average():
     experts, _ = experts_and_inputs()
-    merged = glue_jax.merging.regmean_merge(experts, {"layer/kernel": jnp.zeros((3, 5, 5))})
+    merged = regmean_merge(experts, {"layer/kernel": jnp.zeros((3, 5, 5))})
     mean = jnp.mean(experts["layer"]["kernel"], axis=0)
     np.testing.assert_array_equal(merged["layer"]["kernel"], mean)
 
@@ -169,10 +166,10 @@ def test_half_precision_is_merged_in_float32():
     ones = jnp.ones((1000, 2), jnp.bfloat16)
     np.testing.assert_array_equal(layer_gram(ones), jnp.full((2, 2), 1000.0))
     grams = {"layer/kernel": jax.vmap(layer_gram)(inputs)}
-    merged = glue_jax.merging.regmean_merge(experts, grams)["layer"]["kernel"]
+    merged = regmean_merge(experts, grams)["layer"]["kernel"]
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), experts)
     assert merged.dtype == jnp.bfloat16
-    expected = glue_jax.merging.regmean_merge(wide, grams)["layer"]["kernel"]
+    expected = regmean_merge(wide, grams)["layer"]["kernel"]
     np.testing.assert_array_equal(merged, expected.astype(jnp.bfloat16))
 
 
@@ -180,9 +177,9 @@ def test_it_can_be_jitted_and_keeps_what_is_not_floating_point():
     experts, inputs = experts_and_inputs()
     experts = {**experts, "steps": jnp.array([7, 7, 7])}
     grams = {"layer/kernel": jax.vmap(layer_gram)(inputs)}
-    merged = jax.jit(glue_jax.merging.regmean_merge, static_argnames="scale")(experts, grams)
+    merged = jax.jit(regmean_merge, static_argnames="scale")(experts, grams)
     assert int(merged["steps"]) == 7
-    expected = glue_jax.merging.regmean_merge(experts, grams)["layer"]["kernel"]
+    expected = regmean_merge(experts, grams)["layer"]["kernel"]
     np.testing.assert_allclose(merged["layer"]["kernel"], expected, rtol=1e-4, atol=1e-5)
 
 
@@ -210,12 +207,12 @@ def test_it_can_be_jitted_and_keeps_what_is_not_floating_point():
 def test_gram_matrices_that_do_not_fit_are_refused_by_path(grams, words, message):
     experts, _ = experts_and_inputs()
     with pytest.raises(ValueError, match=message):
-        glue_jax.merging.regmean_merge({**experts, "steps": jnp.zeros((3, 1), jnp.int32)}, grams, **words)
+        regmean_merge({**experts, "steps": jnp.zeros((3, 1), jnp.int32)}, grams, **words)
 
 
 def test_what_is_no_mapping_and_inputs_of_other_shapes_are_refused():
     with pytest.raises(TypeError, match="grams is a list; expected a mapping from kernels' paths"):
-        glue_jax.merging.regmean_merge({"w": jnp.zeros((2, 3))}, [])  # pyright: ignore[reportArgumentType]
+        regmean_merge({"w": jnp.zeros((2, 3))}, [])  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"inputs have shape \(\); expected \[..., in_features\]"):
         layer_gram(1.0)
     for shape in ((2, 6, 6, 8), (2, 6, 4)):
