@@ -25,7 +25,8 @@ class ExpertArguments(StageArguments):
         experiment: the experiment whose experts are used. It is a module of `experiments` with presets, for example
             cifar10.
         preset: a preset of that experiment. It has the defaults of its fields. The default is its first preset.
-        run_dir: the folder of the experiment, which keeps the experts. The default is the experiment's own folder.
+        run_dir: the folder from which the experts are read. The experiment's own command keeps them there (give it the
+            same options). Missing experts are trained. The default is the experiment's own folder.
         data_dir: the data directory of tensorflow-datasets; the default is its own (TFDS_DATA_DIR, or
             ~/tensorflow_datasets).
         config: every number of the experiment.

@@ -7,14 +7,13 @@
 Each way learns the same coefficients from the same target images. It is measured on validation and test images as it
 goes. Passes, seconds and FLOPs are those of learning alone, without compilation and without these measurements.
 
-The experts are read from `--run-dir`, where the experiment's own command keeps them (give it the same options). Missing
-experts are trained. Each way's curve is kept, so a stopped run continues.
+Each way's curve is kept, so a stopped run continues.
 """
 
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -102,32 +101,14 @@ class Arguments(ExpertArguments):
                 raise ValueError(f"ways has {word!r}; expected part of one of {names}")
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures, from a command line to the report.
-
-    Args:
-        arguments: the command line. None is that of this process.
+def measure(context: Context, parsed: Arguments, stages: Stages) -> dict[str, Any]:
+    """Runs the ways that are not done yet.
 
     Returns:
-        The results: `title`, `command`, `machine`, `config`, and `curves`. There is a curve for each sharing, way and
-            seed. It has `sharing`, `dimension`, `way`, `seed`, and lists over points: `forward` and `backward` passes,
-            `flops` of the compiled steps (for the ways that have some), `learning_seconds`, `validation_loss` and
-            `test_loss` (cross-entropy, nats).
+        A dict. `curves` has a curve for each sharing, way and seed. It has `sharing`, `dimension`, `way`, `seed`,
+            `machine`, and lists over points: `forward` and `backward` passes, `flops` of the compiled steps (for the
+            ways that have some), `learning_seconds`, `validation_loss` and `test_loss` (cross-entropy, nats).
     """
-    return frame.run(
-        Arguments,
-        "studies.budget",
-        __doc__ or "",
-        arguments,
-        title="Passes and seconds to good coefficients",
-        rows="curves",
-        measure=lambda *study: {"curves": measure(*study)},
-        present=present,
-    )
-
-
-def measure(context: Context, parsed: Arguments, stages: Stages) -> list[dict[str, Any]]:
-    """Runs the ways that are not done yet, and returns the `curves` that `main` returns."""
     config = context.config
     experts = glue_jax.stack_experts(train_experts(context)[0])
     fields = {
@@ -154,7 +135,7 @@ def measure(context: Context, parsed: Arguments, stages: Stages) -> list[dict[st
                 described = {"sharing": sharing, "dimension": problem.dimension, "way": way.name, "seed": seed}
                 curves.append({**described, **curve})
                 bar.advance()
-    return curves
+    return {"curves": curves}
 
 
 def coefficients(context: Context, experts: Variables, sharing: Sharing) -> Coefficients:
@@ -323,6 +304,8 @@ def _figure(results: Mapping[str, Any], sharing: str) -> Figure:
         figure.legend(loc="outside lower center", ncols=3)
     return figure
 
+
+main = frame.study(Arguments, measure, present, title="Passes and seconds to good coefficients", rows="curves")
 
 if __name__ == "__main__":
     with process():

@@ -6,9 +6,6 @@
 GLUE learns the coefficients, as Config 4 does, with each radius of a sweep around the experiment's own. It also learns
 them with the radius that `glue_jax.calibrate` proposes to a user whose guess is wrong by a factor of 100 or 10,000. The
 guess is too small or too large. `calibrate` searches three decades to either side of the guess.
-
-The experts are read from `--run-dir`, where the experiment's own command keeps them (give it the same options). Missing
-experts are trained.
 """
 
 import dataclasses
@@ -44,34 +41,12 @@ _IMAGES = 512
 _CALIBRATION = 4
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures, and writes the report. `arguments` is the command line. None is that of this process.
-
-    Returns:
-        The results: `title`, `command`, `machine`, `config`, and `rows`. There is a row for each radius and seed. It
-            has `way`, `seed`, `radius`, `loss` (the best validation loss in nats) and `steps`.
-    """
-    return frame.run(
-        ExpertArguments,
-        "studies.calibration",
-        __doc__ or "",
-        arguments,
-        title="The radius of SPSA's probes, tuned and calibrated",
-        rows="rows",
-        measure=lambda context, parsed, stages: {"rows": measure(context, stages)},
-        present=present,
-    )
-
-
-def measure(context: Context, stages: Stages) -> list[dict[str, Any]]:
+def measure(context: Context, _: ExpertArguments, stages: Stages) -> dict[str, Any]:
     """Learns from each radius what is not learned yet.
 
-    Args:
-        context: the context of the run whose experts these are. Missing experts are trained.
-        stages: the stages that keep the results.
-
     Returns:
-        The `rows` that `main` returns.
+        A dict. `rows` has a row for each radius and seed, with `way`, `seed`, `radius`, `loss` (the best validation
+            loss in nats), `steps` and `machine`.
     """
     config = context.config
     experts = glue_jax.stack_experts(train_experts(context)[0])
@@ -95,7 +70,7 @@ def measure(context: Context, stages: Stages) -> list[dict[str, Any]]:
             row = stages.run(f"calibration/guess{index}-seed{seed}", {**fields, "guess": guess}, compute)
             rows.append({"way": f"calibrated from {number(guess)}", "seed": seed, **row})
             bar.advance()
-    return rows
+    return {"rows": rows}
 
 
 def calibrated_radius(context: Context, experts: Variables, seed: int, guess: float) -> float:
@@ -215,6 +190,10 @@ def _figure(results: Mapping[str, Any]) -> Figure:
         figure.legend(loc="outside lower center", ncols=2)
     return figure
 
+
+main = frame.study(
+    ExpertArguments, measure, present, title="The radius of SPSA's probes, tuned and calibrated", rows="rows"
+)
 
 if __name__ == "__main__":
     with process():

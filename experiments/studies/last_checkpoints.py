@@ -16,7 +16,7 @@ minibatch. The training and the result of each way are kept, so a stopped run co
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,25 +64,6 @@ class Arguments(ExpertArguments):
                 f"num_experts is {self.config.num_experts}, and expert_epochs is {self.config.expert_epochs}; expected "
                 "a checkpoint for at most each epoch"
             )
-
-
-def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Trains, measures, and writes the report. `arguments` is the command line. None is that of this process.
-
-    Returns:
-        The results: `title`, `command`, `machine`, `config`, and what `measure` returns.
-    """
-    return frame.run(
-        Arguments,
-        "studies.last_checkpoints",
-        __doc__ or "",
-        arguments,
-        title="The last checkpoints of one training run",
-        rows="rows",
-        measure=measure,
-        present=present,
-        plan=lambda context, parsed: f"training runs: {len(context.config.seeds)}",
-    )
 
 
 def measure(context: Context, parsed: Arguments, stages: Stages) -> dict[str, Any]:
@@ -206,6 +187,15 @@ def present(results: Mapping[str, Any]) -> Report:
     )
     return Report(markdown, {}, {results["title"]: table(results)})
 
+
+main = frame.study(
+    Arguments,
+    measure,
+    present,
+    title="The last checkpoints of one training run",
+    rows="rows",
+    plan=lambda context, _: f"training runs: {len(context.config.seeds)}",
+)
 
 if __name__ == "__main__":
     with process():

@@ -8,15 +8,12 @@ the length of the mean. They are in float32, bfloat16 or float16. The network ha
 rounded to TF32 or to bfloat16, or bfloat16 layers. The rounding is emulated. A product that asks for the highest
 precision is not rounded. The coefficients are learned under a softmax, or are free (alpha itself). An estimate probes
 all directions that the link sees, so an estimate without rounding is the gradient.
-
-The experts are read from `--run-dir`, where the experiment's own command keeps them (give it the same options). Missing
-experts are trained.
 """
 
 import functools
 import itertools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -57,30 +54,8 @@ BATCHES = 3
 """The minibatches at each of two points: the uniform average, and a softmax of normally distributed logits."""
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures, and writes the report. `arguments` is the command line. None is that of this process.
-
-    Returns:
-        The results: `title`, `command`, `machine`, `config`, and what `measure` returns.
-    """
-    return frame.run(
-        ExpertArguments,
-        "studies.numerics",
-        __doc__ or "",
-        arguments,
-        title="The error of the slopes by number format",
-        rows="rows",
-        measure=lambda context, parsed, stages: measure(context, stages),
-        present=present,
-    )
-
-
-def measure(context: Context, stages: Stages) -> dict[str, Any]:
+def measure(context: Context, _: ExpertArguments, stages: Stages) -> dict[str, Any]:
     """Measures what is not measured yet.
-
-    Args:
-        context: the context of the run whose experts these are. Missing experts are trained.
-        stages: the stages that keep the results.
 
     Returns:
         `distance`, that of the experts as they were trained, defined as for `NEAR`; and `rows`. Each row has `link`,
@@ -293,6 +268,8 @@ def present(results: Mapping[str, Any]) -> Report:
     )
     return Report(markdown, {}, {results["title"]: _table(results)})
 
+
+main = frame.study(ExpertArguments, measure, present, title="The error of the slopes by number format", rows="rows")
 
 if __name__ == "__main__":
     with process():

@@ -16,15 +16,13 @@ steps, it takes more epochs. It ends if a quarter of the epochs brought no lower
 lowest validation loss is kept. The accuracy does not choose the model, because with few images many epochs have the
 same accuracy, and the first of them is too early. Training from scratch is the same from fresh weights.
 
-The experts are read from `--run-dir`, where the experiment's own command keeps them (give it the same options). Missing
-experts are trained. The result of each size, start and seed is kept, so a stopped run continues, and sizes can be
-added.
+The result of each size, start and seed is kept, so a stopped run continues, and sizes can be added.
 """
 
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -81,24 +79,6 @@ class Arguments(ExpertArguments):
         for word in self.starts:
             if not any(word in name for name in STARTS):
                 raise ValueError(f"starts has {word!r}; expected part of one of {list(STARTS)}")
-
-
-def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures, and writes the report. `arguments` is the command line. None is that of this process.
-
-    Returns:
-        The results: `title`, `command`, `machine`, `config`, and what `measure` returns.
-    """
-    return frame.run(
-        Arguments,
-        "studies.target_size",
-        __doc__ or "",
-        arguments,
-        title="Test accuracy by the number of labelled target images",
-        rows="rows",
-        measure=measure,
-        present=present,
-    )
 
 
 def measure(context: Context, parsed: Arguments, stages: Stages) -> dict[str, Any]:
@@ -291,6 +271,10 @@ def _figure(results: Mapping[str, Any]) -> Figure:
         figure.legend(loc="outside lower center", ncols=3)
     return figure
 
+
+main = frame.study(
+    Arguments, measure, present, title="Test accuracy by the number of labelled target images", rows="rows"
+)
 
 if __name__ == "__main__":
     with process():
