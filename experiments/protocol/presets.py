@@ -41,9 +41,6 @@ class ExpertArguments(StageArguments):
     def check(self, *, least_experts: int = 1) -> None:
         """Refuses options that no command can follow, before any work.
 
-        Args:
-            least_experts: the number of experts that the command needs at least.
-
         Raises:
             ValueError: if the report would go into the experiment's own folder, or if there are too few experts.
         """

@@ -58,12 +58,7 @@ class Report(NamedTuple):
 
 
 def page(results: Mapping[str, Any], *blocks: str) -> str:
-    """Returns a report: the title, the command and the machine, and then some blocks of Markdown.
-
-    Args:
-        results: the results, with `title`, `command` and `machine`.
-        *blocks: the blocks of the report, Markdown.
-    """
+    """Returns a report: the title, the command and the machine, and then some blocks of Markdown."""
     head = f"# {results['title']}", f"    {results['command']}", f"Run on {results['machine']}."
     return "\n\n".join([*head, *blocks]) + "\n"
 

@@ -139,11 +139,7 @@ def _losses(rows: Sequence[Mapping[str, Any]], *, sweep: bool) -> dict[Any, list
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> TableCells:
-    """Returns a row for each radius of the sweep, and for each guess.
-
-    Args:
-        rows: the rows that `measure` returned.
-    """
+    """Returns a row for each radius of the sweep, and for each guess."""
     best = min(np.mean(losses) for losses in _losses(rows, sweep=True).values())
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:

@@ -39,11 +39,7 @@ def present(results: Mapping[str, Any]) -> Report:
 
 
 def table(rows: list[Mapping[str, Any]]) -> TableCells:
-    """Returns headers, and a row for each recipe: means over seeds ± their standard deviation.
-
-    Args:
-        rows: the `rows` that `experiments.studies.ablation.trials.measure` returned.
-    """
+    """Returns headers, and a row for each recipe: means over seeds ± their standard deviation."""
     epochs = [epoch for epoch in _EPOCHS if rows and epoch < len(rows[0]["test_accuracy"])]
     headers = [
         "recipe",
@@ -141,11 +137,7 @@ def _by_recipe(rows: list[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any
 
 
 def references(found: Mapping[str, Any]) -> TableCells:
-    """Returns a header and one row, with what the recipes are compared with.
-
-    Args:
-        found: what `experiments.studies.ablation.trials.measure` returned.
-    """
+    """Returns a header and one row, with what the recipes are compared with."""
     accuracies = [row["test_accuracy"] for row in found["experts"]]
     values = np.mean(accuracies), max(accuracies), found["ensemble"]["test_accuracy"]
     headers = ["test accuracy, %", "mean expert", "best expert", "ensemble of all experts"]

@@ -199,11 +199,7 @@ def _entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def recipes(config: Config) -> list[Recipe]:
-    """Returns all recipes.
-
-    Args:
-        config: the config whose step of GLUE the recipes use, unless they have other directions.
-    """
+    """Returns all recipes. They use the config's step of GLUE, unless they have other directions."""
     radius, num_experts = config.radius, config.num_experts
     spsa = make_steps(config)[4]
     many = functools.partial(

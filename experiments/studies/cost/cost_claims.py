@@ -25,10 +25,6 @@ def claims(rows: Rows, num_experts: int) -> Iterator[Claim]:
     """Yields the paper's claims.
 
     Those about the growth of networks take the rows of one direction and `num_experts` experts.
-
-    Args:
-        rows: what `experiments.studies.cost.step_costs.measure` returned.
-        num_experts: K, the number of experts.
     """
     timed = [row for row in rows if row["times"] is not None]
     pairs = [row for row in timed if row["num_directions"] == 1]
@@ -96,12 +92,7 @@ def by_size(rows: Rows, num_experts: int) -> dict[int, Rows]:
 
 
 def growth_table(rows: Rows, num_experts: int) -> TableCells:
-    """Returns headers and cells: the terms of Eq. (21), and the gap as measured, by the networks' parameters.
-
-    Args:
-        rows: what `experiments.studies.cost.step_costs.measure` returned.
-        num_experts: K, the number of experts.
-    """
+    """Returns headers and cells: the terms of Eq. (21), and the gap as measured, by the networks' parameters."""
     headers = ["network", "parameters", "batch", "(γ − 1)F, ms", "D_α − C_mix, ms", "T_full − T_SPSA, ms"]
     headers += ["SPSA / full", "full − SPSA, GFLOP", "SPSA / full"]
     table = []

@@ -60,9 +60,6 @@ def size_table(rows: Rows) -> TableCells:
 def tpu_blocks(tpu: Mapping[str, Any]) -> list[str]:
     """Returns the part of the report on the programs for a TPU.
 
-    Args:
-        tpu: what `experiments.studies.cost.tpu` writes.
-
     Raises:
         LookupError, TypeError: if the file is not one of these.
     """
