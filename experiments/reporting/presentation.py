@@ -118,6 +118,14 @@ def table_of(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -> T
     return list(columns), [[cell.format_map(row) for cell in columns.values()] for row in rows]
 
 
+def grouped(rows: Iterable[Mapping[str, Any]], field: str) -> dict[Any, list[Mapping[str, Any]]]:
+    """Returns the rows with each value of a field, in their order."""
+    groups: dict[Any, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row[field], []).append(row)
+    return groups
+
+
 class Claim(NamedTuple):
     """A claim of the paper, with what was measured.
 

@@ -25,7 +25,7 @@ from experiments.protocol.config import CoefficientFields, part
 from experiments.protocol.context import Context
 from experiments.protocol.expert_training import train_experts
 from experiments.protocol.presets import ExpertArguments
-from experiments.reporting.presentation import STYLE, Report, TableCells, markdown_table, number, page, spread
+from experiments.reporting.presentation import STYLE, Report, TableCells, grouped, markdown_table, number, page, spread
 from experiments.runtime.session import process
 from experiments.runtime.stages import Stages
 from experiments.studies import frame
@@ -129,23 +129,13 @@ def _learn_calibrated(context: Context, experts: Variables, seed: int, guess: fl
     return _learn(context, experts, seed, calibrated_radius(context, experts, seed, guess))
 
 
-def _losses(rows: Sequence[Mapping[str, Any]], *, sweep: bool) -> dict[Any, list[float]]:
-    """The losses of all seeds, by radius of the sweep or by guess."""
-    found: dict[Any, list[float]] = {}
-    for row in rows:
-        if (row["way"] == "sweep") == sweep:
-            found.setdefault(row["radius"] if sweep else row["way"], []).append(row["loss"])
-    return found
-
-
 def table(rows: Sequence[Mapping[str, Any]]) -> TableCells:
     """Returns a row for each radius of the sweep, and for each guess."""
-    best = min(np.mean(losses) for losses in _losses(rows, sweep=True).values())
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(number(row["radius"]) if row["way"] == "sweep" else row["way"], []).append(row)
+    calibrated = grouped(rows, "way")
+    swept = grouped(calibrated.pop("sweep"), "radius")
+    best = min(np.mean([row["loss"] for row in own]) for own in swept.values())
     cells = []
-    for name, own in groups.items():
+    for name, own in {**{number(radius): own for radius, own in swept.items()}, **calibrated}.items():
         losses = np.array([row["loss"] for row in own])
         steps, radii = np.mean([row["steps"] for row in own]), dict.fromkeys(number(row["radius"]) for row in own)
         cells.append(
@@ -174,12 +164,11 @@ def _figure(results: Mapping[str, Any]) -> Figure:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         axes = figure.subplots()
-        for seed in results["config"]["seeds"]:
-            rows = [row for row in results["rows"] if row["way"] == "sweep" and row["seed"] == seed]
+        ways = grouped(results["rows"], "way")
+        for rows in grouped(ways.pop("sweep"), "seed").values():
             radii, losses = [row["radius"] for row in rows], [row["loss"] for row in rows]
             axes.plot(radii, losses, "-", color="black", label=None if axes.lines else "sweep, a line a seed")
-        for index, way in enumerate(_losses(results["rows"], sweep=False)):
-            rows = [row for row in results["rows"] if row["way"] == way]
+        for index, (way, rows) in enumerate(ways.items()):
             radii, losses = [row["radius"] for row in rows], [row["loss"] for row in rows]
             axes.plot(radii, losses, "<^v>"[index], color=f"C{index}", markersize=9, alpha=0.6, label=way)
         axes.set(xscale="log", xlabel="radius of the probes", ylabel="best validation loss, nats")

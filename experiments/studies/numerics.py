@@ -36,6 +36,7 @@ from experiments.runtime.stages import Stages
 from experiments.studies import frame
 from experiments.studies.rounding import with_rounded_products
 from glue_jax.directions import dimension
+from glue_jax.estimators import Estimate, forward_gradient, spsa_gradient
 from glue_jax.links import directions_of
 from glue_jax.precision import DEFAULT_RADIUS, SHORT_FACTOR, SOFTMAX_RADIUS
 from glue_jax.types import LinkFn, LossFn, StepFn
@@ -136,8 +137,8 @@ def _errors(context: Context, experts: Variables, dtype: str, arithmetic: str, l
         # The warning is about products in bfloat16, which are measured here.
         warnings.filterwarnings("ignore", message="loss_fn multiplies bfloat16")
         return {
-            "spsa": [{"radius": radius, "error": error(_spsa, radius=radius)} for radius in RADII],
-            "tangents": error(_tangents),
+            "spsa": [{"radius": r, "error": error(_estimate, estimator=spsa_gradient, radius=r)} for r in RADII],
+            "tangents": error(_estimate, estimator=forward_gradient),
             "default_spsa": error(_of_step, step_fn=glue_jax.spsa_step),
             "default_tangents": error(_of_step, step_fn=glue_jax.forward_gradient_step),
         }
@@ -149,39 +150,28 @@ def _objective(loss_fn: LossFn, link_fn: LinkFn, bank: Variables, batch: Example
 
 
 # Experts are arguments of the programs. As constants of a program they would take long to compile.
-_compiled = functools.partial(jax.jit, static_argnames=("loss_fn", "link_fn"))
-
-
-@_compiled
+@functools.partial(jax.jit, static_argnames=("loss_fn", "link_fn"))
 def _exact(bank: Variables, beta: jax.Array, batch: Examples, *, loss_fn: LossFn, link_fn: LinkFn) -> jax.Array:
     """The gradient."""
     with jax.default_matmul_precision("highest"):
         return jax.grad(functools.partial(_objective, loss_fn, link_fn, bank, batch))(beta)
 
 
-@_compiled
-def _spsa(
+@functools.partial(jax.jit, static_argnames=("loss_fn", "link_fn", "estimator"))
+def _estimate(
     bank: Variables,
     key: jax.Array,
     beta: jax.Array,
     batch: Examples,
     *,
+    estimator: Callable[..., Estimate],
     loss_fn: LossFn,
     link_fn: LinkFn,
-    radius: ArrayLike,
+    **words: ArrayLike,
 ) -> jax.Array:
-    """SPSA's estimate along all directions."""
+    """The estimate of an estimator of `glue_jax.estimators`, along all directions."""
     fun = functools.partial(_objective, loss_fn, link_fn, bank, batch)
-    return glue_jax.estimators.spsa_gradient(key, fun, beta, radius=radius, **_all_directions(link_fn, beta)).gradient
-
-
-@_compiled
-def _tangents(
-    bank: Variables, key: jax.Array, beta: jax.Array, batch: Examples, *, loss_fn: LossFn, link_fn: LinkFn
-) -> jax.Array:
-    """The forward gradient along all directions."""
-    fun = functools.partial(_objective, loss_fn, link_fn, bank, batch)
-    return glue_jax.estimators.forward_gradient(key, fun, beta, **_all_directions(link_fn, beta)).gradient
+    return estimator(key, fun, beta, **words, **_all_directions(link_fn, beta)).gradient
 
 
 @functools.partial(jax.jit, static_argnames=("loss_fn", "link_fn", "step_fn"))

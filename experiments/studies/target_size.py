@@ -38,7 +38,7 @@ from experiments.protocol.context import Context, adam_trainer
 from experiments.protocol.expert_training import train_experts
 from experiments.protocol.presets import ExpertArguments
 from experiments.protocol.training import Trainer, train
-from experiments.reporting.presentation import STYLE, Report, TableCells, markdown_table, page, spread
+from experiments.reporting.presentation import STYLE, Report, TableCells, grouped, markdown_table, page, spread
 from experiments.runtime.session import exit_on, process
 from experiments.runtime.stages import Stages
 from experiments.studies import frame
@@ -194,31 +194,23 @@ def fine_tune(
 
 def table(results: Mapping[str, Any]) -> TableCells:
     """Returns a row for each start, with the prior's and the fine-tuned model's test accuracy of each size."""
-    rows, sizes = results["rows"], _distinct(results, "size")
     body = []
-    for start in _distinct(results, "start"):
+    for start, rows in grouped(results["rows"], "start").items():
         cells = [start]
-        for size in sizes:
-            own = [row for row in rows if (row["start"], row["size"]) == (start, size)]
+        for own in grouped(rows, "size").values():
             prior, tuned = (100 * np.array([row[f"{of}_accuracy"] for row in own]) for of in ("prior", "tuned"))
             cells.append(f"{prior.mean():.1f} / {spread(tuned, 1)}")
         body.append(cells)
-    return ["prior / fine-tuned, %", *(f"n = {size:,}" for size in sizes)], body
+    return ["prior / fine-tuned, %", *(f"n = {size:,}" for size in grouped(results["rows"], "size"))], body
 
 
 def _size_table(results: Mapping[str, Any]) -> TableCells:
     """Returns how many images validate, and how fine-tuning ended, with a row for each size."""
     body = []
-    for size in _distinct(results, "size"):
-        own = [row for row in results["rows"] if row["size"] == size]
+    for size, own in grouped(results["rows"], "size").items():
         none, most = (sum(row["epochs"] == at for row in own) for at in (0, own[0]["most_epochs"]))
         body.append([str(value) for value in (size, own[0]["validation"], len(own), none, most)])
     return ["n", "validation images", "fine-tunings", "chose no epoch", "chose the last epoch"], body
-
-
-def _distinct(results: Mapping[str, Any], name: str) -> list[Any]:
-    """Returns the distinct values of a field in the rows, in their order."""
-    return list(dict.fromkeys(row[name] for row in results["rows"]))
 
 
 def present(results: Mapping[str, Any]) -> Report:
@@ -247,17 +239,16 @@ def present(results: Mapping[str, Any]) -> Report:
 
 def _figure(results: Mapping[str, Any]) -> Figure:
     """Test accuracy by the number of images, the mean over seeds: of the prior dashed, fine-tuned solid."""
-    sizes = _distinct(results, "size")
+    sizes = list(grouped(results["rows"], "size"))
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8, 5.5), layout="constrained")
         axes = figure.subplots()
-        for index, start in enumerate(_distinct(results, "start")):
-            own = [row for row in results["rows"] if row["start"] == start]
+        for index, (start, rows) in enumerate(grouped(results["rows"], "start").items()):
             for of, line in (("prior", "--"), ("tuned", "-")):
                 # Fresh weights are no prior.
                 if start == SCRATCH and of == "prior":
                     continue
-                accuracies = [[row[f"{of}_accuracy"] for row in own if row["size"] == size] for size in sizes]
+                accuracies = [[row[f"{of}_accuracy"] for row in own] for own in grouped(rows, "size").values()]
                 mean = 100 * np.mean(accuracies, axis=1)
                 label = start if of == "tuned" else None
                 axes.plot(sizes, mean, line, marker=".", color=f"C{index}", label=label)

@@ -20,12 +20,53 @@ _TIMES = {
 
 def present(results: Mapping[str, Any]) -> Report:
     """Returns all that is shown of the results of `experiments.studies.cost.__main__.main`."""
-    rows, k = results["rows"], results["arguments"]["num_experts"][0]
+    arguments, rows, k = results["arguments"], results["rows"], results["arguments"]["num_experts"][0]
+    named = [[name, str(arguments[name])] for name in ("repetitions", "matmul_precision")]
+    markdown = page(
+        {**results, "title": "The cost of a step: SPSA against the full gradient"},
+        "A time is the median over several calls of a compiled program. The programs of a row take turns in one "
+        "process. Images, labels and experts are random, of the size of the paper's data, with 10 classes.",
+        markdown_table(["setting", "value"], named),
+        "![the steps' times, by Eq. (9) and measured](cost.png)",
+        "## The claims of section 4.1",
+        EXPLANATION,
+        markdown_table(*claim_table(claims(rows, k))),
+        "The next table has the terms of Eq. (21), and T_full − T_SPSA as measured, for the first K and one direction. "
+        "The networks are in the order of their parameters.",
+        markdown_table(*growth_table(rows, k)),
+        "## Time",
+        "Eq. (9): T_full = (1 + γ)F + C_mix + D_α and T_SPSA = 2m (F + C_mix), from the parts measured below. The "
+        "quartiles of the ratio over the repetitions are in brackets. Eq. (10) says whether SPSA is cheaper where m = "
+        "1. For more directions that column compares the two times of Eq. (9). The last column is as measured. A row "
+        "has no times where a program takes more memory than was free.",
+        markdown_table(*_time_table(rows)),
+        "On a CPU, XLA is slow at the gradient of depthwise kernels (`experiments/models/depthwise.py`). So "
+        "MobileNetV2's γ is large there, and its ratio SPSA / full flatters SPSA.",
+        "## Where T_SPSA differs from Eq. (9)",
+        "The difference is a share of the prediction. One program: a blend and a forward pass in one program, against "
+        "each in its own. Many probes: the 2m probes with their directions in one program, against each in its own. "
+        "The rest: the update of the coefficients. Within a step, memory is used again that is new to each program "
+        "that runs by itself. On a busy machine the quartiles above are wide.",
+        markdown_table(*_excess_table(rows)),
+        "## The parts",
+        "F: the loss of a blended network in evaluation mode. γ: the backward pass over F, from the loss with its "
+        "gradient for the network's variables. C_mix: one blend. D_α: the vjp of a blend for α, K inner products. "
+        "Probe: a blend and its loss in one program. Estimate: the SPSA step without the update of the coefficients. "
+        "Page faults are the pages of memory that the process is given in a call.",
+        markdown_table(*_part_table(rows)),
+        "## Memory and FLOPs",
+        "Temporary memory is what a compiled step takes in addition to its arguments and results, as it runs here by "
+        "default: one probe after another on a CPU, all probes vmapped on an accelerator. XLA counts the FLOPs of a "
+        "loop's body once. So the FLOPs of SPSA are of the step with all probes vmapped, which is compiled and not "
+        "run.",
+        markdown_table(*size_table(rows)),
+        *(tpu_blocks(results["tpu"]) if results["tpu"] is not None else []),
+    )
     tables = {
         "Time of a step": _short_table(rows),
         "The claims of section 4.1": claim_table(claims(rows, k)),
     }
-    return Report(_markdown(results, k), {"cost.png": draw(rows)}, tables)
+    return Report(markdown, {"cost.png": draw(rows)}, tables)
 
 
 def size_table(rows: Rows) -> TableCells:
@@ -77,52 +118,6 @@ def tpu_blocks(tpu: Mapping[str, Any]) -> list[str]:
         markdown_table(["setting", "value"], named),
         markdown_table([*headers, "compile full, s", "compile SPSA, s"], compiled),
     ]
-
-
-def _markdown(results: Mapping[str, Any], k: int) -> str:
-    """The report."""
-    arguments, rows = results["arguments"], results["rows"]
-    named = [[name, str(arguments[name])] for name in ("repetitions", "matmul_precision")]
-    return page(
-        {**results, "title": "The cost of a step: SPSA against the full gradient"},
-        "A time is the median over several calls of a compiled program. The programs of a row take turns in one "
-        "process. Images, labels and experts are random, of the size of the paper's data, with 10 classes.",
-        markdown_table(["setting", "value"], named),
-        "![the steps' times, by Eq. (9) and measured](cost.png)",
-        "## The claims of section 4.1",
-        EXPLANATION,
-        markdown_table(*claim_table(claims(rows, k))),
-        "The next table has the terms of Eq. (21), and T_full − T_SPSA as measured, for the first K and one direction. "
-        "The networks are in the order of their parameters.",
-        markdown_table(*growth_table(rows, k)),
-        "## Time",
-        "Eq. (9): T_full = (1 + γ)F + C_mix + D_α and T_SPSA = 2m (F + C_mix), from the parts measured below. The "
-        "quartiles of the ratio over the repetitions are in brackets. Eq. (10) says whether SPSA is cheaper where m = "
-        "1. For more directions that column compares the two times of Eq. (9). The last column is as measured. A row "
-        "has no times where a program takes more memory than was free.",
-        markdown_table(*_time_table(rows)),
-        "On a CPU, XLA is slow at the gradient of depthwise kernels (`experiments/models/depthwise.py`). So "
-        "MobileNetV2's γ is large there, and its ratio SPSA / full flatters SPSA.",
-        "## Where T_SPSA differs from Eq. (9)",
-        "The difference is a share of the prediction. One program: a blend and a forward pass in one program, against "
-        "each in its own. Many probes: the 2m probes with their directions in one program, against each in its own. "
-        "The rest: the update of the coefficients. Within a step, memory is used again that is new to each program "
-        "that runs by itself. On a busy machine the quartiles above are wide.",
-        markdown_table(*_excess_table(rows)),
-        "## The parts",
-        "F: the loss of a blended network in evaluation mode. γ: the backward pass over F, from the loss with its "
-        "gradient for the network's variables. C_mix: one blend. D_α: the vjp of a blend for α, K inner products. "
-        "Probe: a blend and its loss in one program. Estimate: the SPSA step without the update of the coefficients. "
-        "Page faults are the pages of memory that the process is given in a call.",
-        markdown_table(*_part_table(rows)),
-        "## Memory and FLOPs",
-        "Temporary memory is what a compiled step takes in addition to its arguments and results, as it runs here by "
-        "default: one probe after another on a CPU, all probes vmapped on an accelerator. XLA counts the FLOPs of a "
-        "loop's body once. So the FLOPs of SPSA are of the step with all probes vmapped, which is compiled and not "
-        "run.",
-        markdown_table(*size_table(rows)),
-        *(tpu_blocks(results["tpu"]) if results["tpu"] is not None else []),
-    )
 
 
 def _time_table(rows: Rows) -> TableCells:
