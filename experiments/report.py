@@ -8,6 +8,7 @@ The report of each run says how its figures were made.
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import sys
 import textwrap
@@ -15,7 +16,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
@@ -23,8 +23,9 @@ from matplotlib.figure import Figure
 from experiments.protocol.config import CONFIGS, PAPER_CONFIGS
 from experiments.reporting import claims
 from experiments.reporting.analysis import configs_of
+from experiments.reporting.figure1 import figure1 as draw
 from experiments.reporting.paper import EXPERIMENTS, EXPERT_ACCURACY, experiment_of, is_at_its_scale
-from experiments.reporting.presentation import STYLE, Report, TableCells, markdown_table, shortened, unbroken
+from experiments.reporting.presentation import Report, TableCells, markdown_table, shortened, unbroken
 from experiments.reporting.run_report import (
     LEADS,
     OURS,
@@ -32,7 +33,6 @@ from experiments.reporting.run_report import (
     TABLE_OF_CONFIGS,
     config_table,
     cost_table,
-    draw_accuracy,
 )
 from experiments.runtime.session import failure
 from experiments.runtime.stages import read_json, reading
@@ -117,18 +117,13 @@ def write(runs: Sequence[Mapping[str, Any]], folder: Path) -> None:
 
 
 def figure1(runs: Sequence[Mapping[str, Any]]) -> Figure:
-    """Returns Figure 1: test accuracy by fine-tuning epoch, with a panel for each run."""
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(4.6 * len(runs) + 0.4, 4.4), layout="constrained")
-        for axes, (name, results) in zip(figure.subplots(1, len(runs), squeeze=False)[0], _names(runs), strict=True):
-            draw_accuracy(axes, results)
-            seeds = len(results["config"]["seeds"])
-            title = f"{shortened(results['title'], 80)}; {seeds} seed{'s' if seeds > 1 else ''}"
-            axes.set_title(f"{name}\n{textwrap.fill(unbroken(title), 48)}", fontsize=10)
-        lines = {str(line.get_label()): line for axes in figure.axes for line in axes.lines}
-        title, columns = "mean and standard deviation over seeds", len(lines) if len(runs) > 2 else len(runs) + 1
-        figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=columns, title=title)
-    return figure
+    """Returns `experiments.reporting.figure1.figure1` of some runs, with their names and options above the panels."""
+    panels = {}
+    for name, results in _names(runs):
+        seeds = len(results["config"]["seeds"])
+        title = f"{shortened(results['title'], 80)}; {seeds} seed{'s' if seeds > 1 else ''}"
+        panels[f"{name}\n{textwrap.fill(unbroken(title), 48)}"] = results
+    return draw(panels)
 
 
 def table1(runs: Sequence[Mapping[str, Any]]) -> TableCells:
@@ -150,28 +145,14 @@ def table1(runs: Sequence[Mapping[str, Any]]) -> TableCells:
     return ["run", "whose", *map(str, range(width)), "mean", "least", "most"], rows
 
 
-def configs(runs: Sequence[Mapping[str, Any]]) -> TableCells:
-    """Returns accuracy and loss of the Configs as headers and rows, run by run.
-
-    They are those on the test split, before and after fine-tuning.
-    """
-    return _by_run(runs, config_table)
-
-
-def costs(runs: Sequence[Mapping[str, Any]]) -> TableCells:
-    """Returns the cost of each Config's prior as headers and rows, run by run."""
-    return _by_run(runs, cost_table)
-
-
-def leads(runs: Sequence[Mapping[str, Any]]) -> TableCells:
-    """Returns the leads of GLUE in section 5 as headers and rows, run by run."""
-    return _by_run(runs, claims.leads)
-
-
-def _by_run(runs: Sequence[Mapping[str, Any]], table: Callable[[Mapping[str, Any]], TableCells]) -> TableCells:
+def _by_run(table: Callable[[Mapping[str, Any]], TableCells], runs: Sequence[Mapping[str, Any]]) -> TableCells:
     """Returns the tables of all runs, one below the other."""
     tables = [(name, *table(results)) for name, results in _names(runs)]
     return ["run", *tables[0][1]], [[name, *row] for name, _, rows in tables for row in rows]
+
+
+configs, costs, leads = (functools.partial(_by_run, table) for table in (config_table, cost_table, claims.leads))
+"""Functions from some runs to the tables of all of them: of the Configs, of the priors' costs, and of GLUE's leads."""
 
 
 def _names(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:

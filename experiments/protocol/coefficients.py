@@ -34,7 +34,12 @@ _adam = functools.cache(optax.adam)
 
 @functools.cache
 def make_steps(config: Config) -> Mapping[int, Any]:
-    """Returns the steps of Configs 3, 4 and 5, by number. Equal configs share them, and so compile them once."""
+    """Returns the steps of Configs 3, 4 and 5, by number. Equal configs share them, and so compile them once.
+
+    - Config 3, full gradient: `full_gradient_step`.
+    - Config 4, GLUE: `spsa_step` with the paper's directions and radius.
+    - Config 5, Gauss-Newton (ours): `gauss_newton_step`.
+    """
     gauss_newton = functools.partial(glue_jax.gauss_newton_step, matmul_precision=config.matmul_precision)
     glue = functools.partial(
         glue_jax.spsa_step,

@@ -32,9 +32,6 @@ def estimate(context: Context) -> dict[str, float]:
     On a CPU, the steps are programs of the run, so the run does not compile them again. An accelerator compiles an
     epoch for each number of images.
 
-    Args:
-        context: what `experiments.protocol.context.prepare` returned.
-
     Returns:
         The seconds of each stage that is not done, without compilation. The seconds of the coefficients are an upper
         bound, because learning may reach its plateau before the last step.

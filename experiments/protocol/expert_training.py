@@ -27,9 +27,6 @@ _INITIALIZATION, _EXPERT_TRAINING = range(2)
 def train_experts(context: Context) -> tuple[list[Variables], list[dict[str, Any]]]:
     """Trains the experts that are missing, and reads the others.
 
-    Args:
-        context: what `experiments.protocol.context.prepare` returned.
-
     Returns:
         The variables of each expert, and a record of each: `training_loss` by epoch, `checksum`, `seconds`, `machine`.
 

@@ -25,7 +25,8 @@ class ExpertArguments(StageArguments):
         experiment: the experiment whose experts are used. It is a module of `experiments` with presets, for example
             cifar10.
         preset: a preset of that experiment. It has the defaults of its fields. The default is its first preset.
-        run_dir: the folder of the experiment, which keeps the experts. The default is the experiment's own folder.
+        run_dir: the folder from which the experts are read. The experiment's own command keeps them there (give it the
+            same options). Missing experts are trained. The default is the experiment's own folder.
         data_dir: the data directory of tensorflow-datasets; the default is its own (TFDS_DATA_DIR, or
             ~/tensorflow_datasets).
         config: every number of the experiment.
@@ -39,9 +40,6 @@ class ExpertArguments(StageArguments):
 
     def check(self, *, least_experts: int = 1) -> None:
         """Refuses options that no command can follow, before any work.
-
-        Args:
-            least_experts: the number of experts that the command needs at least.
 
         Raises:
             ValueError: if the report would go into the experiment's own folder, or if there are too few experts.

@@ -22,9 +22,6 @@ from experiments.protocol.passes import prior_cost
 def run(context: Context) -> dict[str, Any]:
     """Does what is not done yet, and returns the results.
 
-    Args:
-        context: what `experiments.protocol.context.prepare` returned.
-
     Returns:
         A dict that JSON holds. `data` has names and the numbers of images that were drawn. `experts` has a row for each
         expert, with the number of the first seed's target images that it was trained on. `runs` has a row for each seed

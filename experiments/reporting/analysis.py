@@ -66,13 +66,7 @@ def by_config(results: Mapping[str, Any], field: str) -> dict[int, np.ndarray]:
 
 
 def lead(results: Mapping[str, Any], number: int, *, of: int = 4) -> Lead:
-    """Returns the lead of a Config over another.
-
-    Args:
-        results: the results of a run.
-        number: the number of the other Config.
-        of: the number of the Config whose lead it is. The default is GLUE's.
-    """
+    """Returns the lead of the Config `of`, by default GLUE, over the Config `number`."""
     accuracy = by_config(results, "test_accuracy")
     return Lead(100 * (accuracy[of] - accuracy[number]))
 

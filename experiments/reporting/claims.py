@@ -28,9 +28,6 @@ def leads(results: Mapping[str, Any]) -> TableCells:
     """Returns the leads of GLUE over the paper's other Configs as headers and rows.
 
     'Up to' is the largest over the epochs.
-
-    Args:
-        results: the results of a run.
     """
     paper = LARGEST_LEAD.get(experiment_of(results["config"]) or "", {})
     same_scale = is_at_its_scale(results["config"])
@@ -47,11 +44,7 @@ def leads(results: Mapping[str, Any]) -> TableCells:
 
 
 def leads_of_ours(results: Mapping[str, Any]) -> TableCells:
-    """Returns the leads of Config 5 over the paper's Configs as headers and rows, like `leads`.
-
-    Args:
-        results: the results of a run that has Config 5.
-    """
+    """Returns the leads of Config 5 over the paper's Configs as headers and rows, like `leads`."""
     rows = []
     for number in PAPER_CONFIGS:
         ours = lead(results, number, of=5)
@@ -64,9 +57,6 @@ def verdicts(results: Mapping[str, Any]) -> TableCells:
     """Returns the claims of section 5 for one run as headers and rows.
 
     A row has the paper's figure, ours in points, and the verdict.
-
-    Args:
-        results: the results of a run.
     """
     experiment = experiment_of(results["config"]) or ""
     paper = LARGEST_LEAD.get(experiment, {})

@@ -58,12 +58,7 @@ class Report(NamedTuple):
 
 
 def page(results: Mapping[str, Any], *blocks: str) -> str:
-    """Returns a report: the title, the command and the machine, and then some blocks of Markdown.
-
-    Args:
-        results: the results, with `title`, `command` and `machine`.
-        *blocks: the blocks of the report, Markdown.
-    """
+    """Returns a report: the title, the command and the machine, and then some blocks of Markdown."""
     head = f"# {results['title']}", f"    {results['command']}", f"Run on {results['machine']}."
     return "\n\n".join([*head, *blocks]) + "\n"
 
@@ -121,6 +116,14 @@ def table_of(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -> T
         columns: a format string for each header. It takes fields, for example `{loss:.3f}` or `{times[full_step]:.0f}`.
     """
     return list(columns), [[cell.format_map(row) for cell in columns.values()] for row in rows]
+
+
+def grouped(rows: Iterable[Mapping[str, Any]], field: str) -> dict[Any, list[Mapping[str, Any]]]:
+    """Returns the rows with each value of a field, in their order."""
+    groups: dict[Any, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row[field], []).append(row)
+    return groups
 
 
 class Claim(NamedTuple):

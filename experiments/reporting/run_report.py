@@ -7,17 +7,15 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from experiments.protocol.config import CONFIGS
 from experiments.reporting.analysis import by_config, configs_of, learned_configs_of, name_of, num_mixed
 from experiments.reporting.claims import leads, leads_of_ours
+from experiments.reporting.figure1 import figure1
 from experiments.reporting.paper import EXPERT_ACCURACY, experiment_of
 from experiments.reporting.presentation import STYLE, Report, TableCells, markdown_table, spread, unbroken
 
-_COLORS = {1: "#999999", 2: "#e69f00", 3: "#0072b2", 4: "#d55e00", 5: "#009e73"}
 _SETTING = ("network", "num_experts", "expert_examples", "initialization")
 EQUAL_SIZES = "All experts have the same number of images. So Config 1 is the uniform average, where learning starts."
 OURS = "Configs 1 to 4 are the paper's. Config 5, Gauss-Newton, is ours: the paper does not have it."
@@ -41,36 +39,16 @@ LEADS = (
 
 
 def present(results: Mapping[str, Any]) -> Report:
-    """Returns all that is shown of a run.
-
-    Args:
-        results: the results of a run, with its `title` and `machine`.
-    """
-    pictures = {"figure1.png": _accuracy_figure(results), "alpha.png": _alpha_figure(results)}
+    """Returns all that is shown of a run."""
+    title = textwrap.fill(unbroken(results["title"]), 76)
+    pictures = {"figure1.png": figure1({title: results}), "alpha.png": _alpha_figure(results)}
     name = f"{results['title']}: the prior and the fine-tuned model on the test images"
     tables = {name: config_table(results), "What the prior took": cost_table(results)}
     return Report("\n\n".join(_blocks(results)) + "\n", pictures, tables)
 
 
-def draw_accuracy(axes: Axes, results: Mapping[str, Any]) -> None:
-    """Draws test accuracy by fine-tuning epoch: a panel of Figure 1."""
-    for number, values in by_config(results, "test_accuracy").items():
-        mean, deviation = 100 * values.mean(axis=0), 100 * values.std(axis=0, ddof=min(1, len(values) - 1))
-        epochs = np.arange(len(mean))
-        color = _COLORS[number]
-        axes.plot(epochs, mean, color=color, marker="o", markersize=4, label=name_of(number))
-        axes.fill_between(epochs, mean - deviation, mean + deviation, color=color, alpha=0.2, linewidth=0)
-    axes.set_xlabel("fine-tuning epoch (0: the prior)")
-    axes.set_ylabel("test accuracy, %")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
 def config_table(results: Mapping[str, Any]) -> TableCells:
-    """Returns headers and rows of the Configs: accuracy and loss on the test split, before and after fine-tuning.
-
-    Args:
-        results: the results of a run.
-    """
+    """Returns headers and rows of the Configs: accuracy and loss on the test split, before and after fine-tuning."""
     accuracy, loss = by_config(results, "test_accuracy"), by_config(results, "test_loss")
     headers = ["Config", "prior, %", "prior, loss", "tuned, %", "tuned, loss"]
     rows = []
@@ -83,11 +61,7 @@ def config_table(results: Mapping[str, Any]) -> TableCells:
 
 
 def cost_table(results: Mapping[str, Any]) -> TableCells:
-    """Returns headers and rows of the cost of each Config's prior. A run of an older version did not count it.
-
-    Args:
-        results: the results of a run.
-    """
+    """Returns headers and rows of the cost of each Config's prior. A run of an older version did not count it."""
     fields = ("forward_passes", "backward_passes", "prior_seconds")
     rows = []
     for number in configs_of(results):
@@ -210,19 +184,6 @@ def _end(run: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     steps = run["validation_steps"]
     best = steps[int(np.argmin(run["validation_loss"]))]
     return f"{best} of {steps[-1]}" + ("" if steps[-1] < config["alpha_steps"] else " (limit)")
-
-
-def _accuracy_figure(results: Mapping[str, Any]) -> Figure:
-    """A panel of Figure 1."""
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
-        axes = figure.subplots()
-        draw_accuracy(axes, results)
-        axes.set_title(textwrap.fill(unbroken(results["title"]), 76), fontsize=11)
-        handles, labels = axes.get_legend_handles_labels()
-        title = "mean and standard deviation over seeds" if len(results["config"]["seeds"]) > 1 else None
-        figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=10, title=title)
-    return figure
 
 
 def _alpha_figure(results: Mapping[str, Any]) -> Figure:

@@ -95,12 +95,7 @@ def exit_on(*errors: type[Exception]) -> Iterator[None]:
 
 
 def failure(error: OSError, out_dir: Path) -> str:
-    """Returns the message for a file that cannot be read or written.
-
-    Args:
-        error: the error.
-        out_dir: the command's folder.
-    """
+    """Returns the message for a file that cannot be read or written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = error.filename or f"into {out_dir}"
         return f"no space is left to write {where}: make room, and give the same command again"

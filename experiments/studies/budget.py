@@ -7,8 +7,7 @@
 Each way learns the same coefficients from the same target images. It is measured on validation and test images as it
 goes. Passes, seconds and FLOPs are those of learning alone, without compilation and without these measurements.
 
-The experts are read from `--run-dir`, where the experiment's own command keeps them (give it the same options). Missing
-experts are trained. Each way's curve is kept, so a stopped run continues.
+Each way's curve is kept, so a stopped run continues.
 """
 
 import dataclasses
@@ -31,11 +30,11 @@ from experiments.protocol.context import Context, take
 from experiments.protocol.expert_training import train_experts
 from experiments.protocol.presets import ExpertArguments
 from experiments.protocol.training import cross_entropy, output_loss
-from experiments.reporting.presentation import STYLE, Report, markdown_table, page, spread
+from experiments.reporting.presentation import STYLE, Report, TableCells, grouped, markdown_table, page, spread
 from experiments.runtime.session import process
 from experiments.runtime.stages import Stages
 from experiments.studies import frame
-from experiments.studies.ablation.recipes import BLOCKS, LAYERS
+from experiments.studies.ablation.recipes import BLOCKS
 from experiments.studies.frame import slug
 from experiments.studies.refreshing import has_statistics
 from experiments.studies.ways import Coefficients, Way, ways
@@ -102,32 +101,14 @@ class Arguments(ExpertArguments):
                 raise ValueError(f"ways has {word!r}; expected part of one of {names}")
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures, from a command line to the report.
-
-    Args:
-        arguments: the command line. None is that of this process.
+def measure(context: Context, parsed: Arguments, stages: Stages) -> dict[str, Any]:
+    """Runs the ways that are not done yet.
 
     Returns:
-        The results: `title`, `command`, `machine`, `config`, and `curves`. There is a curve for each sharing, way and
-            seed. It has `sharing`, `dimension`, `way`, `seed`, and lists over points: `forward` and `backward` passes,
-            `flops` of the compiled steps (for the ways that have some), `learning_seconds`, `validation_loss` and
-            `test_loss` (cross-entropy, nats).
+        A dict. `curves` has a curve for each sharing, way and seed. It has `sharing`, `dimension`, `way`, `seed`,
+            `machine`, and lists over points: `forward` and `backward` passes, `flops` of the compiled steps (for the
+            ways that have some), `learning_seconds`, `validation_loss` and `test_loss` (cross-entropy, nats).
     """
-    return frame.run(
-        Arguments,
-        "studies.budget",
-        __doc__ or "",
-        arguments,
-        title="Passes and seconds to good coefficients",
-        rows="curves",
-        measure=lambda *study: {"curves": measure(*study)},
-        present=present,
-    )
-
-
-def measure(context: Context, parsed: Arguments, stages: Stages) -> list[dict[str, Any]]:
-    """Runs the ways that are not done yet, and returns the `curves` that `main` returns."""
     config = context.config
     experts = glue_jax.stack_experts(train_experts(context)[0])
     fields = {
@@ -154,7 +135,7 @@ def measure(context: Context, parsed: Arguments, stages: Stages) -> list[dict[st
                 described = {"sharing": sharing, "dimension": problem.dimension, "way": way.name, "seed": seed}
                 curves.append({**described, **curve})
                 bar.advance()
-    return curves
+    return {"curves": curves}
 
 
 def coefficients(context: Context, experts: Variables, sharing: Sharing) -> Coefficients:
@@ -173,8 +154,10 @@ def coefficients(context: Context, experts: Variables, sharing: Sharing) -> Coef
         _, experts = glue_jax.partition(experts, "^batch_stats/")
     problem, beta, rows = context.problem, jnp.full((k,), 1 / k), None
     if sharing != "free":
-        pattern = BLOCKS[context.config.network] if sharing == "free by block" else LAYERS
-        groups = glue_jax.merging.group_by_path(experts, pattern)
+        if sharing == "free by block":
+            groups = glue_jax.merging.group_by_path(experts, BLOCKS[context.config.network])
+        else:
+            groups = glue_jax.merging.by_layer(experts)
         rows, beta = groups.rows, jnp.full((len(groups.names), k), 1 / k)
     merge = functools.partial(glue_jax.blend, groups=rows, min_dtype=jnp.float32)
     loss = glue_jax.OutputLoss(
@@ -243,14 +226,11 @@ def reached(curve: Mapping[str, Any], loss: float) -> dict[str, float] | None:
     return {name: curve[name][there[0]] for name in _TAKEN if name in curve} if there.size else None
 
 
-def table(results: Mapping[str, Any], sharing: str) -> tuple[list[str], list[list[str]]]:
+def table(curves: Sequence[Mapping[str, Any]]) -> TableCells:
     """Returns a row for each way: its cost to come within `TOLERANCE` of each seed's best validation loss."""
-    curves = [curve for curve in results["curves"] if curve["sharing"] == sharing]
-    seeds = sorted({curve["seed"] for curve in curves})
-    best = {seed: min(min(c["validation_loss"]) for c in curves if c["seed"] == seed) for seed in seeds}
+    best = {seed: min(min(c["validation_loss"]) for c in own) for seed, own in grouped(curves, "seed").items()}
     rows = []
-    for way in dict.fromkeys(curve["way"] for curve in curves):
-        own = [curve for curve in curves if curve["way"] == way]
+    for way, own in grouped(curves, "way").items():
         found = [reached(curve, (1 + TOLERANCE) * best[curve["seed"]]) for curve in own]
         there = [point for point in found if point is not None]
         row = [way, f"{len(there)} of {len(own)}"]
@@ -261,28 +241,13 @@ def table(results: Mapping[str, Any], sharing: str) -> tuple[list[str], list[lis
             lasts = [c[name][int(np.argmin(c["validation_loss"]))] for c in own]
             row.append(spread(np.array(lasts), 3))
         rows.append(row)
-    head = [
-        "way",
-        "seeds there",
-        "forward passes",
-        "backward passes",
-        "seconds",
-        f"FLOPs to {100 * TOLERANCE:g} %",
-        "best validation loss",
-        "its test loss",
-    ]
-    return head, rows
+    head = ["way", "seeds there", "forward passes", "backward passes", "seconds", f"FLOPs to {100 * TOLERANCE:g} %"]
+    return [*head, "best validation loss", "its test loss"], rows
 
 
 def present(results: Mapping[str, Any]) -> Report:
     """All that is shown."""
-    sharings = list(dict.fromkeys(curve["sharing"] for curve in results["curves"]))
-    figures = {f"{slug(sharing)}.png": _figure(results, sharing) for sharing in sharings}
-    return Report(_markdown(results), figures, {sharing: table(results, sharing) for sharing in sharings})
-
-
-def _markdown(results: Mapping[str, Any]) -> str:
-    """The report."""
+    figures, tables = {}, {}
     parts = [
         "Forward passes are of one model on one image. Seconds are of learning alone: compilation and what is measured "
         "on the way are left out. *There* is within 1 % of the lowest validation loss that any way reaches with the "
@@ -291,21 +256,20 @@ def _markdown(results: Mapping[str, Any]) -> str:
         "the compiled step, times the steps. Figures are means over the seeds; '-' where a seed does not get there, or "
         "where FLOPs were not counted.",
     ]
-    for sharing in dict.fromkeys(curve["sharing"] for curve in results["curves"]):
-        d = next(curve["dimension"] for curve in results["curves"] if curve["sharing"] == sharing)
-        parts += [f"## {sharing}: {d} directions", f"![validation loss by passes]({slug(sharing)}.png)"]
-        parts.append(markdown_table(*table(results, sharing)))
-    return page(results, *parts)
+    for sharing, curves in grouped(results["curves"], "sharing").items():
+        picture, cells = f"{slug(sharing)}.png", table(curves)
+        parts += [f"## {sharing}: {curves[0]['dimension']} directions", f"![validation loss by passes]({picture})"]
+        parts.append(markdown_table(*cells))
+        figures[picture], tables[sharing] = _figure(curves), cells
+    return Report(page(results, *parts), figures, tables)
 
 
-def _figure(results: Mapping[str, Any], sharing: str) -> Figure:
+def _figure(curves: Sequence[Mapping[str, Any]]) -> Figure:
     """Validation loss by forward passes and by seconds, the mean over seeds of each way."""
-    curves = [curve for curve in results["curves"] if curve["sharing"] == sharing]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10, 5.5), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
-        for index, way in enumerate(dict.fromkeys(curve["way"] for curve in curves)):
-            own = [curve for curve in curves if curve["way"] == way]
+        for index, (way, own) in enumerate(grouped(curves, "way").items()):
             loss = np.mean([curve["validation_loss"] for curve in own], axis=0)
             for axes, name in ((left, "forward"), (right, "learning_seconds")):
                 x = np.mean([curve[name] for curve in own], axis=0)
@@ -323,6 +287,8 @@ def _figure(results: Mapping[str, Any], sharing: str) -> Figure:
         figure.legend(loc="outside lower center", ncols=3)
     return figure
 
+
+main = frame.study(Arguments, measure, present, title="Passes and seconds to good coefficients", rows="curves")
 
 if __name__ == "__main__":
     with process():

@@ -6,9 +6,6 @@
 GLUE learns the coefficients, as Config 4 does, with each radius of a sweep around the experiment's own. It also learns
 them with the radius that `glue_jax.calibrate` proposes to a user whose guess is wrong by a factor of 100 or 10,000. The
 guess is too small or too large. `calibrate` searches three decades to either side of the guess.
-
-The experts are read from `--run-dir`, where the experiment's own command keeps them (give it the same options). Missing
-experts are trained.
 """
 
 import dataclasses
@@ -28,7 +25,7 @@ from experiments.protocol.config import CoefficientFields, part
 from experiments.protocol.context import Context
 from experiments.protocol.expert_training import train_experts
 from experiments.protocol.presets import ExpertArguments
-from experiments.reporting.presentation import STYLE, Report, TableCells, markdown_table, number, page, spread
+from experiments.reporting.presentation import STYLE, Report, TableCells, grouped, markdown_table, number, page, spread
 from experiments.runtime.session import process
 from experiments.runtime.stages import Stages
 from experiments.studies import frame
@@ -44,34 +41,12 @@ _IMAGES = 512
 _CALIBRATION = 4
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures, and writes the report. `arguments` is the command line. None is that of this process.
-
-    Returns:
-        The results: `title`, `command`, `machine`, `config`, and `rows`. There is a row for each radius and seed. It
-            has `way`, `seed`, `radius`, `loss` (the best validation loss in nats) and `steps`.
-    """
-    return frame.run(
-        ExpertArguments,
-        "studies.calibration",
-        __doc__ or "",
-        arguments,
-        title="The radius of SPSA's probes, tuned and calibrated",
-        rows="rows",
-        measure=lambda context, parsed, stages: {"rows": measure(context, stages)},
-        present=present,
-    )
-
-
-def measure(context: Context, stages: Stages) -> list[dict[str, Any]]:
+def measure(context: Context, _: ExpertArguments, stages: Stages) -> dict[str, Any]:
     """Learns from each radius what is not learned yet.
 
-    Args:
-        context: the context of the run whose experts these are. Missing experts are trained.
-        stages: the stages that keep the results.
-
     Returns:
-        The `rows` that `main` returns.
+        A dict. `rows` has a row for each radius and seed, with `way`, `seed`, `radius`, `loss` (the best validation
+            loss in nats), `steps` and `machine`.
     """
     config = context.config
     experts = glue_jax.stack_experts(train_experts(context)[0])
@@ -95,7 +70,7 @@ def measure(context: Context, stages: Stages) -> list[dict[str, Any]]:
             row = stages.run(f"calibration/guess{index}-seed{seed}", {**fields, "guess": guess}, compute)
             rows.append({"way": f"calibrated from {number(guess)}", "seed": seed, **row})
             bar.advance()
-    return rows
+    return {"rows": rows}
 
 
 def calibrated_radius(context: Context, experts: Variables, seed: int, guess: float) -> float:
@@ -154,27 +129,13 @@ def _learn_calibrated(context: Context, experts: Variables, seed: int, guess: fl
     return _learn(context, experts, seed, calibrated_radius(context, experts, seed, guess))
 
 
-def _losses(rows: Sequence[Mapping[str, Any]], *, sweep: bool) -> dict[Any, list[float]]:
-    """The losses of all seeds, by radius of the sweep or by guess."""
-    found: dict[Any, list[float]] = {}
-    for row in rows:
-        if (row["way"] == "sweep") == sweep:
-            found.setdefault(row["radius"] if sweep else row["way"], []).append(row["loss"])
-    return found
-
-
 def table(rows: Sequence[Mapping[str, Any]]) -> TableCells:
-    """Returns a row for each radius of the sweep, and for each guess.
-
-    Args:
-        rows: the rows that `measure` returned.
-    """
-    best = min(np.mean(losses) for losses in _losses(rows, sweep=True).values())
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(number(row["radius"]) if row["way"] == "sweep" else row["way"], []).append(row)
+    """Returns a row for each radius of the sweep, and for each guess."""
+    calibrated = grouped(rows, "way")
+    swept = grouped(calibrated.pop("sweep"), "radius")
+    best = min(np.mean([row["loss"] for row in own]) for own in swept.values())
     cells = []
-    for name, own in groups.items():
+    for name, own in {**{number(radius): own for radius, own in swept.items()}, **calibrated}.items():
         losses = np.array([row["loss"] for row in own])
         steps, radii = np.mean([row["steps"] for row in own]), dict.fromkeys(number(row["radius"]) for row in own)
         cells.append(
@@ -203,18 +164,21 @@ def _figure(results: Mapping[str, Any]) -> Figure:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         axes = figure.subplots()
-        for seed in results["config"]["seeds"]:
-            rows = [row for row in results["rows"] if row["way"] == "sweep" and row["seed"] == seed]
+        ways = grouped(results["rows"], "way")
+        for rows in grouped(ways.pop("sweep"), "seed").values():
             radii, losses = [row["radius"] for row in rows], [row["loss"] for row in rows]
             axes.plot(radii, losses, "-", color="black", label=None if axes.lines else "sweep, a line a seed")
-        for index, way in enumerate(_losses(results["rows"], sweep=False)):
-            rows = [row for row in results["rows"] if row["way"] == way]
+        for index, (way, rows) in enumerate(ways.items()):
             radii, losses = [row["radius"] for row in rows], [row["loss"] for row in rows]
             axes.plot(radii, losses, "<^v>"[index], color=f"C{index}", markersize=9, alpha=0.6, label=way)
         axes.set(xscale="log", xlabel="radius of the probes", ylabel="best validation loss, nats")
         figure.legend(loc="outside lower center", ncols=2)
     return figure
 
+
+main = frame.study(
+    ExpertArguments, measure, present, title="The radius of SPSA's probes, tuned and calibrated", rows="rows"
+)
 
 if __name__ == "__main__":
     with process():

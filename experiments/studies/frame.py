@@ -21,68 +21,68 @@ from experiments.protocol.presets import ExpertArguments, Parsed, parse
 from experiments.reporting.presentation import Report
 from experiments.runtime.progress import ProgressBars
 from experiments.runtime.session import exit_on, session
+from experiments.runtime.sources import name_of
 from experiments.runtime.stages import Stages, machine
 
 
-def run(
+def study(
     arguments: type[Parsed],
-    module: str,
-    description: str,
-    words: Sequence[str] | None,
-    *,
-    title: str,
     measure: Callable[[Context, Parsed, Stages], Mapping[str, Any]],
     present: Callable[[Mapping[str, Any]], Report],
+    *,
+    title: str,
     rows: str | None = None,
     plan: Callable[[Context, Parsed], str] | None = None,
-) -> dict[str, Any]:
-    """Runs a study from a command line to its report.
+) -> Callable[..., dict[str, Any]]:
+    """Returns the `main` of a study, which leads from a command line to the report.
 
     Args:
         arguments: the class of the options.
-        module: the module of the study, without `experiments.`.
-        description: the text of `--help`.
-        words: the words of the command line. None is those of this process.
-        title: the subject of the study.
-        measure: the function that measures what is not measured yet, and keeps it in the stages.
+        measure: the function that measures what is not measured yet, and keeps it in the stages. Its module is the
+            command, and the docstring of its module is the text of `--help`.
         present: the function that makes the report of the results.
+        title: the subject of the study.
         rows: the name under which `measure` returns a list of dicts that each have a `machine`. If it is None, the
             machine is that of this process, unless `measure` returns a `machine`.
         plan: a function that returns a text to print before the work begins. By default it is how many experts are
             missing.
 
     Returns:
-        The results, which JSON holds: `title`, `command`, `machine`, `config`, and what `measure` returns.
-
-    Raises:
-        SystemExit: as for `experiments.runtime.session.session`, or if the command line cannot be followed.
+        A function of the words of a command line. By default they are those of this process. It returns the results,
+        which JSON holds: `title`, `command`, `machine`, `config`, and what `measure` returns. It raises SystemExit as
+        `experiments.runtime.session.session` does, and if the command line cannot be followed.
     """
-    words = sys.argv[1:] if words is None else list(words)
-    console = Console(markup=False)
-    with exit_on(ValueError):
-        parsed = parse(arguments, module, description, words)
-        parsed.check(least_experts=2)
-    command = command_line(module, words)
-    with session(parsed.out_dir, console, command) as progress:
-        with exit_on(ValueError, OSError, data.DatasetNotFoundError):
-            dataset = data.load(parsed.config.dataset, parsed.data_dir, parsed.config.image_size)
-            context = open_context(parsed, parsed.config, dataset, progress)
-        work = plan(context, parsed) if plan else describe_missing(context)
-        progress.say(f"{dataset.name}; {machine()}\n{work}")
-        measured = measure(context, parsed, parsed.stages(progress))
-        machines = {row["machine"] for row in measured[rows]} if rows else {machine()}
-        results = {
-            "title": f"{title}: {parsed.experiment}, preset {parsed.preset}",
-            "command": command,
-            "machine": "; ".join(sorted(machines)),
-            "config": dataclasses.asdict(parsed.config),
-            **measured,
-        }
-        # As the file holds them, so that experiments.rewrite makes the same report.
-        report = present(json.loads(json.dumps(results)))
-        report.write(parsed.out_dir, results)
-    report.show(parsed.out_dir, console)
-    return results
+    module = name_of(measure).partition(":")[0].removeprefix("experiments.").removesuffix(".__main__")
+
+    def main(words: Sequence[str] | None = None) -> dict[str, Any]:
+        words = sys.argv[1:] if words is None else list(words)
+        console = Console(markup=False)
+        with exit_on(ValueError):
+            parsed = parse(arguments, module, sys.modules[measure.__module__].__doc__ or "", words)
+            parsed.check(least_experts=2)
+        command = command_line(module, words)
+        with session(parsed.out_dir, console, command) as progress:
+            with exit_on(ValueError, OSError, data.DatasetNotFoundError):
+                dataset = data.load(parsed.config.dataset, parsed.data_dir, parsed.config.image_size)
+                context = open_context(parsed, parsed.config, dataset, progress)
+            work = plan(context, parsed) if plan else describe_missing(context)
+            progress.say(f"{dataset.name}; {machine()}\n{work}")
+            measured = measure(context, parsed, parsed.stages(progress))
+            machines = {row["machine"] for row in measured[rows]} if rows else {machine()}
+            results = {
+                "title": f"{title}: {parsed.experiment}, preset {parsed.preset}",
+                "command": command,
+                "machine": "; ".join(sorted(machines)),
+                "config": dataclasses.asdict(parsed.config),
+                **measured,
+            }
+            # As the file holds them, so that experiments.rewrite makes the same report.
+            report = present(json.loads(json.dumps(results)))
+            report.write(parsed.out_dir, results)
+        report.show(parsed.out_dir, console)
+        return results
+
+    return main
 
 
 def open_context(parsed: ExpertArguments, config: Config, dataset: Dataset, progress: ProgressBars) -> Context:

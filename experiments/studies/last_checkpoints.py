@@ -16,7 +16,7 @@ minibatch. The training and the result of each way are kept, so a stopped run co
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import numpy as np
 from experiments.protocol.config import CoefficientFields, FineTuningFields, part
 from experiments.protocol.context import Context
 from experiments.protocol.presets import ExpertArguments
-from experiments.reporting.presentation import Report, TableCells, markdown_table, page, spread
+from experiments.reporting.presentation import Report, TableCells, grouped, markdown_table, page, spread
 from experiments.runtime.session import process
 from experiments.runtime.sources import functions_in
 from experiments.runtime.stages import Stages
@@ -64,25 +64,6 @@ class Arguments(ExpertArguments):
                 f"num_experts is {self.config.num_experts}, and expert_epochs is {self.config.expert_epochs}; expected "
                 "a checkpoint for at most each epoch"
             )
-
-
-def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Trains, measures, and writes the report. `arguments` is the command line. None is that of this process.
-
-    Returns:
-        The results: `title`, `command`, `machine`, `config`, and what `measure` returns.
-    """
-    return frame.run(
-        Arguments,
-        "studies.last_checkpoints",
-        __doc__ or "",
-        arguments,
-        title="The last checkpoints of one training run",
-        rows="rows",
-        measure=measure,
-        present=present,
-        plan=lambda context, parsed: f"training runs: {len(context.config.seeds)}",
-    )
 
 
 def measure(context: Context, parsed: Arguments, stages: Stages) -> dict[str, Any]:
@@ -156,8 +137,7 @@ def _measure(run: Run, way: Callable[[Run], Choice]) -> dict[str, Any]:
 def table(results: Mapping[str, Any]) -> TableCells:
     """Returns a row for each way: test accuracy, test loss, and what validation chose for each seed."""
     body = []
-    for way in dict.fromkeys(row["way"] for row in results["rows"]):
-        own = [row for row in results["rows"] if row["way"] == way]
+    for way, own in grouped(results["rows"], "way").items():
         accuracy, loss = (np.array([row[name] for row in own]) for name in ("accuracy", "loss"))
         chosen = ", ".join(row["chosen"] for row in own) if own[0]["chosen"] != "-" else "-"
         body.append([way, spread(100 * accuracy, 2), spread(loss, 4), chosen])
@@ -167,8 +147,8 @@ def table(results: Mapping[str, Any]) -> TableCells:
 def _alpha_table(results: Mapping[str, Any]) -> TableCells:
     """Returns the mean coefficients of each way that blends the checkpoints. The oldest checkpoint comes first."""
     body = []
-    for way in dict.fromkeys(row["way"] for row in results["rows"] if row["alpha"] is not None):
-        mean = np.mean([row["alpha"] for row in results["rows"] if row["way"] == way], axis=0)
+    for way, own in grouped((row for row in results["rows"] if row["alpha"] is not None), "way").items():
+        mean = np.mean([row["alpha"] for row in own], axis=0)
         body.append([way, *(f"{value:.2f}" for value in mean)])
     config = results["config"]
     first = config["expert_epochs"] - config["num_experts"] + 1
@@ -206,6 +186,15 @@ def present(results: Mapping[str, Any]) -> Report:
     )
     return Report(markdown, {}, {results["title"]: table(results)})
 
+
+main = frame.study(
+    Arguments,
+    measure,
+    present,
+    title="The last checkpoints of one training run",
+    rows="rows",
+    plan=lambda context, _: f"training runs: {len(context.config.seeds)}",
+)
 
 if __name__ == "__main__":
     with process():

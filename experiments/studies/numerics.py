@@ -8,15 +8,12 @@ the length of the mean. They are in float32, bfloat16 or float16. The network ha
 rounded to TF32 or to bfloat16, or bfloat16 layers. The rounding is emulated. A product that asks for the highest
 precision is not rounded. The coefficients are learned under a softmax, or are free (alpha itself). An estimate probes
 all directions that the link sees, so an estimate without rounding is the gradient.
-
-The experts are read from `--run-dir`, where the experiment's own command keeps them (give it the same options). Missing
-experts are trained.
 """
 
 import functools
 import itertools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -39,6 +36,7 @@ from experiments.runtime.stages import Stages
 from experiments.studies import frame
 from experiments.studies.rounding import with_rounded_products
 from glue_jax.directions import dimension
+from glue_jax.estimators import Estimate, forward_gradient, spsa_gradient
 from glue_jax.links import directions_of
 from glue_jax.precision import DEFAULT_RADIUS, SHORT_FACTOR, SOFTMAX_RADIUS
 from glue_jax.types import LinkFn, LossFn, StepFn
@@ -57,30 +55,8 @@ BATCHES = 3
 """The minibatches at each of two points: the uniform average, and a softmax of normally distributed logits."""
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures, and writes the report. `arguments` is the command line. None is that of this process.
-
-    Returns:
-        The results: `title`, `command`, `machine`, `config`, and what `measure` returns.
-    """
-    return frame.run(
-        ExpertArguments,
-        "studies.numerics",
-        __doc__ or "",
-        arguments,
-        title="The error of the slopes by number format",
-        rows="rows",
-        measure=lambda context, parsed, stages: measure(context, stages),
-        present=present,
-    )
-
-
-def measure(context: Context, stages: Stages) -> dict[str, Any]:
+def measure(context: Context, _: ExpertArguments, stages: Stages) -> dict[str, Any]:
     """Measures what is not measured yet.
-
-    Args:
-        context: the context of the run whose experts these are. Missing experts are trained.
-        stages: the stages that keep the results.
 
     Returns:
         `distance`, that of the experts as they were trained, defined as for `NEAR`; and `rows`. Each row has `link`,
@@ -161,8 +137,8 @@ def _errors(context: Context, experts: Variables, dtype: str, arithmetic: str, l
         # The warning is about products in bfloat16, which are measured here.
         warnings.filterwarnings("ignore", message="loss_fn multiplies bfloat16")
         return {
-            "spsa": [{"radius": radius, "error": error(_spsa, radius=radius)} for radius in RADII],
-            "tangents": error(_tangents),
+            "spsa": [{"radius": r, "error": error(_estimate, estimator=spsa_gradient, radius=r)} for r in RADII],
+            "tangents": error(_estimate, estimator=forward_gradient),
             "default_spsa": error(_of_step, step_fn=glue_jax.spsa_step),
             "default_tangents": error(_of_step, step_fn=glue_jax.forward_gradient_step),
         }
@@ -174,39 +150,28 @@ def _objective(loss_fn: LossFn, link_fn: LinkFn, bank: Variables, batch: Example
 
 
 # Experts are arguments of the programs. As constants of a program they would take long to compile.
-_compiled = functools.partial(jax.jit, static_argnames=("loss_fn", "link_fn"))
-
-
-@_compiled
+@functools.partial(jax.jit, static_argnames=("loss_fn", "link_fn"))
 def _exact(bank: Variables, beta: jax.Array, batch: Examples, *, loss_fn: LossFn, link_fn: LinkFn) -> jax.Array:
     """The gradient."""
     with jax.default_matmul_precision("highest"):
         return jax.grad(functools.partial(_objective, loss_fn, link_fn, bank, batch))(beta)
 
 
-@_compiled
-def _spsa(
+@functools.partial(jax.jit, static_argnames=("loss_fn", "link_fn", "estimator"))
+def _estimate(
     bank: Variables,
     key: jax.Array,
     beta: jax.Array,
     batch: Examples,
     *,
+    estimator: Callable[..., Estimate],
     loss_fn: LossFn,
     link_fn: LinkFn,
-    radius: ArrayLike,
+    **words: ArrayLike,
 ) -> jax.Array:
-    """SPSA's estimate along all directions."""
+    """The estimate of an estimator of `glue_jax.estimators`, along all directions."""
     fun = functools.partial(_objective, loss_fn, link_fn, bank, batch)
-    return glue_jax.estimators.spsa_gradient(key, fun, beta, radius=radius, **_all_directions(link_fn, beta)).gradient
-
-
-@_compiled
-def _tangents(
-    bank: Variables, key: jax.Array, beta: jax.Array, batch: Examples, *, loss_fn: LossFn, link_fn: LinkFn
-) -> jax.Array:
-    """The forward gradient along all directions."""
-    fun = functools.partial(_objective, loss_fn, link_fn, bank, batch)
-    return glue_jax.estimators.forward_gradient(key, fun, beta, **_all_directions(link_fn, beta)).gradient
+    return estimator(key, fun, beta, **words, **_all_directions(link_fn, beta)).gradient
 
 
 @functools.partial(jax.jit, static_argnames=("loss_fn", "link_fn", "step_fn"))
@@ -293,6 +258,8 @@ def present(results: Mapping[str, Any]) -> Report:
     )
     return Report(markdown, {}, {results["title"]: _table(results)})
 
+
+main = frame.study(ExpertArguments, measure, present, title="The error of the slopes by number format", rows="rows")
 
 if __name__ == "__main__":
     with process():

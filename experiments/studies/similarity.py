@@ -5,14 +5,11 @@
 
 The barriers between the first experts are measured on the validation images. BatchNorm's statistics are blended like
 everything else, or estimated anew for each model.
-
-The experts are read from `--run-dir`, where the experiment's own command keeps them (give it the same options). Missing
-experts are trained.
 """
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -53,23 +50,6 @@ class Arguments(ExpertArguments):
         """Refuses values out of their range. The ValueError has the field, its value, and what was expected."""
         if self.barriers < 0 or self.barriers == 1:
             raise ValueError(f"barriers is {self.barriers}; expected 0, or at least 2 experts")
-
-
-def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Compares a run's experts, and writes the report. `arguments` is the command line. None is that of this process.
-
-    Returns:
-        The results: `title`, `command`, `machine`, `config`, and what `measure` returns.
-    """
-    return frame.run(
-        Arguments,
-        "studies.similarity",
-        __doc__ or "",
-        arguments,
-        title="Whether experts can be averaged",
-        measure=measure,
-        present=present,
-    )
 
 
 def measure(context: Context, parsed: Arguments, stages: Stages) -> dict[str, Any]:
@@ -212,6 +192,8 @@ def _barrier_table(results: Mapping[str, Any]) -> TableCells:
         for first, second in pairs
     ]
 
+
+main = frame.study(Arguments, measure, present, title="Whether experts can be averaged")
 
 if __name__ == "__main__":
     with process():

@@ -16,15 +16,13 @@ steps, it takes more epochs. It ends if a quarter of the epochs brought no lower
 lowest validation loss is kept. The accuracy does not choose the model, because with few images many epochs have the
 same accuracy, and the first of them is too early. Training from scratch is the same from fresh weights.
 
-The experts are read from `--run-dir`, where the experiment's own command keeps them (give it the same options). Missing
-experts are trained. The result of each size, start and seed is kept, so a stopped run continues, and sizes can be
-added.
+The result of each size, start and seed is kept, so a stopped run continues, and sizes can be added.
 """
 
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -40,7 +38,7 @@ from experiments.protocol.context import Context, adam_trainer
 from experiments.protocol.expert_training import train_experts
 from experiments.protocol.presets import ExpertArguments
 from experiments.protocol.training import Trainer, train
-from experiments.reporting.presentation import STYLE, Report, TableCells, markdown_table, page, spread
+from experiments.reporting.presentation import STYLE, Report, TableCells, grouped, markdown_table, page, spread
 from experiments.runtime.session import exit_on, process
 from experiments.runtime.stages import Stages
 from experiments.studies import frame
@@ -81,24 +79,6 @@ class Arguments(ExpertArguments):
         for word in self.starts:
             if not any(word in name for name in STARTS):
                 raise ValueError(f"starts has {word!r}; expected part of one of {list(STARTS)}")
-
-
-def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures, and writes the report. `arguments` is the command line. None is that of this process.
-
-    Returns:
-        The results: `title`, `command`, `machine`, `config`, and what `measure` returns.
-    """
-    return frame.run(
-        Arguments,
-        "studies.target_size",
-        __doc__ or "",
-        arguments,
-        title="Test accuracy by the number of labelled target images",
-        rows="rows",
-        measure=measure,
-        present=present,
-    )
 
 
 def measure(context: Context, parsed: Arguments, stages: Stages) -> dict[str, Any]:
@@ -214,31 +194,23 @@ def fine_tune(
 
 def table(results: Mapping[str, Any]) -> TableCells:
     """Returns a row for each start, with the prior's and the fine-tuned model's test accuracy of each size."""
-    rows, sizes = results["rows"], _distinct(results, "size")
     body = []
-    for start in _distinct(results, "start"):
+    for start, rows in grouped(results["rows"], "start").items():
         cells = [start]
-        for size in sizes:
-            own = [row for row in rows if (row["start"], row["size"]) == (start, size)]
+        for own in grouped(rows, "size").values():
             prior, tuned = (100 * np.array([row[f"{of}_accuracy"] for row in own]) for of in ("prior", "tuned"))
             cells.append(f"{prior.mean():.1f} / {spread(tuned, 1)}")
         body.append(cells)
-    return ["prior / fine-tuned, %", *(f"n = {size:,}" for size in sizes)], body
+    return ["prior / fine-tuned, %", *(f"n = {size:,}" for size in grouped(results["rows"], "size"))], body
 
 
 def _size_table(results: Mapping[str, Any]) -> TableCells:
     """Returns how many images validate, and how fine-tuning ended, with a row for each size."""
     body = []
-    for size in _distinct(results, "size"):
-        own = [row for row in results["rows"] if row["size"] == size]
+    for size, own in grouped(results["rows"], "size").items():
         none, most = (sum(row["epochs"] == at for row in own) for at in (0, own[0]["most_epochs"]))
         body.append([str(value) for value in (size, own[0]["validation"], len(own), none, most)])
     return ["n", "validation images", "fine-tunings", "chose no epoch", "chose the last epoch"], body
-
-
-def _distinct(results: Mapping[str, Any], name: str) -> list[Any]:
-    """Returns the distinct values of a field in the rows, in their order."""
-    return list(dict.fromkeys(row[name] for row in results["rows"]))
 
 
 def present(results: Mapping[str, Any]) -> Report:
@@ -267,17 +239,16 @@ def present(results: Mapping[str, Any]) -> Report:
 
 def _figure(results: Mapping[str, Any]) -> Figure:
     """Test accuracy by the number of images, the mean over seeds: of the prior dashed, fine-tuned solid."""
-    sizes = _distinct(results, "size")
+    sizes = list(grouped(results["rows"], "size"))
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8, 5.5), layout="constrained")
         axes = figure.subplots()
-        for index, start in enumerate(_distinct(results, "start")):
-            own = [row for row in results["rows"] if row["start"] == start]
+        for index, (start, rows) in enumerate(grouped(results["rows"], "start").items()):
             for of, line in (("prior", "--"), ("tuned", "-")):
                 # Fresh weights are no prior.
                 if start == SCRATCH and of == "prior":
                     continue
-                accuracies = [[row[f"{of}_accuracy"] for row in own if row["size"] == size] for size in sizes]
+                accuracies = [[row[f"{of}_accuracy"] for row in own] for own in grouped(rows, "size").values()]
                 mean = 100 * np.mean(accuracies, axis=1)
                 label = start if of == "tuned" else None
                 axes.plot(sizes, mean, line, marker=".", color=f"C{index}", label=label)
@@ -291,6 +262,10 @@ def _figure(results: Mapping[str, Any]) -> Figure:
         figure.legend(loc="outside lower center", ncols=3)
     return figure
 
+
+main = frame.study(
+    Arguments, measure, present, title="Test accuracy by the number of labelled target images", rows="rows"
+)
 
 if __name__ == "__main__":
     with process():

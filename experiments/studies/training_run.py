@@ -76,9 +76,6 @@ def moving_averages(decays: Sequence[float]) -> optax.GradientTransformation:
 
     It does not change the updates. After step t an average is `decay * average + (1 - decay) * parameters`, where the
     decay is at most t / (t + 9). So the first parameters are soon forgotten.
-
-    Args:
-        decays: the decay of each average.
     """
 
     def init(params: Any) -> MovingAverages:
@@ -145,12 +142,7 @@ def train_run(
 
 
 def load_models(context: Context, folder: Path, trained: dict[str, Any]) -> Variables:
-    """Returns the last `num_experts` models of a run, stacked, each leaf `[K, ...]`.
-
-    Args:
-        context: the context that was given to `train_run`.
-        folder: the folder that was given to `train_run`.
-        trained: what `train_run` returned.
+    """Returns the last `num_experts` models of a run of `train_run`, stacked, each leaf `[K, ...]`.
 
     Raises:
         DamagedStageError: if a checkpoint is not what was written.

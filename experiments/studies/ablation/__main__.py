@@ -6,13 +6,9 @@
 
 For all ways and both initialisations, the digits take 10 minutes of one CPU core. The coefficients and the figures of
 each way are kept in the folder of the results. So an interrupted run continues, and ways can be added.
-
-The experts are read from `--run-dir`, where the experiment's own command keeps them (give it the same options). Missing
-experts are trained.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 from experiments.protocol.config import Initialization
@@ -64,27 +60,8 @@ class Arguments(ExpertArguments):
         return [recipe for recipe in known if recipe.name in chosen]
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures, and writes the report. `arguments` is the command line. None is that of this process.
-
-    Returns:
-        The results: `title`, `command`, `machine`, `config`, and `sets`, for each initialisation what
-        `experiments.studies.ablation.trials.measure` returns.
-    """
-    return frame.run(
-        Arguments,
-        "studies.ablation",
-        __doc__ or "",
-        arguments,
-        title="Ways from experts to one model",
-        measure=_measure,
-        present=present,
-        plan=lambda context, parsed: f"{len(parsed.chosen())} recipes of {len(context.config.seeds)} seeds",
-    )
-
-
 def _measure(context: Context, parsed: Arguments, stages: Stages) -> dict[str, Any]:
-    """Measures the experts of each initialisation."""
+    """Returns `sets`: for each initialisation, what `experiments.studies.ablation.trials.measure` returns."""
     contexts = []
     for initialization in parsed.initializations:
         config = dataclasses.replace(parsed.config, initialization=initialization)
@@ -101,6 +78,14 @@ def _measure(context: Context, parsed: Arguments, stages: Stages) -> dict[str, A
     machines = {row["machine"] for row in rows} | {row.get("learned_on") or row["machine"] for row in rows}
     return {"machine": "; ".join(sorted(machines)), "sets": sets}
 
+
+main = frame.study(
+    Arguments,
+    _measure,
+    present,
+    title="Ways from experts to one model",
+    plan=lambda context, parsed: f"{len(parsed.chosen())} recipes of {len(context.config.seeds)} seeds",
+)
 
 if __name__ == "__main__":
     with process():

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.reporting.presentation import STYLE, Report, TableCells, markdown_table, page, spread
+from experiments.reporting.presentation import STYLE, Report, TableCells, grouped, markdown_table, page, spread
 
 _COLORS = {"the paper": "#777777", "remedies": "#0072b2", "combinations": "#d55e00"}
 _WORDS = """- Refreshed: BatchNorm's statistics are estimated anew on target images.
@@ -31,19 +31,35 @@ _EPOCHS = (1, 5)
 
 def present(results: Mapping[str, Any]) -> Report:
     """Returns all that is shown of the results of `experiments.studies.ablation.__main__.main`."""
+    config = results["sets"][0]["config"]
+    names = {row["recipe"] for found in results["sets"] for row in found["rows"]}
+    words = [words for word, words in _WORDS_OF.items() if any(word in name for name in names)]
+    fields = ("network", "num_experts", "expert_examples", "seeds")
+    blocks = [
+        markdown_table(
+            ["data", *(field.replace("_", " ") for field in fields)],
+            [[results["sets"][0]["data"], *(str(config[field]) for field in fields)]],
+        ),
+        "The prior is the model before fine-tuning. The tables have its test accuracy and test loss, its accuracy on "
+        "the validation images, which judge learning, and the test accuracy after some epochs of fine-tuning: means "
+        "over seeds ± the standard deviation. Passes: how many times one model went forward on one target or "
+        "validation image on the way to the prior. Backward passes are not among them. Seconds: to the prior, with "
+        "compilation, without the alignment of the experts.",
+        "\n".join([_WORDS, *words]),
+        "![accuracy of each recipe's prior](ablation.png)",
+    ]
     tables = {}
     for found in results["sets"]:
         name = found["config"]["initialization"]
         tables |= {f"{name} initialisation": table(found["rows"]), f"{name} experts": references(found)}
-    return Report(_markdown(results), {"ablation.png": figure(results)}, tables)
+        blocks += [f"## Experts of {name} initialisation", markdown_table(*references(found))]
+        for part, rows in grouped(found["rows"], "part").items():
+            blocks += [f"### {part[0].upper()}{part[1:]}", markdown_table(*table(rows))]
+    return Report(page(results, *blocks), {"ablation.png": figure(results)}, tables)
 
 
 def table(rows: list[Mapping[str, Any]]) -> TableCells:
-    """Returns headers, and a row for each recipe: means over seeds ± their standard deviation.
-
-    Args:
-        rows: the `rows` that `experiments.studies.ablation.trials.measure` returned.
-    """
+    """Returns headers, and a row for each recipe: means over seeds ± their standard deviation."""
     epochs = [epoch for epoch in _EPOCHS if rows and epoch < len(rows[0]["test_accuracy"])]
     headers = [
         "recipe",
@@ -55,7 +71,7 @@ def table(rows: list[Mapping[str, Any]]) -> TableCells:
         "seconds",
     ]
     cells = []
-    for name, runs in _by_recipe(rows).items():
+    for name, runs in grouped(rows, "recipe").items():
         accuracy, loss = (np.array([run[field] for run in runs]) for field in ("test_accuracy", "test_loss"))
         cells.append(
             [
@@ -89,7 +105,7 @@ def figure(results: Mapping[str, Any]) -> Figure:
 
 def _draw(axes: Axes, found: Mapping[str, Any], names: list[str], colors: list[str]) -> None:
     """Draws the panel of one initialisation."""
-    for name, runs in _by_recipe(found["rows"]).items():
+    for name, runs in grouped(found["rows"], "recipe").items():
         values = [100 * run["test_accuracy"][0] for run in runs]
         place, color = names.index(name), colors[names.index(name)]
         axes.plot(values, [place] * len(values), "o", color=color, markersize=5, alpha=0.6)
@@ -102,50 +118,8 @@ def _draw(axes: Axes, found: Mapping[str, Any], names: list[str], colors: list[s
     axes.set_title(f"{found['config']['initialization']} initialisation")
 
 
-def _markdown(results: Mapping[str, Any]) -> str:
-    """The report."""
-    config = results["sets"][0]["config"]
-    names = {row["recipe"] for found in results["sets"] for row in found["rows"]}
-    words = [words for word, words in _WORDS_OF.items() if any(word in name for name in names)]
-    fields = ("network", "num_experts", "expert_examples", "seeds")
-    blocks = [
-        markdown_table(
-            ["data", *(field.replace("_", " ") for field in fields)],
-            [[results["sets"][0]["data"], *(str(config[field]) for field in fields)]],
-        ),
-        "The prior is the model before fine-tuning. The tables have its test accuracy and test loss, its accuracy on "
-        "the validation images, which judge learning, and the test accuracy after some epochs of fine-tuning: means "
-        "over seeds ± the standard deviation. Passes: how many times one model went forward on one target or "
-        "validation image on the way to the prior. Backward passes are not among them. Seconds: to the prior, with "
-        "compilation, without the alignment of the experts.",
-        "\n".join([_WORDS, *words]),
-        "![accuracy of each recipe's prior](ablation.png)",
-    ]
-    for found in results["sets"]:
-        name = found["config"]["initialization"]
-        blocks += [f"## Experts of {name} initialisation", markdown_table(*references(found))]
-        for part in dict.fromkeys(row["part"] for row in found["rows"]):
-            blocks += [
-                f"### {part[0].upper()}{part[1:]}",
-                markdown_table(*table([row for row in found["rows"] if row["part"] == part])),
-            ]
-    return page(results, *blocks)
-
-
-def _by_recipe(rows: list[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """Returns the rows of each recipe, one for each seed."""
-    found: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        found.setdefault(row["recipe"], []).append(row)
-    return found
-
-
 def references(found: Mapping[str, Any]) -> TableCells:
-    """Returns a header and one row, with what the recipes are compared with.
-
-    Args:
-        found: what `experiments.studies.ablation.trials.measure` returned.
-    """
+    """Returns a header and one row, with what the recipes are compared with."""
     accuracies = [row["test_accuracy"] for row in found["experts"]]
     values = np.mean(accuracies), max(accuracies), found["ensemble"]["test_accuracy"]
     headers = ["test accuracy, %", "mean expert", "best expert", "ensemble of all experts"]

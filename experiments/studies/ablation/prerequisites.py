@@ -61,11 +61,7 @@ class Measured:
         return glue_jax.stack_experts([fisher(expert, self.validation.images) for expert in self._each()])
 
     def grams(self, batches: Batches) -> dict[str, jax.Array]:
-        """Returns the Gram matrix of each expert's inputs to each layer, by the layer's kernel, `[K, in, in]`.
-
-        Args:
-            batches: minibatches of images.
-        """
+        """Returns the Gram matrix of each expert's inputs to each layer, by the layer's kernel, `[K, in, in]`."""
         self.passes += self.num_experts * sum(map(len, batches))
         grams = _grams(self.problem)
         each = [[grams(expert, batch) for batch in batches] for expert in self._each()]

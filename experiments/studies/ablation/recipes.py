@@ -30,15 +30,11 @@ BLOCKS: Mapping[str, str] = {
 }
 """By network, the pattern for `glue_jax.merging.group_by_path` that gives each block a group."""
 
-LAYERS = r"^[^/]+/(.+)/[^/]+$"
-"""The pattern that gives each module a group, its parameters with its statistics."""
-
-
 Start = Callable[[Measured], jax.Array]
 """From what is known of the experts to coefficients on the simplex, `[K]`, or to several starts, `[S, K]`."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """A way from experts to one model, made of independent parts.
 
@@ -109,14 +105,9 @@ class Recipe:
         """Returns the groups of a network's leaves. None is one group for the model."""
         if self.grouping == "model":
             return None
-        if self.grouping != "layer, norms together":
-            return glue_jax.merging.group_by_path(experts, LAYERS if self.grouping == "layer" else BLOCKS[network])
-
-        def label(path: str) -> str:
-            found = re.search(LAYERS, path)
-            return "norms" if "norm" in path else found[1] if found else "rest"
-
-        return glue_jax.merging.group_by_path(experts, label)
+        if self.grouping == "block":
+            return glue_jax.merging.group_by_path(experts, BLOCKS[network])
+        return glue_jax.merging.by_layer(experts, norms=None if self.grouping == "layer" else "norm")
 
     def __post_init__(self) -> None:
         """Refuses parts that do not go together.
@@ -199,11 +190,7 @@ def _entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def recipes(config: Config) -> list[Recipe]:
-    """Returns all recipes.
-
-    Args:
-        config: the config whose step of GLUE the recipes use, unless they have other directions.
-    """
+    """Returns all recipes. They use the config's step of GLUE, unless they have other directions."""
     radius, num_experts = config.radius, config.num_experts
     spsa = make_steps(config)[4]
     many = functools.partial(
@@ -216,14 +203,9 @@ def recipes(config: Config) -> list[Recipe]:
     free_by_layer = functools.partial(free, num_directions=2 * num_experts)
     full, gauss_newton = glue_jax.full_gradient_step, glue_jax.gauss_newton_step
 
-    def paper(name: str, **parts: object) -> Recipe:
-        return Recipe(name=name, part="the paper", **parts)  # pyright: ignore[reportArgumentType]
-
-    def remedy(name: str, **parts: object) -> Recipe:
-        return Recipe(name=name, part="remedies", **parts)  # pyright: ignore[reportArgumentType]
-
-    def combination(name: str, **parts: object) -> Recipe:
-        return Recipe(name=name, part="combinations", **parts)  # pyright: ignore[reportArgumentType]
+    paper = functools.partial(Recipe, part="the paper")
+    remedy = functools.partial(Recipe, part="remedies")
+    combination = functools.partial(Recipe, part="combinations")
 
     def from_coarse_to_fine(name: str, of_model: StepFn, of_layers: StepFn, aligned: Alignment = "no") -> list[Recipe]:
         has_rate = of_model is not glue_jax.gauss_newton_step

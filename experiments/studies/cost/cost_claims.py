@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from experiments.reporting.presentation import Claim, TableCells, number
+from experiments.reporting.presentation import Claim, TableCells, grouped, number
 
 Row = Mapping[str, Any]
 Rows = Sequence[Row]
@@ -25,10 +25,6 @@ def claims(rows: Rows, num_experts: int) -> Iterator[Claim]:
     """Yields the paper's claims.
 
     Those about the growth of networks take the rows of one direction and `num_experts` experts.
-
-    Args:
-        rows: what `experiments.studies.cost.step_costs.measure` returned.
-        num_experts: K, the number of experts.
     """
     timed = [row for row in rows if row["times"] is not None]
     pairs = [row for row in timed if row["num_directions"] == 1]
@@ -86,22 +82,14 @@ def claims(rows: Rows, num_experts: int) -> Iterator[Claim]:
         yield Claim(claim, "6", quantity, grown, [value > 0 for value in grown])
 
 
-def by_size(rows: Rows, num_experts: int) -> dict[int, Rows]:
+def by_size(rows: Rows, num_experts: int) -> dict[int, list[Row]]:
     """Returns the rows of one direction and `num_experts` experts by batch size. The fewest parameters come first."""
     base = [row for row in rows if row["num_experts"] == num_experts and row["num_directions"] == 1]
-    sizes: dict[int, list[Row]] = {}
-    for row in sorted(base, key=lambda row: (row["batch_size"], row["parameters"])):
-        sizes.setdefault(row["batch_size"], []).append(row)
-    return dict(sizes)
+    return grouped(sorted(base, key=lambda row: (row["batch_size"], row["parameters"])), "batch_size")
 
 
 def growth_table(rows: Rows, num_experts: int) -> TableCells:
-    """Returns headers and cells: the terms of Eq. (21), and the gap as measured, by the networks' parameters.
-
-    Args:
-        rows: what `experiments.studies.cost.step_costs.measure` returned.
-        num_experts: K, the number of experts.
-    """
+    """Returns headers and cells: the terms of Eq. (21), and the gap as measured, by the networks' parameters."""
     headers = ["network", "parameters", "batch", "(γ − 1)F, ms", "D_α − C_mix, ms", "T_full − T_SPSA, ms"]
     headers += ["SPSA / full", "full − SPSA, GFLOP", "SPSA / full"]
     table = []

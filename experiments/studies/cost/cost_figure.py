@@ -18,11 +18,7 @@ _LABELS = {
 
 
 def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draws the times of the steps by Eq. (9) and as measured, for the first row of each network.
-
-    Args:
-        rows: what `experiments.studies.cost.step_costs.measure` returned.
-    """
+    """Draws the times of the steps by Eq. (9) and as measured, for the first row of each network."""
     first: dict[str, Mapping[str, Any]] = {}
     for row in rows:
         if row["times"] is not None:

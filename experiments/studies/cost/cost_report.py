@@ -20,73 +20,9 @@ _TIMES = {
 
 def present(results: Mapping[str, Any]) -> Report:
     """Returns all that is shown of the results of `experiments.studies.cost.__main__.main`."""
-    rows, k = results["rows"], results["arguments"]["num_experts"][0]
-    tables = {
-        "Time of a step": _short_table(rows),
-        "The claims of section 4.1": claim_table(claims(rows, k)),
-    }
-    return Report(_markdown(results, k), {"cost.png": draw(rows)}, tables)
-
-
-def size_table(rows: Rows) -> TableCells:
-    """Returns headers and cells: memory and FLOPs of the compiled steps.
-
-    Args:
-        rows: of `experiments.studies.cost.step_costs.measure` or `experiments.studies.cost.tpu.compile_steps`.
-    """
-    table = []
-    for row in rows:
-        memory, flops = row["temporary_bytes"], row["flops"]
-        fields = {
-            "memory": {name: value / 1e6 for name, value in memory.items()},
-            # A TPU keeps the arrays of a small program in its core, and takes no other memory.
-            "memory_ratio": f"{memory['spsa_step'] / memory['full_step']:.3f}" if memory["full_step"] else "-",
-            "gflop": {name: value / 1e9 for name, value in flops.items()},
-            "flops_ratio": flops["spsa_step_vmapped"] / flops["full_step"],
-        }
-        table.append({**row, **fields})
-    columns = {
-        **_SETTING,
-        "full, MB": "{memory[full_step]:.4g}",
-        "SPSA, MB": "{memory[spsa_step]:.4g}",
-        "MB, SPSA / full": "{memory_ratio}",
-        "full, GFLOP": "{gflop[full_step]:.4g}",
-        "SPSA, GFLOP": "{gflop[spsa_step_vmapped]:.4g}",
-        "GFLOP, SPSA / full": "{flops_ratio:.3f}",
-    }
-    return table_of(table, columns)
-
-
-def tpu_blocks(tpu: Mapping[str, Any]) -> list[str]:
-    """Returns the part of the report on the programs for a TPU.
-
-    Args:
-        tpu: what `experiments.studies.cost.tpu` writes.
-
-    Raises:
-        LookupError, TypeError: if the file is not one of these.
-    """
-    headers, table = size_table(tpu["rows"])
-    compiled = [
-        [*cells, *(f"{row['compile_seconds'][name]:.0f}" for name in ("full_step", "spsa_step"))]
-        for cells, row in zip(table, tpu["rows"], strict=True)
-    ]
-    named = [[name, str(tpu[name])] for name in ("topology", "compiler", "matmul_precision")]
-    return [
-        "## Compiled for a TPU",
-        f"    {tpu['command']}",
-        "These programs were compiled ahead of time, for one chip of the topology, and not run. All probes are "
-        "vmapped.",
-        markdown_table(["setting", "value"], named),
-        markdown_table([*headers, "compile full, s", "compile SPSA, s"], compiled),
-    ]
-
-
-def _markdown(results: Mapping[str, Any], k: int) -> str:
-    """The report."""
-    arguments, rows = results["arguments"], results["rows"]
+    arguments, rows, k = results["arguments"], results["rows"], results["arguments"]["num_experts"][0]
     named = [[name, str(arguments[name])] for name in ("repetitions", "matmul_precision")]
-    return page(
+    markdown = page(
         {**results, "title": "The cost of a step: SPSA against the full gradient"},
         "A time is the median over several calls of a compiled program. The programs of a row take turns in one "
         "process. Images, labels and experts are random, of the size of the paper's data, with 10 classes.",
@@ -126,6 +62,62 @@ def _markdown(results: Mapping[str, Any], k: int) -> str:
         markdown_table(*size_table(rows)),
         *(tpu_blocks(results["tpu"]) if results["tpu"] is not None else []),
     )
+    tables = {
+        "Time of a step": _short_table(rows),
+        "The claims of section 4.1": claim_table(claims(rows, k)),
+    }
+    return Report(markdown, {"cost.png": draw(rows)}, tables)
+
+
+def size_table(rows: Rows) -> TableCells:
+    """Returns headers and cells: memory and FLOPs of the compiled steps.
+
+    Args:
+        rows: of `experiments.studies.cost.step_costs.measure` or `experiments.studies.cost.tpu.compile_steps`.
+    """
+    table = []
+    for row in rows:
+        memory, flops = row["temporary_bytes"], row["flops"]
+        fields = {
+            "memory": {name: value / 1e6 for name, value in memory.items()},
+            # A TPU keeps the arrays of a small program in its core, and takes no other memory.
+            "memory_ratio": f"{memory['spsa_step'] / memory['full_step']:.3f}" if memory["full_step"] else "-",
+            "gflop": {name: value / 1e9 for name, value in flops.items()},
+            "flops_ratio": flops["spsa_step_vmapped"] / flops["full_step"],
+        }
+        table.append({**row, **fields})
+    columns = {
+        **_SETTING,
+        "full, MB": "{memory[full_step]:.4g}",
+        "SPSA, MB": "{memory[spsa_step]:.4g}",
+        "MB, SPSA / full": "{memory_ratio}",
+        "full, GFLOP": "{gflop[full_step]:.4g}",
+        "SPSA, GFLOP": "{gflop[spsa_step_vmapped]:.4g}",
+        "GFLOP, SPSA / full": "{flops_ratio:.3f}",
+    }
+    return table_of(table, columns)
+
+
+def tpu_blocks(tpu: Mapping[str, Any]) -> list[str]:
+    """Returns the part of the report on the programs for a TPU.
+
+    Raises:
+        LookupError, TypeError: if the file is not one of these.
+    """
+    headers, table = size_table(tpu["rows"])
+    compiled = [
+        [*cells, *(f"{row['compile_seconds'][name]:.0f}" for name in ("full_step", "spsa_step"))]
+        for cells, row in zip(table, tpu["rows"], strict=True)
+    ]
+    named = [[name, str(tpu[name])] for name in ("topology", "compiler", "matmul_precision")]
+    return [
+        "## Compiled for a TPU",
+        f"    {tpu['command']}",
+        "These programs were compiled ahead of time, for one chip of the topology, and not run. All probes are "
+        "vmapped.",
+        markdown_table(["setting", "value"], named),
+        markdown_table([*headers, "compile full, s", "compile SPSA, s"], compiled),
+    ]
 
 
 def _time_table(rows: Rows) -> TableCells:

@@ -62,13 +62,7 @@ class Samples(NamedTuple):
 
 
 def measure(settings: list[Setting], repetitions: int, stages: Stages, progress: ProgressBars) -> list[dict[str, Any]]:
-    """Measures the rows that are not measured yet.
-
-    Args:
-        settings: the setting of each row.
-        repetitions: the number of timed calls of each program.
-        stages: the stages that keep the rows.
-        progress: what is shown meanwhile.
+    """Measures the rows that are not measured yet, with so many timed calls of each program.
 
     Returns:
         A row for each setting, a dict that JSON holds. It has the setting's fields and `name`, `parameters` (their

@@ -3,10 +3,8 @@
     python -m experiments.studies.variance
     python -m experiments.studies.variance --experiment cifar10 --examples 64 --probes 128 --averaged 1 2 5 10 20
 
-The digits take about 3 minutes on 2 CPU cores, in addition to their experts. The experts are read from `--run-dir`,
-where the experiment's own command keeps them (give it the same options). Missing experts are trained first. By default
-they have the scale of the experiment's default preset. For cifar10 this is the paper's scale, which takes hours on a
-CPU.
+The digits take about 3 minutes on 2 CPU cores, in addition to their experts. By default the experts have the scale of
+the experiment's default preset. For cifar10 this is the paper's scale, which takes hours on a CPU.
 
 The loss is that of one batch of target images, so its gradient is known. At each point of the experts' hull the loss is
 probed once along many random directions. Then m directions at a time are averaged. In alpha the estimates have the
@@ -15,7 +13,6 @@ learns.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import tyro
@@ -42,26 +39,8 @@ class Arguments(ExpertArguments):
     settings: tyro.conf.OmitArgPrefixes[Settings] = dataclasses.field(default_factory=Settings)
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures, and writes the report. `arguments` is the command line. None is that of this process.
-
-    Returns:
-        The results: `title`, `command`, and what `experiments.studies.variance.estimate_errors.measure` returns.
-    """
-    return frame.run(
-        Arguments,
-        "studies.variance",
-        __doc__ or "",
-        arguments,
-        title="The error of the gradient estimates",
-        measure=_measure,
-        present=present,
-        plan=_plan,
-    )
-
-
 def _measure(context: Context, parsed: Arguments, stages: Stages) -> dict[str, Any]:
-    """Measures, with settings that fit the experiment."""
+    """Returns what `experiments.studies.variance.estimate_errors.measure` returns. It checks the settings first."""
     with exit_on(ValueError):
         check(context, parsed.settings)
     return measure(context, parsed.settings, stages)
@@ -75,6 +54,8 @@ def _plan(context: Context, parsed: Arguments) -> str:
         f"{radii}; learning at most {context.config.alpha_steps} steps"
     )
 
+
+main = frame.study(Arguments, _measure, present, title="The error of the gradient estimates", plan=_plan)
 
 if __name__ == "__main__":
     with process():

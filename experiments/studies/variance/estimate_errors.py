@@ -47,11 +47,6 @@ _IMAGES_AT_ONCE = 2048
 def measure(context: Context, settings: Settings, stages: Stages) -> dict[str, Any]:
     """Trains or reads the experts, and measures what is not measured yet.
 
-    Args:
-        context: the context of the experiment.
-        settings: what to measure.
-        stages: the stages that keep the parts.
-
     Returns:
         A dict that JSON holds: `config`, `settings`, `data` (its name, the number of target images), `machine`,
         `seconds` by kind of part, `learning_steps`, and

@@ -22,11 +22,7 @@ EXPLANATION = (
 
 
 def claims(results: Mapping[str, Any]) -> Iterator[Claim]:
-    """Yields the paper's claims.
-
-    Args:
-        results: what `experiments.studies.variance.estimate_errors.measure` returned.
-    """
+    """Yields the paper's claims."""
     rows = [row for row in results["errors"] if row["space"] == "alpha"]
     yield from _equations(rows)
     yield from _bound(rows)
@@ -43,11 +39,7 @@ def claims(results: Mapping[str, Any]) -> Iterator[Claim]:
 
 
 def slack(point: Row) -> float:
-    """Returns sigma_max(Theta)² ||grad_theta L||² over ||g||², at least 1 by Eq. (20).
-
-    Args:
-        point: a row of the `points` that `experiments.studies.variance.estimate_errors.measure` returned.
-    """
+    """Returns sigma_max(Theta)² ||grad_theta L||² over ||g||², at least 1 by Eq. (20)."""
     return (point["experts_spectral_norm"] * point["parameter_gradient_norm"] / point["alpha_gradient_norm"]) ** 2
 
 

@@ -18,39 +18,8 @@ _ENOUGH = 30
 
 def present(results: Mapping[str, Any]) -> Report:
     """Returns all that is shown of the results of `experiments.studies.variance.__main__.main`."""
-    headers, rows = _findings_table(results)
-    tables = {
-        "E‖ḡ − g‖²/‖g‖² at the uniform average of all experts": _summary_table(results),
-        # So many columns fit a terminal.
-        "The radius": (headers[:5], [row[:5] for row in rows]),
-    }
-    return Report(_markdown(results), {"variance.png": draw(results)}, tables)
-
-
-def _select(rows: Rows, **values: Any) -> Rows:
-    """The rows that have these values."""
-    return [row for row in rows if all(row[name] == value for name, value in values.items())]
-
-
-def _summary_table(results: Mapping[str, Any]) -> TableCells:
-    """Returns each estimator's error at the uniform average of all experts, with a row for each m."""
-    chosen = _select(results["errors"], point="uniform", K=results["config"]["num_experts"])
-    # The exact errors of the sphere and of Rademacher are equal, and both would not fit into a terminal's width.
-    names = ("sphere", "orthogonal", "simplex_orthogonal")
-    headers = ["m", "α", "exact", "(19)", "(13)/α", *(f"β {name.removesuffix('_orthogonal')}" for name in names)]
-    table = []
-    for row in _select(chosen, space="alpha"):
-        in_beta = [_select(chosen, space="beta", directions=name, m=row["m"])[0] for name in names]
-        values = [row["error"], row["exact"], row["equation_19"], row["bound"] / row["error"]]
-        values += [other["error"] for other in in_beta]
-        table.append([str(row["m"]), *(f"{value:.2g}" if value > 1e-4 else f"{value:.0e}" for value in values)])
-    return headers, table
-
-
-def _markdown(results: Mapping[str, Any]) -> str:
-    """The report."""
     errors = results["errors"]
-    return page(
+    markdown = page(
         results,
         "The loss is the mean cross-entropy of one batch of target images.",
         _setting_table(results),
@@ -92,6 +61,33 @@ def _markdown(results: Mapping[str, Any]) -> str:
         "the smallest radius implies.",
         markdown_table(*_findings_table(results)),
     )
+    headers, rows = _findings_table(results)
+    tables = {
+        "E‖ḡ − g‖²/‖g‖² at the uniform average of all experts": _summary_table(results),
+        # So many columns fit a terminal.
+        "The radius": (headers[:5], [row[:5] for row in rows]),
+    }
+    return Report(markdown, {"variance.png": draw(results)}, tables)
+
+
+def _select(rows: Rows, **values: Any) -> Rows:
+    """The rows that have these values."""
+    return [row for row in rows if all(row[name] == value for name, value in values.items())]
+
+
+def _summary_table(results: Mapping[str, Any]) -> TableCells:
+    """Returns each estimator's error at the uniform average of all experts, with a row for each m."""
+    chosen = _select(results["errors"], point="uniform", K=results["config"]["num_experts"])
+    # The exact errors of the sphere and of Rademacher are equal, and both would not fit into a terminal's width.
+    names = ("sphere", "orthogonal", "simplex_orthogonal")
+    headers = ["m", "α", "exact", "(19)", "(13)/α", *(f"β {name.removesuffix('_orthogonal')}" for name in names)]
+    table = []
+    for row in _select(chosen, space="alpha"):
+        in_beta = [_select(chosen, space="beta", directions=name, m=row["m"])[0] for name in names]
+        values = [row["error"], row["exact"], row["equation_19"], row["bound"] / row["error"]]
+        values += [other["error"] for other in in_beta]
+        table.append([str(row["m"]), *(f"{value:.2g}" if value > 1e-4 else f"{value:.0e}" for value in values)])
+    return headers, table
 
 
 def _setting_table(results: Mapping[str, Any]) -> str:

@@ -105,7 +105,7 @@ def test_there_is_within_one_percent_of_each_seeds_best():
     taken = {"forward": 100, "backward": 0, "learning_seconds": 0.1, "flops": 1e9}
     assert budget.reached(curves[0], 2.02) == taken
     assert budget.reached(curves[1], 2.0) is None
-    head, rows = budget.table({"curves": curves}, "softmax")
+    head, rows = budget.table(curves)
     assert len(head) == len(rows[0]) == 8
     assert rows[0][:6] == ["a", "2 of 2", "100", "0", "0.1", "1 G"]
     assert rows[1][:6] == ["b", "1 of 2", "-", "-", "-", "-"]
@@ -114,7 +114,7 @@ def test_there_is_within_one_percent_of_each_seeds_best():
     # Older results, and ways without a compiled step, have no FLOPs.
     for found in curves:
         del found["flops"]
-    assert budget.table({"curves": curves}, "softmax")[1][0][:6] == ["a", "2 of 2", "100", "0", "0.1", "-"]
+    assert budget.table(curves)[1][0][:6] == ["a", "2 of 2", "100", "0", "0.1", "-"]
 
 
 def test_the_command_keeps_its_curves_and_reports_them(tmp_path):
