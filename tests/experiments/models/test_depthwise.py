@@ -97,14 +97,6 @@ def test_second_derivatives_are_those_of_the_grouped_convolution():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, theirs)
 
 
-def test_each_channel_is_convolved_by_itself():
-    x, kernel = _inputs(4, 4, 3)
-    only = kernel.at[..., 1:].set(0)
-    y = depthwise_conv(x, only, 1)
-    assert float(jnp.abs(y[..., 1:]).max()) == 0
-    assert float(jnp.abs(y[..., 0]).max()) > 0
-
-
 @pytest.mark.parametrize(("platform", "convolutions"), [("cpu", 0), ("cuda", 1), ("tpu", 1)])
 def test_the_platform_that_a_program_is_lowered_for_decides(platform, convolutions):
     x, kernel = _inputs(8, 8)

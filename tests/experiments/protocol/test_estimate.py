@@ -6,10 +6,8 @@ import pytest
 from experiments.protocol import estimate
 from experiments.protocol import run as protocol
 from experiments.protocol.expert_training import missing_experts
-from tests.experiments.helpers import TINY, prepare_quietly
+from tests.experiments.helpers import ONE_SEED, TINY, prepare_quietly
 from tests.helpers import compilations
-
-ONE_SEED = dataclasses.replace(TINY, seeds=(0,))
 
 
 @pytest.fixture
