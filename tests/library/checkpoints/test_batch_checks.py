@@ -14,7 +14,7 @@ MODEL = {"w": jax.ShapeDtypeStruct((4, 3), jnp.float32)}
 
 def checked(tmp_path, data, validation_data=None):
     loss_fn = glue_jax.OutputLoss(lambda params, batch: batch["x"] @ params["w"], default_loss)
-    objective = Objective(data, validation_data, loss_fn, *[None] * 5, "")
+    objective = Objective(data, validation_data, loss_fn, None, None, None, None, None, "")
     check_batches(tmp_path / "objective.py", objective, MODEL)
 
 
