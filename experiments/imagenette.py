@@ -12,11 +12,10 @@ paper's expert 0 has 33.0 %, and the mean of its ten experts is 34.7 %. Our expe
 - 35.0 % with 64 x 64 pixels and width 96. A step of this ViT takes 1.9 times as long.
 
 The options are `--image-size`, `--vit-width` and `--vit-mlp-width`. The MLP is four times as wide as the ViT. The whole
-run at the paper's scale has not been made. By its own estimate it takes at most 5.2 hours of one CPU core.
+run at the paper's scale took 6.8 hours of one CPU core (`experiments/results/imagenette`).
 
 The quick preset takes 5 minutes of one CPU core. Its experts have a test accuracy of 22 to 24 %, and its blends of 19
-to 26 %. After fine-tuning, blends have 29 to 31 %. `experiments/results/imagenette` has a run of an hour, with 64 x 64
-pixels and width 192.
+to 26 %. After fine-tuning, blends have 29 to 31 %.
 
 Imagenette comes from tensorflow-datasets (`imagenette/160px-v2`), in the folder `--data-dir` or `TFDS_DATA_DIR`. Models
 are tested on its validation split. If the data set is not there, it is downloaded and prepared. That needs
