@@ -16,7 +16,7 @@ from jax.extend.core.primitives import conv_general_dilated_p
 
 from glue_jax.types import PyTree
 
-_CALLS = ("jit", "pjit")
+_CALLS = ("jit", "checkpoint")
 
 
 def loop(fun: Callable[[PyTree], Any], xs: PyTree, batch_size: int | None = None) -> Any:
@@ -27,12 +27,22 @@ def loop(fun: Callable[[PyTree], Any], xs: PyTree, batch_size: int | None = None
         xs: the arguments of all calls, each leaf `[S, ...]`.
         batch_size: how many calls `vmap` makes together. None is one at a time.
     """
-    plain = functools.partial(jax.lax.map, fun, batch_size=batch_size)
     one = jax.eval_shape(lambda xs: jax.tree.map(lambda leaf: leaf[0], xs), xs)
-    if not any(map(_is_slow, equations(jax.make_jaxpr(fun)(one).jaxpr))):
-        return plain(xs)
-    on_cpu = functools.partial(jax.lax.map, _channels_last(fun), batch_size=batch_size)
-    return jax.lax.platform_dependent(xs, cpu=on_cpu, default=plain)
+    closed, shapes = jax.make_jaxpr(fun, return_shape=True)(one)
+    fast = _rewritten(closed.jaxpr)
+    if fast is closed.jaxpr:
+        return jax.lax.map(fun, xs, batch_size=batch_size)
+
+    def mapped(jaxpr: Any, xs: PyTree) -> Any:
+        def evaluated(x: PyTree) -> Any:
+            leaves = eval_jaxpr(jaxpr, closed.consts, *jax.tree.leaves(x))
+            return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+        return jax.lax.map(evaluated, xs, batch_size=batch_size)
+
+    return jax.lax.platform_dependent(
+        xs, cpu=functools.partial(mapped, fast), default=functools.partial(mapped, closed.jaxpr)
+    )
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:
@@ -43,28 +53,28 @@ def equations(jaxpr: Any) -> Iterator[Any]:
             yield from equations(inner)
 
 
-def _channels_last(fun: Callable[[PyTree], Any]) -> Callable[[PyTree], Any]:
-    """Returns the same function with its convolutions in the fast layout. Loops inside it stay as they are."""
-
-    def rewritten(x: PyTree) -> Any:
-        closed, shapes = jax.make_jaxpr(fun, return_shape=True)(x)
-        leaves = eval_jaxpr(_rewritten(closed.jaxpr), closed.consts, *jax.tree.leaves(x))
-        return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
-
-    return rewritten
-
-
 def _rewritten(jaxpr: Any) -> Any:
-    """Returns a jaxpr for `jax.core.eval_jaxpr`, with other primitives where a convolution is slow."""
+    """Returns a jaxpr for `eval_jaxpr` with its convolutions in the fast layout, or the same one if none is slow.
+
+    Functions under `jit` and `checkpoint` are entered. Loops, branches and functions with derivatives of their own are
+    not.
+    """
 
     def replaced(equation: Any) -> Any:
         if _is_slow(equation):
             return equation.replace(primitive=_ChannelsLast)
-        if equation.primitive.name in _CALLS and any(map(_is_slow, equations(equation.params["jaxpr"].jaxpr))):
-            return equation.replace(primitive=_Inlined, params={"jaxpr": equation.params["jaxpr"]})
-        return equation
+        if equation.primitive.name not in _CALLS:
+            return equation
+        inner = equation.params["jaxpr"]
+        inner, consts = (inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, ())
+        fast = _rewritten(inner)
+        if fast is inner:
+            return equation
+        return equation.replace(primitive=_Inlined, params={"jaxpr": fast, "consts": consts})
 
-    return jaxpr.replace(eqns=[replaced(equation) for equation in jaxpr.eqns])
+    replacements = [replaced(equation) for equation in jaxpr.eqns]
+    changed = any(new is not old for new, old in zip(replacements, jaxpr.eqns, strict=True))
+    return jaxpr.replace(eqns=replacements) if changed else jaxpr
 
 
 def _is_slow(equation: Any) -> bool:
@@ -83,7 +93,7 @@ def _fast_layout(num_axes: int) -> jax.lax.ConvDimensionNumbers:
 
 
 class _ChannelsLast:
-    """What `jax.core.eval_jaxpr` calls in place of a convolution's primitive."""
+    """What `eval_jaxpr` calls in place of a convolution's primitive."""
 
     multiple_results = False
     get_bind_params = conv_general_dilated_p.get_bind_params
@@ -104,12 +114,12 @@ class _ChannelsLast:
 
 
 class _Inlined:
-    """What `jax.core.eval_jaxpr` calls in place of a jitted function that has a slow convolution."""
+    """What `eval_jaxpr` calls in place of a function under `jit` or `checkpoint` that has a slow convolution."""
 
     multiple_results = True
     get_bind_params = conv_general_dilated_p.get_bind_params
 
     @staticmethod
-    def bind(*values: Any, jaxpr: Any) -> list[Any]:
-        """Evaluates the function, with its convolutions in the fast layout."""
-        return eval_jaxpr(_rewritten(jaxpr.jaxpr), jaxpr.consts, *values)
+    def bind(*values: Any, jaxpr: Any, consts: Any) -> list[Any]:
+        """Evaluates the function. Shardings and options of its `jit` have no effect."""
+        return eval_jaxpr(jaxpr, consts, *values)

@@ -238,7 +238,8 @@ def step_by(
 
     Args:
         estimator: `estimator(key, fun, beta)` estimates the gradient of `fun` at beta. Its key belongs to this step
-            alone. `fun(beta)` is the loss of the blend on the batch, a scalar.
+            alone. `fun(beta)` is the loss of the blend on the batch, a scalar. It has JAX's present precision of
+            products. An estimator that subtracts losses calls it under `jax.default_matmul_precision("highest")`.
         key: as for `spsa_step`.
         state: as for `spsa_step`.
         experts: as for `spsa_step`.
@@ -250,6 +251,10 @@ def step_by(
 
     Returns:
         The next state, and the metrics of the state that was given.
+
+    Raises:
+        ValueError: if the coefficients do not fit the experts, or if the state belongs to another optimizer.
+        TypeError: if an argument has the wrong type.
     """
     check_state(state)
     check_optimizer(optimizer, state)

@@ -55,6 +55,7 @@ def study(
     module = name_of(measure).partition(":")[0].removeprefix("experiments.").removesuffix(".__main__")
 
     def main(words: Sequence[str] | None = None) -> dict[str, Any]:
+        """Measures, from the words of a command line to the report. Returns the results."""
         words = sys.argv[1:] if words is None else list(words)
         console = Console(markup=False)
         with exit_on(ValueError):

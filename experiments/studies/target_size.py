@@ -194,14 +194,17 @@ def fine_tune(
 
 def table(results: Mapping[str, Any]) -> TableCells:
     """Returns a row for each start, with the prior's and the fine-tuned model's test accuracy of each size."""
-    body = []
+    sizes, body = list(grouped(results["rows"], "size")), []
     for start, rows in grouped(results["rows"], "start").items():
+        by_size = grouped(rows, "size")
         cells = [start]
-        for own in grouped(rows, "size").values():
-            prior, tuned = (100 * np.array([row[f"{of}_accuracy"] for row in own]) for of in ("prior", "tuned"))
+        for size in sizes:
+            prior, tuned = (
+                100 * np.array([row[f"{of}_accuracy"] for row in by_size[size]]) for of in ("prior", "tuned")
+            )
             cells.append(f"{prior.mean():.1f} / {spread(tuned, 1)}")
         body.append(cells)
-    return ["prior / fine-tuned, %", *(f"n = {size:,}" for size in grouped(results["rows"], "size"))], body
+    return ["prior / fine-tuned, %", *(f"n = {size:,}" for size in sizes)], body
 
 
 def _size_table(results: Mapping[str, Any]) -> TableCells:
@@ -248,7 +251,8 @@ def _figure(results: Mapping[str, Any]) -> Figure:
                 # Fresh weights are no prior.
                 if start == SCRATCH and of == "prior":
                     continue
-                accuracies = [[row[f"{of}_accuracy"] for row in own] for own in grouped(rows, "size").values()]
+                by_size = grouped(rows, "size")
+                accuracies = [[row[f"{of}_accuracy"] for row in by_size[size]] for size in sizes]
                 mean = 100 * np.mean(accuracies, axis=1)
                 label = start if of == "tuned" else None
                 axes.plot(sizes, mean, line, marker=".", color=f"C{index}", label=label)

@@ -72,7 +72,7 @@ def _learn(
         beside = {} if shared is None else {"shared": shared}
         one = functools.partial(merge_fn, min_dtype=np.float32, **beside)
         uniform = glue_jax.coefficients.uniform(glue_jax.num_experts(bank))
-        check_batches(options.objective, objective, jax.eval_shape(one, bank, uniform))
+        check_batches(options.objective, objective, jax.eval_shape(one, bank, uniform), options.batch_size)
     if known:
         steps = {name: int(result.state.step) for name, result in known.items()}
         print(f"going on from {kept}, after the steps {steps}", file=sys.stderr)

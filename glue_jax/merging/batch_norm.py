@@ -25,7 +25,7 @@ from glue_jax.checks import check_callable, check_counts, compiled
 from glue_jax.paths import by_name
 from glue_jax.types import Batch, Params, PyTree
 
-STATISTICS = r"^batch_stats/|(?=running_(mean|var)$)"
+STATISTICS = r"^batch_stats/|^(?!params/)(?=(?:.*[./])?running_(?:mean|var)$)"
 """The paths of BatchNorm's statistics in Flax's variables, and in a state dict of PyTorch."""
 
 
@@ -172,7 +172,7 @@ def _pool(
 def _put(params: Params, collection: str, statistics: Mapping[str, jax.Array], pattern: str) -> Params:
     """Returns `params` with the new statistics in their places.
 
-    If the collection is "", `pattern` tells statistics from parameters.
+    Where the collection matches no text, `pattern` tells statistics from parameters.
     """
     leaves = by_name(params, keep_none=True)
     missing = set(statistics)

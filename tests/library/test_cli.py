@@ -388,6 +388,18 @@ MISTAKES = {
 }
 
 
+@pytest.mark.parametrize("options", [[], ["--estimator", "spsa"]])
+@pytest.mark.parametrize("way", ["def outputs(p, batch): return batch['x'] @ np.ones((7, 2))", "loss_fn = None"])
+def test_data_are_checked_before_anything_is_learned(experts, tmp_path, capsys, monkeypatch, way, options):
+    if way == "loss_fn = None":
+        way = "def loss_fn(p, batch): return (batch['x'] @ np.ones((7, 2))).sum()"
+    objective(DATA + way + "\ndef loss(outputs, batch): return outputs.sum()")(tmp_path)
+    monkeypatch.setattr("glue_jax.build_prior", lambda *given, **words: pytest.fail("it was reached"))
+    status, _, err = run(capsys, *LEARNS, *options)
+    assert status == 1
+    assert "raised TypeError: dot_general requires contracting dimensions" in err
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_clear_line_and_writes_nothing(experts, tmp_path, capsys, monkeypatch, mistake):
     prepare, arguments, message = MISTAKES[mistake]

@@ -65,6 +65,7 @@ class Recipe:
     """
 
     name: str
+    _: dataclasses.KW_ONLY
     part: Part
     paper_config: int | None = None
     start: Start = lambda measured: glue_jax.coefficients.uniform(measured.num_experts)

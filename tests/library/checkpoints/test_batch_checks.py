@@ -12,10 +12,14 @@ from glue_jax.checkpoints.objective import Objective, ObjectiveError, default_lo
 MODEL = {"w": jax.ShapeDtypeStruct((4, 3), jnp.float32)}
 
 
-def checked(tmp_path, data, validation_data=None):
-    loss_fn = glue_jax.OutputLoss(lambda params, batch: batch["x"] @ params["w"], default_loss)
-    objective = Objective(data, validation_data, loss_fn, None, None, None, None, None, "")
-    check_batches(tmp_path / "objective.py", objective, MODEL)
+def outputs_fn(params, batch):
+    return batch["x"] @ params["w"]
+
+
+def checked(tmp_path, data, validation_data=None, validation_fn=None, batch_size=None):
+    loss_fn = glue_jax.OutputLoss(outputs_fn, default_loss)
+    objective = Objective(data, validation_data, loss_fn, validation_fn, None, None, None, None, "")
+    check_batches(tmp_path / "objective.py", objective, MODEL, batch_size)
 
 
 @pytest.mark.parametrize("labels", [np.arange(200) % 3, np.zeros(200, np.int64), np.ones((200, 3))])
@@ -33,6 +37,22 @@ def test_a_label_without_an_output_is_named(tmp_path, wrong):
 
 
 def test_data_of_another_shape_are_named_with_the_reason(tmp_path):
-    message = r"load_data, {'x': 'float32\[64, 5\]', 'y': 'int32\[64\]'}, does not run: dot_general requires"
+    message = r"load_data, {'x': 'float64\[64, 5\]', 'y': 'int64\[64\]'}, does not run: dot_general requires"
     with pytest.raises(ObjectiveError, match=message):
         checked(tmp_path, {"x": np.ones((200, 5)), "y": np.arange(200) % 3})
+
+
+def test_validation_data_are_checked_by_the_function_that_sees_them(tmp_path):
+    good = {"x": np.ones((200, 4)), "y": np.arange(200) % 3}
+    unlabelled = {**good, "y": np.full(200, -1)}
+    checked(tmp_path, good, unlabelled, glue_jax.OutputLoss(outputs_fn, lambda outputs, batch: jnp.mean(outputs)))
+    with pytest.raises(ObjectiveError, match=r"the loss of a batch of load_data, .* does not run: .*'z'"):
+        checked(tmp_path, good, None, glue_jax.OutputLoss(outputs_fn, lambda outputs, batch: jnp.mean(batch["z"])))
+
+
+def test_the_batch_has_the_size_of_a_minibatch(tmp_path):
+    data = {"x": np.ones((200, 4)), "y": np.arange(200) % 3}
+    of_32 = glue_jax.OutputLoss(outputs_fn, lambda outputs, batch: jnp.mean(outputs.reshape(32, 3)))
+    checked(tmp_path, data, None, of_32, batch_size=32)
+    with pytest.raises(ObjectiveError, match="does not run"):
+        checked(tmp_path, data, None, of_32)

@@ -232,6 +232,26 @@ def test_statistics_of_a_flat_state_dict_of_pytorch_are_found_by_their_names():
         refresh_statistics(params, [DATA], first_alone)
 
 
+@pytest.mark.parametrize("with_collection", [True, False])
+def test_statistics_of_flax_may_have_pytorchs_names_and_parameters_too(with_collection):
+    params = {
+        "params": {
+            "scale": jnp.array(2.0),
+            "norm": {"running_mean": jnp.array(7.0)},
+            "ema_running_var": jnp.array(8.0),
+        },
+        "batch_stats": {"norm": {"running_mean": jnp.zeros(3), "running_var": jnp.ones(3)}},
+    }
+
+    def statistics_fn(params, batch):
+        found = {"norm": {"running_mean": jnp.mean(batch, axis=0), "running_var": jnp.var(batch, axis=0)}}
+        return {"batch_stats": found} if with_collection else found
+
+    refreshed = refresh_statistics(params, [DATA], statistics_fn)
+    np.testing.assert_allclose(refreshed["batch_stats"]["norm"]["running_mean"], DATA.mean(axis=0), rtol=1e-5)
+    assert refreshed["params"] == params["params"]
+
+
 def test_names_of_several_keys_and_collections_inside_a_path_are_patterns():
     # As Haiku has them, in a network of two parts.
     def stats(params, batch):

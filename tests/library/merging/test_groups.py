@@ -102,6 +102,25 @@ def test_the_layers_of_a_flax_network_are_its_modules():
     assert by_layer(variables, norms="norm").names == ("norms", "conv1", "conv2", "head")
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "shape", "count", "without_norms", "some"),
+    [
+        # Nine blocks of two convolutions and two norms; a convolution, a norm and a head beside them.
+        ("resnet20", {}, (32, 32, 3), 39, 21, {"blocks/0/conv1", "blocks/8/conv2", "head"}),
+        # 17 blocks: three convolutions and norms each, the first without its expansion; two more of each, and a head.
+        ("mobilenetv2", {}, (32, 32, 3), 105, 54, {"blocks/16/depthwise", "head"}),
+        # Two blocks of six dense layers and two norms; patches, a norm, a head, and the positions beside them.
+        ("vit", {"depth": 2}, (48, 48, 3), 20, 16, {"blocks/0/attention/key", "patches", "rest"}),
+    ],
+)
+def test_the_layers_of_deep_networks_are_their_modules(name, options, shape, count, without_norms, some):
+    variables = jax.eval_shape(models.build(name, image_shape=shape, num_classes=10, **options).init, jax.random.key(0))
+    plain, together = by_layer(variables).names, by_layer(variables, norms="norm").names
+    assert (len(plain), len(together)) == (count, without_norms)
+    assert some <= set(plain)
+    assert "norms" in together
+
+
 def test_paths_without_layers_and_norms_in_no_layer_are_refused():
     with pytest.raises(ValueError, match=r"no path names a layer; .* the paths are \['b1', 'w1'\]"):
         by_layer({"w1": 0.0, "b1": 0.0})
