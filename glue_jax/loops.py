@@ -1,8 +1,8 @@
 """`loop`: `jax.lax.map`, with convolutions in the one layout that XLA:CPU runs fast inside a loop.
 
 XLA:CPU has a fast convolution for images `[B, H, W, C]` and kernels `[H, W, in, out]`. Outside of loops it brings other
-layouts, such as PyTorch's, into this one. Inside a loop it does not. There such a convolution takes about 20 times as
-long.
+layouts, such as PyTorch's, into this one. Inside a loop it does not. There a network of six convolutions, with 64
+images `[16, 32, 32]`, took 22 times as long (one CPU core, JAX 0.10.2).
 """
 
 import functools

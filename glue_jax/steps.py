@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 
 import jax
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
@@ -253,18 +254,24 @@ def step_by(
         The next state, and the metrics of the state that was given.
 
     Raises:
-        ValueError: if the coefficients do not fit the experts, or if the state belongs to another optimizer.
-        TypeError: if an argument has the wrong type.
+        ValueError: if the coefficients do not fit the experts, if the gradient does not have the shape of beta, or if
+            the state belongs to another optimizer.
+        TypeError: if an argument has the wrong type, or if the estimator returns no `Estimate`.
     """
     check_state(state)
     check_optimizer(optimizer, state)
-    check_callable(loss_fn=loss_fn, link_fn=link_fn, merge_fn=merge_fn)
+    check_callable(estimator=estimator, loss_fn=loss_fn, link_fn=link_fn, merge_fn=merge_fn)
     merge = merge_for_learning(merge_fn)
 
     def objective(beta: PyTree) -> jax.Array:
         return loss_fn(merge(experts, apply_link(link_fn, beta)), batch)
 
     estimate = estimator(jax.random.fold_in(key, state.step), objective, state.beta)
+    if not isinstance(estimate, Estimate):
+        raise TypeError(f"estimator returned a {type(estimate).__name__}; expected a glue_jax.estimators.Estimate")
+    found, expected = (jax.tree.map(np.shape, tree) for tree in (estimate.gradient, state.beta))
+    if found != expected:
+        raise ValueError(f"estimator returned a gradient of shape {found}; expected that of beta, {expected}")
     return update(estimate, state, optimizer, apply_link(link_fn, state.beta))
 
 

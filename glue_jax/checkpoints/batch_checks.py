@@ -25,11 +25,12 @@ def check_batches(path: Path, objective: Objective, model: Params, batch_size: i
         ObjectiveError: if a loss does not run on a batch, or if `default_loss` is given a label that is no class.
     """
     batch_size = BATCH_SIZE if batch_size is None else batch_size
-    judge, name, data = objective.validation_fn or objective.loss_fn, "load_data", objective.data
-    _check(path, objective.loss_fn, model, name, data, batch_size)
+    judge = objective.validation_fn or objective.loss_fn
+    _check(path, objective.loss_fn, model, "load_data", objective.data, batch_size)
     if objective.validation_data is not None:
-        name, data = "load_validation_data", objective.validation_data
-    _check(path, judge, model, name, data, batch_size)
+        _check(path, judge, model, "load_validation_data", objective.validation_data, batch_size)
+    elif judge is not objective.loss_fn:
+        _check(path, judge, model, "load_data", objective.data, batch_size)
 
 
 def _check(path: Path, loss_fn: Any, model: Params, name: str, data: Any, batch_size: int) -> None:

@@ -11,6 +11,8 @@ import optax
 import pytest
 
 import glue_jax
+from glue_jax.estimators import Estimate
+from glue_jax.steps import step_by
 
 STEPS = [glue_jax.spsa_step, glue_jax.forward_gradient_step, glue_jax.full_gradient_step]
 all_steps = pytest.mark.parametrize("step_fn", STEPS)
@@ -564,3 +566,22 @@ def test_arguments_of_another_type_are_refused(words, message):
     words = {"loss_fn": squared_loss, "optimizer": SGD, "state": START, **words}
     with pytest.raises(TypeError, match=message):
         glue_jax.spsa_step(jax.random.key(0), words.pop("state"), EXPERTS, BATCH, **words)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "error", "message"),
+    [
+        (None, TypeError, "estimator is None; expected a function"),
+        (lambda key, fun, beta: jax.grad(fun)(beta), TypeError, "expected a glue_jax.estimators.Estimate"),
+        # It would be broadcast in silence.
+        (
+            lambda key, fun, beta: Estimate(fun(beta), jnp.ones(()), None),
+            ValueError,
+            r"a gradient of shape \(\); expected that of beta, \(4,\)",
+        ),
+    ],
+)
+def test_an_estimator_that_gives_no_gradient_is_refused(estimator, error, message):
+    words = {"loss_fn": squared_loss, "optimizer": SGD, "link_fn": jax.nn.softmax, "merge_fn": glue_jax.blend}
+    with pytest.raises(error, match=message):
+        step_by(estimator, jax.random.key(0), START, EXPERTS, BATCH, **words)

@@ -19,6 +19,7 @@ _ENOUGH = 30
 def present(results: Mapping[str, Any]) -> Report:
     """Returns all that is shown of the results of `experiments.studies.variance.__main__.main`."""
     errors = results["errors"]
+    headers, rows = _findings_table(results)
     markdown = page(
         results,
         "The loss is the mean cross-entropy of one batch of target images.",
@@ -59,9 +60,8 @@ def present(results: Mapping[str, Any]) -> Report:
         f"A radius is good where the error is at most {100 * TOLERANCE:g} %. p is the power in error ∝ radius^p, from "
         "the last good radius to the second radius beyond it, below and above. The rounding error of a loss is what "
         "the smallest radius implies.",
-        markdown_table(*_findings_table(results)),
+        markdown_table(headers, rows),
     )
-    headers, rows = _findings_table(results)
     tables = {
         "E‖ḡ − g‖²/‖g‖² at the uniform average of all experts": _summary_table(results),
         # So many columns fit a terminal.
