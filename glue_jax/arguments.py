@@ -14,7 +14,7 @@ from glue_jax.batches import num_examples
 from glue_jax.checks import check_callable, check_counts, check_optimizer
 from glue_jax.gauss_newton import check_output_loss, gauss_newton_step
 from glue_jax.streams import as_arrays, check_same_kind, check_validation_stream, is_stream
-from glue_jax.types import PyTree
+from glue_jax.types import LearnResult, LinkFn, PyTree
 
 # The defaults in `learn`'s signature. A value that differs from them was given by the user.
 BATCH_SIZE, PATIENCE = 64, 10
@@ -75,6 +75,17 @@ def _unwrapped(step_fn: Any) -> Iterator[Any]:
     while isinstance(step_fn, functools.partial) or hasattr(step_fn, "__wrapped__"):
         step_fn = step_fn.func if isinstance(step_fn, functools.partial) else step_fn.__wrapped__
         yield step_fn
+
+
+def check_link(result: LearnResult, link_fn: LinkFn) -> None:
+    """Refuses a result that was learned with another link. Its beta means other coefficients under this link."""
+    alpha, kept = link_fn(result.beta), result.alpha
+    alike = jax.tree.map(jnp.shape, alpha) == jax.tree.map(jnp.shape, kept)
+    if not alike or not jax.tree.all(jax.tree.map(lambda new, old: np.allclose(new, old, 1e-3, 1e-6), alpha, kept)):
+        raise ValueError(
+            f"state is a result with the coefficients {kept}, but link_fn makes {alpha} of its beta: pass the "
+            "link_fn that it was learned with, or leave state out"
+        )
 
 
 def check_numbers(

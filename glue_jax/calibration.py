@@ -52,9 +52,9 @@ def calibrate(
 ) -> Calibration:
     """Proposes a radius and a learning rate. It measures slopes along a few directions, each at all radii.
 
-    If the slopes along one direction agree between neighbouring radii, neither rounding nor curvature spoils them. A
-    metric that counts errors jumps, and the jumps act like rounding. Step sizes for finite differences are often chosen
-    in this way. The learning rate gives the first step the size `first_step`, as Qiskit's SPSA does. The call takes
+    If the slopes along one direction agree between neighbouring radii, neither rounding nor curvature spoils them. The
+    error rate changes in jumps. These jumps act like rounding. Step sizes for finite differences are often chosen in
+    this way. The learning rate gives the first step the size `first_step`, as Qiskit's SPSA does. The call takes
     `2 R m` evaluations, 72 by default.
 
     Args:

@@ -41,7 +41,7 @@ def stack_experts(
         ValueError: if a weight is infinite or NaN.
         ValueError: if JAX's dtype cannot hold an integer.
         ValueError: if an entry of `take_first` matches no leaf, or matches a floating-point leaf.
-        TypeError: if `experts` is a single pytree, or if a leaf is a PRNG key or no array of numbers.
+        TypeError: if `experts` is a dict, which is a single expert, or if a leaf is a PRNG key or no array of numbers.
 
     Warns:
         UserWarning: if a leaf is float64. JAX stores it as float32 unless `jax_enable_x64` is set.

@@ -69,18 +69,20 @@ def gauss_newton_step(
         batch: as for `spsa_step`. With 16 to 32 examples, learning takes the fewest passes, so pass `batch_size=32` to
             `learn`, whose default is 64. The quadratic model is a mean over minibatches, so more steps improve it. The
             number of outputs (examples times classes) should exceed the number of directions.
-        loss_fn: an `OutputLoss`, deterministic as for `spsa_step`. Its `outputs_fn` needs no backward pass. With
-            `differences` it is not differentiated at all.
+        loss_fn: an `OutputLoss`, deterministic as for `spsa_step`. Its `outputs_fn` needs no backward pass. JAX
+            differentiates it in forward mode, or not at all; `tangents` says which.
         link_fn: as for `spsa_step`.
         merge_fn: as for `spsa_step`.
-        tangents: how the Jacobian of the outputs is computed. `differences` takes one-sided differences. `forward_mode`
-            takes `jax.jvp`, which needs about twice the time and is right in every number format. None is
-            `forward_mode` if the network itself multiplies bfloat16 or float16 arrays, and `differences` otherwise.
-        radius: the distance in beta of the blends that are subtracted, a number. None is a tenth of the radius that
-            `spsa_step` takes for the link. In `forward_mode` the radius has no effect.
+        tangents: how the Jacobian of the outputs is computed. `differences` takes one-sided differences, and JAX does
+            not differentiate the network. `forward_mode` takes `jax.jvp`, which needs about twice the time and is right
+            in every number format. None is `forward_mode` if the network itself multiplies bfloat16 or float16 arrays,
+            and `differences` otherwise.
+        radius: how far beta moves between two blends whose outputs are subtracted. It is a number, not a schedule. None
+            is a tenth of the radius that `spsa_step` takes for the link. In `forward_mode` the radius has no effect.
         num_directions: m, the number of random directions that a step looks along, at most d. Then a step takes m + 2
-            forward passes. The mean over steps fills in the other directions. If d is large, fewer directions lower the
-            loss faster at first. All d directions reach a lower loss in the end. None is all d directions.
+            forward passes. The next steps draw other directions. The quadratic model is a mean over steps, so in time
+            it knows the slopes along all d directions. If d is large, fewer directions lower the loss faster at first.
+            All d directions reach a lower loss in the end. None is all d directions.
         probe_batch_size: how many of the blends go forward together; see `spsa_gradient`. In `forward_mode`, how many
             of the tangents go together; the default is all of them, which share one forward pass.
         matmul_precision: as for `spsa_step`.

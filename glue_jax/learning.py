@@ -82,9 +82,9 @@ def learn(
     iterator, several calls return what one long call returns. There is one exception: if `max_steps` stops a run
     between two validations, the run validates there once more, and keeps these coefficients if they are the best.
 
-    The functions and the optimizer are static arguments of compiled programs. Build them once; then a second call
-    compiles nothing. A function that reads an outside variable reads it when the program compiles. If the variable
-    changes, pass a new function.
+    JAX compiles again for each new function and each new optimizer. So make the functions and the optimizer once, and
+    pass the same objects to every call. Then a second call compiles nothing. A function that reads an outside variable
+    reads it when the program compiles. If the variable changes, pass a new function.
 
     If an exception ends the run, Ctrl-C included, the exception's attribute `result` holds the `LearnResult` so far. In
     a notebook this is `sys.last_value.result`.
@@ -128,7 +128,8 @@ def learn(
 
     Raises:
         ValueError: before any work, if an argument is out of its range, if arrays have different lengths, or if the
-            validation data differ in kind from the data.
+            result in `state` was learned with another link. Without a `validation_fn`, validation arrays must be of the
+            same kind as the arrays of the data.
         ValueError: if a loss or a validation value is no scalar.
         TypeError: if an argument has the wrong type.
         NonFiniteLossError: if a loss, a gradient, a validation value or beta becomes infinite or NaN.
@@ -222,6 +223,8 @@ def _begin(
             raise ValueError(
                 f"{error}. If the leaves and the link are right, pass state=glue_jax.init(K, optimizer, ...)"
             ) from error
+    if before is not None:
+        arguments.check_link(before, functions["link_fn"])
     current = state.state if isinstance(state, LearnResult) else state
     check_state(current)
     if optimizer is not None:

@@ -48,9 +48,9 @@ def plan(
     also says whether one SPSA step is faster than one full-gradient step (the paper's Eq. 10).
 
     The call compiles about twenty programs. This takes some minutes for a large network. For many coefficients it takes
-    longer: the plan times steps of d directions. Each step is timed as `learn` runs it: with its default directions,
-    radius and precision, one step a program. On an accelerator `learn` runs more steps a program. The timings of the
-    steps alternate.
+    longer, because the plan times steps of d directions. Each step is timed with its default directions, radius and
+    precision. A program has one step, as with `learn` on a CPU. On an accelerator `learn` runs several steps in one
+    program, which the plan does not time. The plan times each step once, then each step again.
 
     The plan compares steps by their progress. Suppose that the gradient g of a loss is L-Lipschitz. Suppose that an
     estimate has mean g and mean squared error V ||g||^2. Then a step of length eta along the estimate lowers the loss,
@@ -81,14 +81,13 @@ def plan(
             matters. None is the link's own start.
         link_fn: as for `learn`.
         merge_fn: as for `learn`.
-        repeats: how often each program is timed. The median counts.
+        repeats: how often each program is timed. The plan takes the median.
 
     Returns:
         The plan. `learn(..., step_fn=plan.best.step_fn)` uses its recommendation. It needs an `optimizer` unless the
-        best step is Gauss-Newton. Steps that do not run are listed in
-        `left_out`, with the reason. A step is left out if it does not fit into the device's memory, or if JAX lacks a
-        derivative for it. Except for SPSA, a step is also left out if its gradient is 0 or not finite. A metric that
-        counts has a gradient of 0.
+        best step is Gauss-Newton. Steps that do not run are listed in `left_out`, with the reason. A step is left out
+        if it does not fit into the device's memory, or if JAX lacks a derivative for it. Except for SPSA, a step is
+        also left out if its gradient is 0 or not finite. For example, the gradient of the error rate is 0.
 
     Raises:
         ValueError: before any timing, if an argument is out of its range, if the coefficients do not fit the experts,

@@ -39,7 +39,7 @@ def learn_from_starts(
 
     Each start is a run of `learn` with its own patience. If a start's loss becomes infinite or NaN, that start ends
     with a warning, and its result so far counts. If any other exception ends the call, the exception's attribute
-    `result` holds the best result so far.
+    `result` holds the best result so far, if there is one.
 
     Args:
         key: as for `learn`. All starts share it, so all see the same minibatches and directions.
@@ -111,7 +111,9 @@ def learn_from_starts(
             result = error.result
         except BaseException as error:
             if so_far := getattr(error, "result", None):
-                error.result = _best([*results, so_far._replace(start=start)])  # pyright: ignore[reportAttributeAccessIssue]
+                results.append(so_far._replace(start=start))
+            if results:
+                error.result = _best(results)  # pyright: ignore[reportAttributeAccessIssue]
             raise
         results.append(result._replace(start=start))
     best = _best(results)

@@ -44,8 +44,9 @@ def spsa_step(
     """Takes one step of GLUE: two blended forward passes per direction, no backward pass (Eq. 3-7).
 
     The paper's Config 4 has `directions="sphere"` and the optimizer `optax.adam(1e-2, b1=0.9, b2=0.99)`. The paper
-    names no radius; our experiments take 0.01. The estimate here is d times the paper's Eq. (6), and Adam removes this
-    factor again. `scale="paper"` leaves the factor out.
+    names no radius; our experiments take 0.01. Let d be the dimension of the space that the directions cover: K - 1 for
+    `simplex_orthogonal`, otherwise the size of beta. The estimate here is d times the paper's Eq. (6), unless `scale`
+    is `paper`. Adam divides a gradient by its size, so Adam's steps are the same with both.
 
     Args:
         key: a `jax.random.key`. Pass the same key at every step.
@@ -60,22 +61,23 @@ def spsa_step(
         link_fn: `link_fn(beta) -> alpha`. The softmax over the last axis keeps the blend in the convex hull of the
             experts. `unconstrained` is the literal Eq. (7).
         merge_fn: `merge_fn(experts, alpha) -> params`.
-        radius: the root mean square distance of a probe from beta, or a schedule `radius(step)`. None takes the
-            radius of the link: 0.1 for the softmax, that of a `glue_jax.links.Link`, and 0.01 for another function. If
-            `loss_fn` multiplies bfloat16 or float16 arrays under a softmax, None takes 1 and warns (see
-            `glue_jax.precision`).
+        radius: the root mean square distance of a probe from beta, or a schedule `radius(step)`. The default is 0.1 for
+            the softmax, the attribute `radius` of a `glue_jax.links.Link`, and 0.01 for any other function. There is
+            one exception: if the link is a softmax and `loss_fn` multiplies bfloat16 or float16 arrays, the default is
+            1, and the step warns (see `glue_jax.precision`).
         num_directions: m, the number of directions.
         directions: `rademacher`, `sphere`, `gaussian`, `orthogonal`, `simplex_orthogonal`, or a function (see
-            `glue_jax.directions`). None takes those of the link. Adding one number to all of beta does not change a
-            softmax, so it gets `simplex_orthogonal`. A function that is no `Link` gets `orthogonal`.
+            `glue_jax.directions`). The default is `simplex_orthogonal` for the softmax, because adding one number to
+            all of beta does not change a softmax. The default is the attribute `directions` of a `Link`, and
+            `orthogonal` for any other function.
         scale: `unbiased`, or `paper` for the literal Eq. (5) and (6).
-        probe_batch_size: how many of the 2m probes go forward together. None is all on an accelerator, and one on a
-            CPU.
-        matmul_precision: the precision of the matrix products in `loss_fn`, `merge_fn` and `link_fn` that name none
-            themselves, a value of `jax.default_matmul_precision`. By default an accelerator rounds the weights of both
-            probes to bfloat16 or TF32, which destroys most of their difference. The highest precision prevents this and
-            costs more time. None leaves JAX's setting unchanged. If the network casts to bfloat16 itself, use
-            `forward_gradient_step`.
+        probe_batch_size: how many of the 2m probes go forward together. By default an accelerator takes all of them
+            together, and a CPU takes one at a time.
+        matmul_precision: the precision of matrix products in `loss_fn`, `merge_fn` and `link_fn`, a value of
+            `jax.default_matmul_precision`. A product that sets its own precision keeps it. With JAX's own setting, an
+            accelerator rounds the weights of both probes to bfloat16 or TF32, which destroys most of their difference.
+            `highest` prevents this and costs more time. None leaves JAX's setting unchanged. If the network casts to
+            bfloat16 itself, use `forward_gradient_step`.
         diagnostics: whether the metrics include `diagnostics`. This takes 2m + 1 more forward passes.
 
     Returns:
@@ -87,7 +89,7 @@ def spsa_step(
         TypeError: if an argument has the wrong type.
 
     Warns:
-        UserWarning: if `radius` is None and `loss_fn` multiplies bfloat16 or float16 arrays under a softmax.
+        UserWarning: if `radius` is None, the link is a softmax, and `loss_fn` multiplies bfloat16 or float16 arrays.
 
     Examples:
         >>> from functools import partial

@@ -35,8 +35,9 @@ def load_experts(
 ) -> Params:
     """Reads K experts from files into one stacked pytree, for `glue_jax.learn` and `glue_jax.blend`.
 
-    The headers are compared before any weight is read. Then a few tensors of all experts are read at a time. So the
-    call needs memory for the stacked experts, and for 32 MB of each expert or the largest tensor of each expert.
+    The headers are compared before any weight is read. Then the call reads one portion of all experts after another. A
+    portion is at most 32 MB of each expert, or one tensor if that is larger. So the call needs memory for the stacked
+    experts and for one portion. A file that PyTorch before 1.6 wrote is one portion.
 
     Args:
         paths: the paths of K checkpoints, or open checkpoints. `open_checkpoint` lists the formats. One path of a

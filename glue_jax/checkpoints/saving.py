@@ -18,7 +18,7 @@ from glue_jax.checkpoints.formats import Checkpoint, PathLike, open_checkpoint, 
 from glue_jax.checkpoints.headers import library
 from glue_jax.checkpoints.loading import Rename, check_alike, differences_of, read_alike
 from glue_jax.checkpoints.places import aside
-from glue_jax.checkpoints.sums import NonFiniteError, weighted_sums
+from glue_jax.checkpoints.sums import NonFiniteError, check_variance, weighted_sums
 from glue_jax.paths import by_path, check_finite
 from glue_jax.types import Params
 
@@ -128,16 +128,19 @@ def save_blend(
         The path of the result.
 
     Raises:
-        ValueError: if the model differs from the expert in names or shapes, or if a weight is infinite or NaN, or does
-            not fit into the expert's dtype.
+        ValueError: if the model differs from the expert in names or shapes, if a weight is infinite or NaN, or does not
+            fit into the expert's dtype, or if a variance of BatchNorm is negative.
         OSError: if `out` exists, or if there is no space left.
     """
     like = like if isinstance(like, Checkpoint) else open_checkpoint(like)
     leaves = by_path(params)
     if rename is not None:
-        if missing := [name for name in like.tensors if rename(name) not in leaves]:
-            raise ValueError(f"params has no {rename(missing[0])!r}, which rename gives for {missing[0]}")
-        leaves = {name: leaves[rename(name)] for name in like.tensors}
+        renamed = {name: rename(name) for name in like.tensors}
+        if missing := [name for name, new in renamed.items() if new not in leaves]:
+            raise ValueError(f"params has no {renamed[missing[0]]!r}, which rename gives for {missing[0]}")
+        if unknown := leaves.keys() - renamed.values():
+            raise ValueError(f"params holds {min(unknown)!r}, which rename gives for no tensor of {like.path}")
+        leaves = {name: leaves[new] for name, new in renamed.items()}
     dtypes = {name: tensor.dtype for name, tensor in like.tensors.items()}
     shapes = {name: jax.ShapeDtypeStruct(np.shape(leaf), dtypes.get(name, bool)) for name, leaf in leaves.items()}
     if differences := list(differences_of(like.tensors, shapes)):
@@ -150,6 +153,7 @@ def save_blend(
             if jnp.issubdtype(dtype, jnp.inexact) and not jnp.issubdtype(given.dtype, jnp.inexact):
                 raise ValueError(f"params holds {given.dtype} at {name}; expected floating point, as in {like.path}")
             check_finite("params", {name: given})
+            check_variance(name, given)
             with np.errstate(over="ignore"):
                 arrays[name] = given.astype(dtype)
             if jnp.issubdtype(dtype, jnp.inexact):

@@ -94,9 +94,15 @@ def _finished(name: str, total: np.ndarray, dtype: np.dtype) -> np.ndarray:
     total = total.astype(dtype, copy=False)
     if jnp.issubdtype(dtype, jnp.inexact) and not np.isfinite(total).all():
         raise NonFiniteError(name, total[~np.isfinite(total)][0])
-    if name.endswith(_VARIANCES) and total.size and total.min() < 0:
-        raise ValueError(
-            f"the blend holds the variance {total.min():.3g} at {name}, since a coefficient is negative. No network "
-            "can use it: take positive coefficients, or learn, which measures BatchNorm's statistics anew"
-        )
+    check_variance(name, total)
     return total
+
+
+def check_variance(name: str, array: np.ndarray) -> None:
+    """Refuses negative running variances of BatchNorm, which it knows by the tensor's name."""
+    if name.endswith(_VARIANCES) and array.size and array.min() < 0:
+        raise ValueError(
+            f"the blend holds the variance {array.min():.3g} at {name}, since a coefficient is negative. No network "
+            "can use it: take positive coefficients, or measure BatchNorm's statistics anew, as glue-jax learn and "
+            "glue_jax.merging.refresh_statistics do"
+        )

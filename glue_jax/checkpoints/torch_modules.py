@@ -45,7 +45,7 @@ def module_functions(module: Any, *, inputs: Sequence[str] | None = None) -> Mod
 
     The functions take a state dict: a flat dict of arrays with the names of `module.state_dict()`, as `load_experts`
     and `blend` return it. They also take a batch: a dict of arrays. They compute in at least float32, whatever the
-    dtypes of the weights. A weight that is tied to another one needs only one of its names.
+    dtypes of the weights. If several names stand for one tied weight, the state dict needs only one of these names.
 
     Args:
         module: a `torch.nn.Module`. Its output is a tensor, a pytree of tensors, or an output of transformers, of which
@@ -64,7 +64,12 @@ def module_functions(module: Any, *, inputs: Sequence[str] | None = None) -> Mod
     Examples:
         functions = module_functions(network)
         loss_fn = glue_jax.OutputLoss(functions.minibatch_fn, lambda logits, batch: mean_loss(logits, batch["y"]))
-        result = glue_jax.learn(key, load_experts(paths), {"x": x, "y": y}, loss_fn=loss_fn, ...)
+        experts = load_experts(paths)
+        result = glue_jax.learn(key, experts, {"x": x, "y": y}, loss_fn=loss_fn, ...)
+        # With BatchNorm, the blend's running statistics must be measured anew before evaluation mode uses them.
+        prior = glue_jax.merging.refresh_statistics(
+            glue_jax.blend(experts, result.alpha), [{"x": x}], jax.jit(functions.statistics_fn)
+        )
     """
     torch = library("torch", _ADVICE)
     env = _environment()

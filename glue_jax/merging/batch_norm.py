@@ -54,15 +54,17 @@ def refresh_statistics(
         batches: a list, or another iterable, of pytrees of arrays `[B, ...]`.
         statistics_fn: `statistics_fn(params, batch)` returns the statistics of that batch alone, in training mode, as a
             tree with the paths of the statistics in `params`. With Flax, run a BatchNorm with momentum 0 and return its
-            updated statistics; with momentum 0.99 they would consist to 99 % of the old statistics. For a PyTorch
-            module, `glue_jax.checkpoints.torch_modules.module_functions` makes this function. Jit it.
+            updated statistics. (In Flax the momentum is the share of the old statistics, in PyTorch that of the new
+            ones.) For a PyTorch module, `glue_jax.checkpoints.torch_modules.module_functions` makes this function. Jit
+            it.
         collection: a regular expression that matches the paths of statistics in `params`, and no paths of parameters.
-            The text that it matches may be missing in the tree of `statistics_fn`: `norm/mean` does for
-            `batch_stats/norm/mean`. Pass "" if only `mean` and `var` tell statistics from parameters, as in
+            The paths in the tree of `statistics_fn` may leave out the text that it matches. For `batch_stats/norm/mean`
+            the path `norm/mean` is enough. Pass "" if only `mean` and `var` tell statistics from parameters, as in
             `nnx.to_pure_dict(nnx.state(model))`.
         mean: a regular expression for the paths of means. A mean and a variance form a pair if their paths differ only
             in the text that `mean` and `var` match, as in `norm1/mean` and `norm1/var`.
-        var: a regular expression for the paths of variances. They are biased: a sum of n squares is divided by n.
+        var: a regular expression for the paths of variances. `statistics_fn` must return biased variances, which divide
+            a sum of n squares by n.
         num_batches: the largest number of batches to take, for a loader without an end. None takes all.
 
     Returns:

@@ -107,8 +107,8 @@ def build_prior(
         validation_fn: `validation_fn(params, batch) -> scalar`, the mean over a batch, such as the error rate. Lower is
             better. None is `loss_fn`.
         evaluate: a function on the host in place of `data` and `loss_fn`: `evaluate(params) -> float`, lower is better.
-            JAX does not trace it. If it returns None or raises, learning continues without this blend. There is then
-            one stage, which learns by `ask` and `tell`.
+            JAX does not trace it. With `evaluate` there is only the stage `learned`, which learns by `ask` and `tell`.
+            If `evaluate` returns None or raises, learning continues without this blend.
         spec: which units may be permuted. An expert is related to the others if the median cosine between its kernels
             and theirs is at least 0.1. If an expert is unrelated, the experts are aligned. The alignment is kept if it
             lowers the value of the uniform average. None aligns nothing.

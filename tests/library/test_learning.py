@@ -228,6 +228,13 @@ def test_any_link_merge_and_start_may_be_given():
     np.testing.assert_allclose(result.history.validation_values, [-2.5, -102.5], rtol=1e-6)
 
 
+@pytest.mark.parametrize("link_fn", [glue_jax.unconstrained, lambda beta: {"w": beta}])
+def test_a_result_is_not_continued_under_another_link(link_fn):
+    first = learn(max_steps=5)
+    with pytest.raises(ValueError, match=r"state is a result with the coefficients .*, but link_fn makes"):
+        learn(state=first, link_fn=link_fn)
+
+
 @pytest.mark.usefixtures("both_ways")
 def test_the_callback_is_told_after_each_chunk_what_the_history_keeps():
     told = []

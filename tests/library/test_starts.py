@@ -116,6 +116,22 @@ def test_an_exception_has_the_best_result_of_all_starts_before_it():
     chex.assert_trees_all_equal(caught.value.result, expected)  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def test_an_exception_before_a_start_has_begun_has_the_best_result_too(monkeypatch):
+    learn, calls = glue_jax.learn, []
+
+    def third_fails(*args, **words):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return learn(*args, **words)
+
+    expected = together(jax.random.key(1), STARTS[:2])
+    monkeypatch.setattr("glue_jax.starts.learn", third_fails)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        together(jax.random.key(1), STARTS)
+    chex.assert_trees_all_equal(caught.value.result, expected)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def test_a_loader_is_data_and_an_iterator_is_refused():
     loader = Loader([np.asarray(DATA[:16]), np.asarray(DATA[16:32])])
     words = {name: value for name, value in WORDS.items() if name != "batch_size"}

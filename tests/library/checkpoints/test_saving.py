@@ -101,6 +101,8 @@ def test_rename_is_undone(tmp_path):
     save_blend(tmp_path / "out.safetensors", params, like=paths[0], rename=rename)
     found, wanted = read(tmp_path / "out.safetensors"), read(paths[1])
     assert all(np.array_equal(found[name], wanted[name]) for name in wanted if "tracked" not in name)
+    with pytest.raises(ValueError, match="params holds 'params/more', which rename gives for no tensor"):
+        save_blend(tmp_path / "more", {"params": {**params["params"], "more": 1.0}}, like=paths[0], rename=rename)
 
 
 @pytest.mark.parametrize(
@@ -114,6 +116,10 @@ def test_rename_is_undone(tmp_path):
             "params holds int32 at fc1.bias; expected floating",
         ),
         (lambda params: params | {"fc1.bias": jnp.full(8, 1e6)}, "rounded to float16, holds inf at fc1.bias"),
+        (
+            lambda params: params | {"bn.running_var": -params["bn.running_var"]},
+            r"holds the variance -.* at bn.running_var, .* measure BatchNorm's statistics anew",
+        ),
     ],
 )
 def test_a_model_that_does_not_fit_is_refused_and_nothing_is_written(tmp_path, change, message):
