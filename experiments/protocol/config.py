@@ -33,7 +33,9 @@ class ExpertFields:
     """Data, splits and experts: one draw, as in the paper's Table 1."""
 
     dataset: str = "cifar10"
-    """The data set of the experts and of the target images."""
+    """The data set of the experts and of the target images: a name, or the path of a file .npz with the arrays x_train,
+    y_train, x_test and y_test.
+    """
     image_size: int | None = None
     """Height and width that images are resized to, in pixels. None keeps the images as they are. The paper names no
     size.

@@ -1,12 +1,13 @@
 """Data sets as uint8 images and int32 labels.
 
-They are those of tensorflow-datasets in ArrayRecord, and scikit-learn's digits.
+They are those of tensorflow-datasets in ArrayRecord, scikit-learn's digits, and a file of NumPy.
 """
 
 import contextlib
 import json
 import logging
 import os
+import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,8 @@ _TFDS_SPLITS = {
     "imagenette/160px-v2": ("train", "validation"),
 }
 DATASETS = ("digits", *_TFDS_SPLITS)
+# The arrays of a file of NumPy. Keras has the same names.
+_ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 _BLOCK = 1000
 
 
@@ -69,22 +72,27 @@ def load(name: str, data_dir: str | None = None, image_size: int | None = None) 
     """Loads a data set. If it is not prepared, tensorflow-datasets downloads and prepares it first.
 
     Args:
-        name: one of `DATASETS`.
+        name: one of `DATASETS`, or the path of a file `.npz`. Such a file has the arrays `x_train` and `x_test`, uint8
+            `[N, H, W, C]` or `[N, H, W]`, and `y_train` and `y_test`, integers `[N]` or `[N, 1]`. The classes are those
+            of `y_train`, from 0.
         data_dir: tensorflow-datasets' data directory. None is its own default: `TFDS_DATA_DIR`, or
             `~/tensorflow_datasets`.
         image_size: height and width of the images. The largest square in the middle of an image is resized to it. None
             keeps the images as they are.
 
     Raises:
-        ValueError: if the name is unknown, if images differ in size and no `image_size` is given, or if the images
-            exceed the memory.
+        ValueError: if the name is unknown, if images differ in size and no `image_size` is given, if the images exceed
+            the memory, or if the arrays of a file `.npz` are not as above.
         DatasetNotFoundError: if the data set is not there and cannot be prepared.
         DamagedDatasetError: if a file cannot be read, if a split has no images, or if a label belongs to no class.
     """
-    if name not in DATASETS:
-        raise ValueError(f"dataset is {name!r}; expected one of {DATASETS}")
+    is_file = name.endswith(".npz")
+    if name not in DATASETS and not is_file:
+        raise ValueError(f"dataset is {name!r}; expected one of {DATASETS}, or the path of a file .npz")
     if name == "digits":
         full_name, description, train, test, num_classes = _digits(image_size)
+    elif is_file:
+        full_name, description, train, test, num_classes = _npz(Path(name), image_size)
     else:
         full_name, description, train, test, num_classes = _tfds(name, data_dir, image_size)
     for split, examples in (("training", train), ("test", test)):
@@ -119,6 +127,47 @@ def _digits(image_size: int | None) -> tuple[str, str, Examples, Examples, int]:
         "The 1797 handwritten digits that scikit-learn bundles, 8 x 8 pixels; every fourth one is for the test."
     )
     return "digits (scikit-learn)", description, train, test, 10
+
+
+def _npz(path: Path, image_size: int | None) -> tuple[str, str, Examples, Examples, int]:
+    """A file of NumPy."""
+    if not path.is_file():
+        raise DatasetNotFoundError(f"dataset is {path}, but there is no such file")
+    try:
+        with np.load(path) as file:
+            arrays = {name: file[name] for name in _ARRAYS if name in file}
+    except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        first_line = next(iter(str(error).splitlines()), "")
+        raise DamagedDatasetError(f"{path} cannot be read ({type(error).__name__}: {first_line})") from error
+    if missing := [name for name in _ARRAYS if name not in arrays]:
+        raise ValueError(f"{path} has no array {missing[0]}; expected {_ARRAYS}")
+    train, test = (_checked_arrays(path, split, arrays, image_size) for split in ("train", "test"))
+    if train.images.shape[1:] != test.images.shape[1:]:
+        raise ValueError(f"{path}: x_train has shape {train.images.shape}, and x_test has {test.images.shape}")
+    description = f"The images and labels of the file {path.name}."
+    return path.name, description, train, test, int(train.labels.max()) + 1
+
+
+def _checked_arrays(path: Path, split: str, arrays: dict[str, np.ndarray], image_size: int | None) -> Examples:
+    """Returns the images and labels of one split of a file of NumPy."""
+    images, labels = arrays[f"x_{split}"], arrays[f"y_{split}"]
+    labels = labels.squeeze(1) if labels.ndim == 2 and labels.shape[1] == 1 else labels
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or not images.size:
+        raise ValueError(
+            f"{path}: x_{split} is {images.dtype} of shape {images.shape}; expected uint8, [N, H, W, C] or [N, H, W]"
+        )
+    if not np.issubdtype(labels.dtype, np.integer) or labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"{path}: y_{split} is {labels.dtype} of shape {labels.shape}; expected a whole number for each of the "
+            f"{len(images)} images of x_{split}"
+        )
+    images = images if images.ndim == 4 else images[..., None]
+    if image_size is not None:
+        if images.shape[-1] not in (1, 3):
+            raise ValueError(f"{path}: x_{split} has {images.shape[-1]} channels; to resize, expected 1 or 3")
+        _check_memory(path.name, len(images), image_size, images.shape[-1])
+        images = np.stack([_resized(image, image_size, images.shape[-1]) for image in images])
+    return Examples(images, labels.astype(np.int32))
 
 
 def _tfds(name: str, data_dir: str | None, image_size: int | None) -> tuple[str, str, Examples, Examples, int]:

@@ -262,3 +262,70 @@ def test_a_data_directory_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(data.DatasetNotFoundError, match=r"data_dir is .*file, a file; expected a folder"):
         data.load("cifar10", str(tmp_path / "file"))
+
+
+def _arrays(**changes):
+    random = np.random.default_rng(0)
+    return {
+        "x_train": random.integers(0, 256, (12, 6, 6, 3), np.uint8),
+        "y_train": np.arange(12)[:, None] % 4,
+        "x_test": random.integers(0, 256, (5, 6, 6, 3), np.uint8),
+        "y_test": np.arange(5) % 4,
+    } | changes
+
+
+def _saved(folder, arrays):
+    np.savez(folder / "mine.npz", **arrays)
+    return str(folder / "mine.npz")
+
+
+def test_a_file_of_numpy_is_a_data_set(tmp_path):
+    arrays = _arrays()
+    dataset = data.load(_saved(tmp_path, arrays))
+    assert (dataset.name, dataset.num_classes) == ("mine.npz", 4)
+    np.testing.assert_array_equal(dataset.train.images, arrays["x_train"])
+    np.testing.assert_array_equal(dataset.train.labels, np.arange(12) % 4)
+    np.testing.assert_array_equal(dataset.test.labels, arrays["y_test"])
+    assert dataset.train.labels.dtype == np.int32
+
+
+def test_the_images_of_a_file_may_be_gray_and_are_resized(tmp_path):
+    gray = {name: _arrays()[name][..., 0] for name in ("x_train", "x_test")}
+    path = _saved(tmp_path, _arrays(**gray))
+    assert data.load(path).train.images.shape == (12, 6, 6, 1)
+    assert data.load(path, image_size=3).test.images.shape == (5, 3, 3, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x_train": np.zeros((12, 6, 6, 3))}, r"x_train is float64 of shape \(12, 6, 6, 3\); expected uint8"),
+        (
+            {"x_test": np.zeros((5, 36), np.uint8)},
+            r"x_test is uint8 of shape \(5, 36\); expected uint8, \[N, H, W, C\]",
+        ),
+        ({"x_test": np.zeros((5, 7, 7, 3), np.uint8)}, r"x_train has shape .* x_test has \(5, 7, 7, 3\)"),
+        (
+            {"y_train": np.zeros(11, int)},
+            r"y_train is int64 of shape \(11,\); expected a whole number for each of the 12",
+        ),
+        ({"y_test": np.eye(5)}, r"y_test is float64 of shape \(5, 5\); expected a whole number for each of the 5"),
+        ({"y_test": np.full(5, 4)}, "label 4 of image 0 of the test images, one of 5 such; expected labels of 0 to 3"),
+        ({"y_train": np.array([None] * 12)}, "cannot be read"),
+    ],
+)
+def test_arrays_that_are_no_data_set_are_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        data.load(_saved(tmp_path, _arrays(**changes)))
+
+
+def test_a_file_that_is_missing_damaged_or_incomplete_is_named(tmp_path):
+    with pytest.raises(data.DatasetNotFoundError, match=r"none\.npz, but there is no such file"):
+        data.load(str(tmp_path / "none.npz"))
+    (tmp_path / "text.npz").write_text("no archive")
+    with pytest.raises(data.DamagedDatasetError, match=r"text\.npz cannot be read"):
+        data.load(str(tmp_path / "text.npz"))
+    arrays = _arrays()
+    del arrays["y_test"]
+    with pytest.raises(ValueError, match="has no array y_test; expected"):
+        data.load(_saved(tmp_path, arrays))
