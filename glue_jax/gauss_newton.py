@@ -267,8 +267,8 @@ def check_gauss_newton_state(state: Any, link_fn: LinkFn) -> GaussNewtonState:
     d = dimension(state.beta, directions_of(link_fn))
     if model.gradient.shape != (d,):
         raise ValueError(
-            f"state has {model.gradient.shape[0]} directions, but beta has {d} under this link_fn: make the state "
-            "by init(num_experts, link_fn=link_fn) with the link_fn of the step"
+            f"state has {model.gradient.shape[0]} directions, but beta has {d} under this link_fn: pass the link_fn of "
+            "init, or make the state by init(num_experts, link_fn=link_fn)"
         )
     return model
 

@@ -9,6 +9,7 @@ import optax
 from glue_jax import quadratic_model
 from glue_jax.checks import check_counts, check_optimizer
 from glue_jax.coefficients import check_floating
+from glue_jax.gauss_newton import check_gauss_newton_state
 from glue_jax.links import apply_link, start_of
 from glue_jax.paths import check_finite
 from glue_jax.types import GlueState, LearnResult, LinkFn, PyTree
@@ -79,9 +80,13 @@ def alpha(state: GlueState | LearnResult, link_fn: LinkFn = jax.nn.softmax) -> P
 
     Raises:
         TypeError: if `state` is neither a state nor a result, or if the link does not take this beta.
+        ValueError: if a state of `gauss_newton_step` has directions of another link. The function cannot see the link
+            of another state, so pass the right one.
     """
     if isinstance(state, LearnResult):
         return state.alpha
     if not hasattr(state, "beta"):
         raise TypeError(f"state is a {type(state).__name__}; expected a GlueState or a LearnResult")
+    if isinstance(state.opt_state, quadratic_model.GaussNewtonState):
+        check_gauss_newton_state(state, link_fn)
     return apply_link(link_fn, state.beta)

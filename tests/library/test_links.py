@@ -54,6 +54,8 @@ def test_links_that_return_nothing_and_betas_that_are_not_theirs_are_refused():
         glue_jax.alpha(tempered)
     with pytest.raises(TypeError, match="state is a list; expected a GlueState or a LearnResult"):
         glue_jax.alpha([0.0, 0.0])  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="state has 2 directions, but beta has 1 under this link_fn"):
+        glue_jax.alpha(glue_jax.init(2, link_fn=glue_jax.unconstrained))
 
 
 @pytest.mark.parametrize(
