@@ -50,7 +50,7 @@ def plan(
     The call compiles about twenty programs. This takes some minutes for a large network. For many coefficients it takes
     longer, because the plan times steps of d directions. Each step is timed with its default directions, radius and
     precision. A program has one step, as with `learn` on a CPU. On an accelerator `learn` runs several steps in one
-    program, which the plan does not time. The plan times each step once, then each step again.
+    program, which the plan does not time. The plan times the steps in turns.
 
     The plan compares steps by their progress. Suppose that the gradient g of a loss is L-Lipschitz. Suppose that an
     estimate has mean g and mean squared error V ||g||^2. Then a step of length eta along the estimate lowers the loss,

@@ -73,8 +73,8 @@ def load(name: str, data_dir: str | None = None, image_size: int | None = None) 
 
     Args:
         name: one of `DATASETS`, or the path of a file `.npz`. Such a file has the arrays `x_train` and `x_test`, uint8
-            `[N, H, W, C]` or `[N, H, W]`, and `y_train` and `y_test`, integers `[N]` or `[N, 1]`. The classes are those
-            of `y_train`, from 0.
+            `[N, H, W, C]` with one or three channels, or `[N, H, W]`. It also has `y_train` and `y_test`, integers
+            `[N]` or `[N, 1]`. `y_train` has each class, from 0 on.
         data_dir: tensorflow-datasets' data directory. None is its own default: `TFDS_DATA_DIR`, or
             `~/tensorflow_datasets`.
         image_size: height and width of the images. The largest square in the middle of an image is resized to it. None
@@ -144,8 +144,14 @@ def _npz(path: Path, image_size: int | None) -> tuple[str, str, Examples, Exampl
     train, test = (_checked_arrays(path, split, arrays, image_size) for split in ("train", "test"))
     if train.images.shape[1:] != test.images.shape[1:]:
         raise ValueError(f"{path}: x_train has shape {train.images.shape}, and x_test has {test.images.shape}")
+    classes = np.unique(train.labels)
+    if classes[0] != 0 or classes[-1] != len(classes) - 1:
+        raise ValueError(
+            f"{path}: y_train has {len(classes)} different labels, from {classes[0]} to {classes[-1]}; expected each "
+            "label from 0 on"
+        )
     description = f"The images and labels of the file {path.name}."
-    return path.name, description, train, test, int(train.labels.max()) + 1
+    return path.name, description, train, test, len(classes)
 
 
 def _checked_arrays(path: Path, split: str, arrays: dict[str, np.ndarray], image_size: int | None) -> Examples:
@@ -162,12 +168,13 @@ def _checked_arrays(path: Path, split: str, arrays: dict[str, np.ndarray], image
             f"{len(images)} images of x_{split}"
         )
     images = images if images.ndim == 4 else images[..., None]
+    if images.shape[-1] not in (1, 3):
+        raise ValueError(f"{path}: x_{split} has {images.shape[-1]} channels on its last axis; expected 1 or 3")
     if image_size is not None:
-        if images.shape[-1] not in (1, 3):
-            raise ValueError(f"{path}: x_{split} has {images.shape[-1]} channels; to resize, expected 1 or 3")
         _check_memory(path.name, len(images), image_size, images.shape[-1])
         images = np.stack([_resized(image, image_size, images.shape[-1]) for image in images])
-    return Examples(images, labels.astype(np.int32))
+    # A label that int32 cannot hold must not become another label.
+    return Examples(images, np.clip(labels.astype(np.int64), -1, 2**31 - 1).astype(np.int32))
 
 
 def _tfds(name: str, data_dir: str | None, image_size: int | None) -> tuple[str, str, Examples, Examples, int]:

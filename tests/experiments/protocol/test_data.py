@@ -310,6 +310,11 @@ def test_the_images_of_a_file_may_be_gray_and_are_resized(tmp_path):
             r"y_train is int64 of shape \(11,\); expected a whole number for each of the 12",
         ),
         ({"y_test": np.eye(5)}, r"y_test is float64 of shape \(5, 5\); expected a whole number for each of the 5"),
+        # PyTorch's layout, MATLAB's labels, and a label that int32 cannot hold.
+        ({"x_train": np.zeros((12, 3, 6, 6), np.uint8)}, "x_train has 6 channels on its last axis; expected 1 or 3"),
+        ({"y_train": 1 + np.arange(12) % 4}, "y_train has 4 different labels, from 1 to 4; expected each label from 0"),
+        ({"y_train": np.arange(12) % 2 * 5}, "y_train has 2 different labels, from 0 to 5; expected each label from 0"),
+        ({"y_test": np.full(5, 2**32)}, "label 2147483647 of image 0 of the test images"),
         ({"y_test": np.full(5, 4)}, "label 4 of image 0 of the test images, one of 5 such; expected labels of 0 to 3"),
         ({"y_train": np.array([None] * 12)}, "cannot be read"),
     ],
