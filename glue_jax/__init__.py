@@ -6,6 +6,7 @@ paper.
 
 This page lists what a first reader needs. The modules hold the rest:
 
+- `glue_jax.checkpoints`: read and write files of PyTorch, Hugging Face and orbax. It is imported by itself.
 - `glue_jax.merging`: compare experts, align their permutations, repair BatchNorm, learn coefficients by layer, make
   soups.
 - `glue_jax.links`: coefficients outside the convex hull, and a learned temperature.

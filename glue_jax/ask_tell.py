@@ -71,8 +71,8 @@ def ask(
         key: as for `spsa_step`, the same for every step.
         state: the state from `init` or `tell`.
         link_fn: as for `spsa_step`.
-        radius: as for `spsa_step`. A loss that is known to few digits needs a large radius. So does a metric that
-            counts errors.
+        radius: as for `spsa_step`, but the default is never larger for bfloat16 or float16. A loss that is known to few
+            digits needs a large radius. So does a metric that counts errors.
         num_directions: m, the number of directions.
         directions: as for `spsa_step`.
         scale: as for `spsa_step`.
@@ -132,8 +132,8 @@ def tell(
         that was left out are NaN there.
 
     Raises:
-        ValueError: if losses have another shape or are not finite real numbers, or if the optimizer is not the one of
-            `init`.
+        ValueError: if losses have another shape or are not finite real numbers, or if `optimizer` makes a state of
+            another structure.
         TypeError: if `probes` did not come from `ask`, or if `optimizer` is no optimizer.
     """
     if not isinstance(probes, Probes):
@@ -173,7 +173,7 @@ class OutputProbes(NamedTuple):
         alpha: the coefficients of each probe, leaves `[m + 2, ...]`. Row 0 is at beta. Row 1 is at the proposal. The
             other rows are around the proposal, one along each of the m directions. With all directions, m is d.
         state: the state that was given to `ask_outputs`.
-        radius: the length of a difference's step in beta, `[]`.
+        radius: how far beta moves between two probes whose outputs are subtracted, `[]`.
         rows: the directions, `[m, d]`, as coordinates in `glue_jax.directions.basis`. None is all directions.
         link_fn: the link that was given to `ask_outputs`.
     """
@@ -207,7 +207,7 @@ def ask_outputs(
         The first step has no proposal yet, so its first two probes are equal.
 
     Raises:
-        ValueError: if an argument is out of its range, or if the state belongs to another link.
+        ValueError: if an argument is out of its range, or if the state has another number of directions than `link_fn`.
         TypeError: if `state` is no GlueState or has the state of an optimizer, or if `num_directions` has no key.
 
     Examples:
@@ -242,10 +242,10 @@ def tell_outputs(
     Args:
         probes: the probes from `ask_outputs`.
         outputs: the outputs of all probes in their order, on one minibatch. Pass arrays `[m + 2, B, ...]`, or a list of
-            m + 2 outputs `[B, ...]`. A tuple is a pytree of arrays, not a list. In a list, None stands for a blend that
-            could not be evaluated. If the output of a direction is None, this minibatch does not change the quadratic
-            model of the loss, and the proposal is still tested. If the output of the proposal is None, the step turns
-            the proposal down.
+            m + 2 outputs `[B, ...]`. Only a list has an entry for each probe. A tuple is a pytree of arrays. In a list,
+            None stands for a blend that could not be evaluated. If the output of a direction is None, this minibatch
+            does not change the quadratic model of the loss, and the proposal is still tested. If the output of the
+            proposal is None, the step turns the proposal down.
         batch: the minibatch for `loss`, such as the labels.
         loss: `loss(outputs, batch) -> scalar`, the second part of an `OutputLoss`. Build it once, or each step
             compiles anew.
@@ -254,8 +254,8 @@ def tell_outputs(
         The next state, and the metrics of the state that went in.
 
     Raises:
-        ValueError: if outputs differ in number, shape or dtype, if the outputs of beta itself are missing or not
-            finite, or if the loss is no scalar.
+        ValueError: if outputs differ in number or shape, if they are not floating point, if the outputs of beta itself
+            are missing or not finite, or if the loss is no scalar.
         TypeError: if `probes` did not come from `ask_outputs`.
     """
     if not isinstance(probes, OutputProbes):

@@ -28,8 +28,8 @@ def blend(
         experts: stacked experts, each leaf `[K, ...]`.
         alpha: the coefficients, `[K]`, or `[G, K]` with `groups`. They may be negative, and may have any sum.
         groups: which row of `alpha` blends which leaf. It is a pytree of row numbers in `range(G)` with the structure
-            of one expert. It may also be a prefix of that structure: one number for a part of the model blends the
-            whole part by that row.
+            of one expert. It may also be a prefix of that structure. One row number then stands for a whole part of the
+            model, and this row of `alpha` blends all leaves of the part.
         min_dtype: the narrowest dtype of the result. The steps and `learn` pass float32, because two nearby blends
             become mostly equal when they are cast to bfloat16. None casts every leaf to the dtype of the experts.
 

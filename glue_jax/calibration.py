@@ -22,9 +22,9 @@ class Calibration(NamedTuple):
     Attributes:
         radius: the proposed radius for `spsa_step`.
         interior: whether larger and smaller radii than the proposal were tried. If it is False, try more radii.
-        learning_rate: the proposed learning rate for plain SGD. With it, the first step has a root mean square of about
-            `first_step` over the entries of beta. This is a rough estimate, because it rests on few directions. Adam
-            needs no such value: its first step is its learning rate, so give Adam `first_step` itself.
+        learning_rate: the proposed learning rate for plain SGD. With this learning rate, the first step changes the
+            entries of beta by about `first_step` (root mean square). This is a rough estimate, because it rests on few
+            directions. Adam needs no such value: its first step is its learning rate, so give Adam `first_step` itself.
         radii: the radii that were tried, ascending, `[R]`.
         disagreement: how much the slopes at each radius differ from the slopes at the neighbouring radii, relative to
             their size, `[R]`. Below the best radius it is large because of rounding, or because the loss has steps.
@@ -52,24 +52,24 @@ def calibrate(
 ) -> Calibration:
     """Proposes a radius and a learning rate. It measures slopes along a few directions, each at all radii.
 
-    If the slopes along one direction agree between neighbouring radii, neither rounding nor curvature spoils them. The
-    error rate changes in jumps. These jumps act like rounding. Step sizes for finite differences are often chosen in
-    this way. The learning rate gives the first step the size `first_step`, as Qiskit's SPSA does. The call takes
+    If the slopes along one direction agree between neighbouring radii, neither rounding nor curvature spoils them. Step
+    sizes for finite differences are often chosen by this comparison. The error rate changes in jumps. These jumps act
+    like rounding. The learning rate gives the first step the size `first_step`, as Qiskit's SPSA does. The call takes
     `2 R m` evaluations, 72 by default.
 
     Args:
         key: a `jax.random.key`.
         fun: `fun(beta) -> scalar`, the objective on one batch. If it counts errors, use a large batch. Rounding can
             hide the difference of two probes. To prevent this, blend with `glue_jax.blend(..., min_dtype=jnp.float32)`
-            inside `fun`. On an accelerator, also call it under `jax.default_matmul_precision("highest")`. `spsa_step`
-            does both.
+            inside `fun`. On an accelerator, also call `calibrate` under `jax.default_matmul_precision("highest")`.
+            `spsa_step` does both.
         beta: the point where learning starts, any pytree of floating-point coefficients.
         radii: the R radii to try, at least three, ascending.
         num_directions: m, the number of directions.
         directions: the directions of the step, as for `spsa_gradient`. Under a softmax pass `simplex_orthogonal`.
         first_step: the root mean square that the first step should have, in units of beta.
         step_directions: the `num_directions` of the steps that will use the learning rate. The learning rate assumes
-            the same distribution of directions and the `unbiased` scale.
+            that these steps draw their directions as `directions` says, and that their scale is `unbiased`.
         probe_batch_size: as for `spsa_gradient`. By default, an accelerator holds all `2 R m` models in memory at once.
 
     Returns:

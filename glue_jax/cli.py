@@ -12,8 +12,9 @@ from glue_jax.interrupts import interruptible
 
 # The status of a process that was interrupted, as shells have it.
 _INTERRUPTED = 130
-_EXPERTS = """each a .safetensors file, a folder of Hugging Face, an orbax checkpoint, a .pt or .bin file of PyTorch, or
-a folder with a LoRA adapter of PEFT; or the folder of one training run of orbax, with a folder for each step"""
+_EXPERTS = """each a .safetensors file, a folder of Hugging Face, an orbax checkpoint, a file of PyTorch (.pt, .pth,
+.bin, .ckpt), or a folder with a LoRA adapter of PEFT; or the folder of one training run of orbax, with a folder for
+each step"""
 
 _EXAMPLES = {
     "inspect": """examples:

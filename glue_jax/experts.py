@@ -20,16 +20,16 @@ def stack_experts(
     """Stacks K experts of one architecture into one pytree whose leaves are `[K, ...]`.
 
     Leaves that are not floating point, such as counters and masks, are never averaged. The experts must agree on them,
-    or `take_first` must name them. To save memory, pass an iterator that yields one expert after another and keeps
-    none: the call then needs memory for the stack and one leaf. With a list it needs memory for all experts and the
-    stack.
+    or `take_first` must name them. To save memory, pass a generator that yields one expert after another, and keeps no
+    reference to an expert. The call then needs memory for the stack and one leaf. With a list it needs memory for all
+    experts and the stack.
 
     Args:
-        experts: K pytrees of one structure, whose leaves have the same shapes and dtypes. A leaf is an array of JAX or
-            NumPy, or anything that `np.asarray` takes.
-        take_first: which leaves may differ although they are not floating point. The stack keeps the first expert's. An
-            entry is a regular expression for paths (`glue_jax.paths`), such as `"num_batches_tracked$"`, or a path as
-            errors print it.
+        experts: K pytrees of one structure, whose leaves have the same shapes and dtypes. A leaf is a number, an array
+            of JAX or NumPy, or another array that has `__array__`.
+        take_first: the leaves that are not floating point and in which the experts may differ. The stack keeps the
+            first expert's. An entry is a regular expression for paths (`glue_jax.paths`), such as
+            `"num_batches_tracked$"`, or a path as errors print it.
         sharding: the place of the stack: a `jax.sharding.Sharding` of the stacked leaves, or a pytree of shardings
             whose structure is a prefix of an expert's. None is JAX's default.
 
@@ -39,7 +39,7 @@ def stack_experts(
     Raises:
         ValueError: if experts differ; the error lists every difference with its path.
         ValueError: if a weight is infinite or NaN.
-        ValueError: if JAX's dtype cannot hold an integer.
+        ValueError: if an integer does not fit into the dtype in which JAX stores it.
         ValueError: if an entry of `take_first` matches no leaf, or matches a floating-point leaf.
         TypeError: if `experts` is a dict, which is a single expert, or if a leaf is a PRNG key or no array of numbers.
 
@@ -206,7 +206,7 @@ def place_leaf(path: str, stacked: np.ndarray, sharding: Any) -> jax.Array:
     """Returns one leaf of all experts, `[K, ...]`, from the host to its place, in the dtype that JAX has for it.
 
     Raises:
-        ValueError: if JAX's dtype cannot hold an integer.
+        ValueError: if an integer does not fit into the dtype in which JAX stores it.
 
     Warns:
         UserWarning: if a leaf is float64, and JAX stores it as float32.

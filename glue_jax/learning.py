@@ -69,22 +69,24 @@ def learn(
     `data` has one of three forms:
 
     - Arrays `[N, ...]`, in a pytree. The key shuffles the examples anew for each epoch: the minibatches are those of
-      `minibatch_indices(jax.random.fold_in(key, 0), ...)`. An epoch leaves out the examples that fill no whole
-      minibatch.
+      `minibatch_indices(jax.random.fold_in(key, 0), ...)`. Each epoch drops its last minibatch if that is not full.
     - An iterator of batches. It is read once. If it ends before `max_steps`, the run ends.
-    - A loader of batches, such as PyTorch's `DataLoader`. Each epoch iterates it anew. An epoch may be endless.
+    - A loader of batches, such as PyTorch's `DataLoader`. Each epoch iterates it anew. A loader may be endless. Then
+      the run stays in its first epoch.
 
     To JAX a list is a pytree, so pass `iter(batches)` for a list of batches. Such an iterator has one epoch. A batch
     with a new shape compiles anew.
 
     A run can be continued: pass its `LearnResult` as `state`. The new call keeps the best coefficients, the patience
     and the history. It continues an iterator where it is, and begins a new epoch of a loader. With arrays or an
-    iterator, several calls return what one long call returns. There is one exception: if `max_steps` stops a run
-    between two validations, the run validates there once more, and keeps these coefficients if they are the best.
+    iterator, several calls return what one long call returns. There is one exception: `max_steps` may stop a call
+    between two validations. The call then validates its last coefficients, which one long call would not do. If these
+    coefficients are the best, the call keeps them.
 
     JAX compiles again for each new function and each new optimizer. So make the functions and the optimizer once, and
-    pass the same objects to every call. Then a second call compiles nothing. A function that reads an outside variable
-    reads it when the program compiles. If the variable changes, pass a new function.
+    pass the same objects to every call. Then a second call compiles nothing. If a function reads a variable from
+    outside, the compiled program keeps the value that the variable had when it was compiled. If the variable changes,
+    pass a new function.
 
     If an exception ends the run, Ctrl-C included, the exception's attribute `result` holds the `LearnResult` so far. In
     a notebook this is `sys.last_value.result`.
@@ -117,9 +119,10 @@ def learn(
             `gauss_newton_step` and 50 for other steps.
         patience: the run stops after this many validations without a new best value. None runs all
             `max_steps`.
-        steps_per_call: the largest number of steps in one call of a compiled program. None is 1 if the data lies on a
-            CPU, because XLA:CPU runs the backward pass of a convolution many times slower in a loop. With an iterator
-            or a loader it is always 1. Otherwise None is the number of steps between two validations, at most 1000.
+        steps_per_call: the largest number of steps in one call of a compiled program. With an iterator or a loader it
+            is always 1. With arrays on a CPU, None is 1, because XLA:CPU runs the backward pass of a convolution many
+            times slower in a loop. With arrays on other devices, None is the number of steps between two validations,
+            at most 1000.
         callback: a function that is called with a `Progress` after each chunk of `validate_every` steps. The run ends
             if it returns True. Do not return the value of a tqdm bar's `update`, which is True at times.
 
@@ -128,8 +131,7 @@ def learn(
 
     Raises:
         ValueError: before any work, if an argument is out of its range, if arrays have different lengths, or if the
-            result in `state` was learned with another link. Without a `validation_fn`, validation arrays must be of the
-            same kind as the arrays of the data.
+            result in `state` was learned with another link.
         ValueError: if a loss or a validation value is no scalar.
         TypeError: if an argument has the wrong type.
         NonFiniteLossError: if a loss, a gradient, a validation value or beta becomes infinite or NaN.

@@ -44,9 +44,10 @@ def spsa_step(
     """Takes one step of GLUE: two blended forward passes per direction, no backward pass (Eq. 3-7).
 
     The paper's Config 4 has `directions="sphere"` and the optimizer `optax.adam(1e-2, b1=0.9, b2=0.99)`. The paper
-    names no radius; our experiments take 0.01. Let d be the dimension of the space that the directions cover: K - 1 for
-    `simplex_orthogonal`, otherwise the size of beta. The estimate here is d times the paper's Eq. (6), unless `scale`
-    is `paper`. Adam divides a gradient by its size, so Adam's steps are the same with both.
+    names no radius; our experiments take 0.01. Let d be the dimension of the space that the directions cover. For
+    `simplex_orthogonal` d is K - 1, or G (K - 1) with G groups. Otherwise d is the size of beta. The estimate here is d
+    times the paper's Eq. (6), unless `scale` is `paper`. Adam divides a gradient by its size, so Adam's steps are the
+    same with both.
 
     Args:
         key: a `jax.random.key`. Pass the same key at every step.
@@ -61,15 +62,16 @@ def spsa_step(
         link_fn: `link_fn(beta) -> alpha`. The softmax over the last axis keeps the blend in the convex hull of the
             experts. `unconstrained` is the literal Eq. (7).
         merge_fn: `merge_fn(experts, alpha) -> params`.
-        radius: the root mean square distance of a probe from beta, or a schedule `radius(step)`. The default is 0.1 for
-            the softmax, the attribute `radius` of a `glue_jax.links.Link`, and 0.01 for any other function. There is
-            one exception: if the link is a softmax and `loss_fn` multiplies bfloat16 or float16 arrays, the default is
-            1, and the step warns (see `glue_jax.precision`).
+        radius: the root mean square distance of a probe from beta, or a schedule `radius(step)`. The default depends on
+            the link. For the softmax it is 0.1. For a `glue_jax.links.Link` it is the link's attribute `radius`. For
+            any other function it is 0.01. There is one exception. If the default of `directions` is
+            `simplex_orthogonal`, and `loss_fn` multiplies bfloat16 or float16 arrays, the default is ten times as
+            large, and the step warns (see `glue_jax.precision`).
         num_directions: m, the number of directions.
         directions: `rademacher`, `sphere`, `gaussian`, `orthogonal`, `simplex_orthogonal`, or a function (see
-            `glue_jax.directions`). The default is `simplex_orthogonal` for the softmax, because adding one number to
-            all of beta does not change a softmax. The default is the attribute `directions` of a `Link`, and
-            `orthogonal` for any other function.
+            `glue_jax.directions`). The default depends on the link. For the softmax it is `simplex_orthogonal`, because
+            adding one number to all of beta does not change a softmax. For a `Link` it is the link's attribute
+            `directions`. For any other function it is `orthogonal`.
         scale: `unbiased`, or `paper` for the literal Eq. (5) and (6).
         probe_batch_size: how many of the 2m probes go forward together. By default an accelerator takes all of them
             together, and a CPU takes one at a time.
@@ -85,11 +87,12 @@ def spsa_step(
 
     Raises:
         ValueError: if an argument is out of its range, or if the loss is no scalar.
-        ValueError: if the coefficients do not fit the experts, or if the state belongs to another optimizer.
+        ValueError: if the coefficients do not fit the experts, or if `optimizer` makes a state of another structure.
         TypeError: if an argument has the wrong type.
 
     Warns:
-        UserWarning: if `radius` is None, the link is a softmax, and `loss_fn` multiplies bfloat16 or float16 arrays.
+        UserWarning: if `radius` is None, the default of `directions` is `simplex_orthogonal`, and `loss_fn` multiplies
+            bfloat16 or float16 arrays.
 
     Examples:
         >>> from functools import partial
@@ -257,7 +260,7 @@ def step_by(
 
     Raises:
         ValueError: if the coefficients do not fit the experts, if the gradient does not have the shape of beta, or if
-            the state belongs to another optimizer.
+            `optimizer` makes a state of another structure.
         TypeError: if an argument has the wrong type, or if the estimator returns no `Estimate`.
     """
     check_state(state)

@@ -6,8 +6,8 @@
 - `save_blend` writes a model that is in memory, with the names, shapes and dtypes of an expert's file.
 - `load_adapters`, `merge_adapters`, `add_adapter` and `save_adapter` do the same for LoRA adapters of PEFT.
 
-Four formats are read: safetensors (a file, or a folder of Hugging Face), orbax, PyTorch (`.pt`, `.pth`, `.bin`, if
-PyTorch is installed), and LoRA adapters of PEFT (`glue_jax.checkpoints.adapters`).
+Four formats are read: safetensors (a file, or a folder of Hugging Face), orbax, PyTorch (`.pt`, `.pth`, `.bin`,
+`.ckpt`, if PyTorch is installed), and LoRA adapters of PEFT (`glue_jax.checkpoints.adapters`).
 """
 
 from glue_jax.checkpoints.adapters import Adapters, add_adapter, load_adapters, merge_adapters, save_adapter

@@ -21,7 +21,6 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 # Tensors are read in portions of about this size, so that a small tensor costs no call of its own.
 _PORTION_BYTES = 32 * 2**20
-_TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 # The trainer of Hugging Face writes these beside the weights.
 _NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin")
 
@@ -110,11 +109,12 @@ def open_checkpoint(path: PathLike, *, subtree: str | None = None) -> Checkpoint
         path: one of
 
             - a file `.safetensors`;
-            - a folder of Hugging Face. Its index, `model.safetensors.index.json`, decides which files belong to the
-              model. Without an index the folder must hold one file of weights;
+            - a folder of Hugging Face. Its index, such as `model.safetensors.index.json`, decides which files belong to
+              the model. A folder without an index must hold one file `.safetensors`, or one file `.bin` and no
+              `.safetensors`;
             - a checkpoint of orbax, or one step of a run of orbax;
-            - a file `.pt`, `.pth` or `.bin` of PyTorch, which holds a state dict. It is read with `weights_only=True`,
-              so that no code in it can run. PyTorch must be installed;
+            - a file `.pt`, `.pth`, `.bin` or `.ckpt` of PyTorch, which holds a state dict. It is read with
+              `weights_only=True`, so that no code in it can run. PyTorch must be installed;
             - a folder with an adapter of PEFT.
         subtree: the part of the checkpoint that is the model, as keys joined by slashes: `"params"` for a checkpoint
             of a whole training state, `"state_dict"` for a file of PyTorch that holds more than a model. None is all.
@@ -212,9 +212,10 @@ def _format_and_files(path: Path) -> tuple[Format, tuple[Path, ...], Path | None
     if path.is_file():
         if path.suffix == ".safetensors":
             return "safetensors", (path,), None
-        if path.suffix in _TORCH_SUFFIXES:
+        if path.suffix in torch_format.SUFFIXES:
             return "torch", (path,), None
-        raise ValueError(f"{path} has the ending {path.suffix!r}; expected .safetensors, .pt, .pth, .bin, or a folder")
+        endings = ", ".join((".safetensors", *torch_format.SUFFIXES))
+        raise ValueError(f"{path} has the ending {path.suffix!r}; expected {endings}, or a folder")
     patterns: tuple[tuple[Format, str], ...] = (("safetensors", "*.safetensors"), ("torch", "*.bin"))
     for kind, pattern in patterns:
         indices = sorted(path.glob(f"{pattern}.index.json"))

@@ -35,9 +35,9 @@ def load_experts(
 ) -> Params:
     """Reads K experts from files into one stacked pytree, for `glue_jax.learn` and `glue_jax.blend`.
 
-    The headers are compared before any weight is read. Then the call reads one portion of all experts after another. A
-    portion is at most 32 MB of each expert, or one tensor if that is larger. So the call needs memory for the stacked
-    experts and for one portion. A file that PyTorch before 1.6 wrote is one portion.
+    The headers are compared before any weight is read. Then the call reads the weights portion by portion. A portion
+    has the same tensors of all experts: at most 32 MB of each expert, or one tensor if that is larger. So the call
+    needs memory for the stacked experts and for one portion. A file that PyTorch before 1.6 wrote is one portion.
 
     Args:
         paths: the paths of K checkpoints, or open checkpoints. `open_checkpoint` lists the formats. One path of a
@@ -47,13 +47,15 @@ def load_experts(
         subtree: the part of each checkpoint that is the model, such as `"params"`.
         take_first: regular expressions for integer tensors that may differ. The first expert's are kept. The counters
             `num_batches_tracked` of PyTorch's BatchNorm need not be named.
-        rename: `rename(name)` returns the path of a tensor in the result, such as `"params/Dense_0/kernel"`. It renames
-            only, and transposes nothing. None keeps the names.
+        rename: `rename(name)` returns the path of a tensor in the result, such as `"params/Dense_0/kernel"`. It can
+            also remove a prefix: `lambda name: name.removeprefix("module.")`. It renames only, and transposes nothing.
+            None keeps the names.
         sharding: the place of each stacked tensor, as for `stack_experts`. None is JAX's default.
 
     Returns:
         The stacked experts, each leaf `[K, ...]`, in the dtypes of the files. For safetensors and PyTorch the tree is a
-        flat dict of names. For orbax it is the tree of the checkpoint. With `rename` it is a nested dict.
+        flat dict of names. For orbax it is the tree of the checkpoint. With `rename` it is a dict of the new names. A
+        name with slashes stands for nested dicts.
 
     Raises:
         FileNotFoundError: if a path or a step does not exist.

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from glue_jax.checkpoints import orbax_format
+from glue_jax.checkpoints import orbax_format, torch_format
 from glue_jax.checkpoints.headers import library
 
 # Room for headers and side files, beside the weights.
@@ -31,7 +31,7 @@ def check_place(out: Path, num_bytes: int, overwrite: bool, inputs: Iterable[Pat
     for each in map(Path.resolve, inputs):
         if real == each or real in each.parents or (each.is_dir() and each in real.parents):
             raise ValueError(f"out is {out}, which would change {each}, one of the inputs; expected another place")
-    if out.suffix in (".pt", ".pth", ".bin"):
+    if out.suffix in torch_format.SUFFIXES:
         raise ValueError(f"out is {out}; expected a folder, or a file with the ending .safetensors")
     if out.is_symlink() and not out.exists():
         raise FileNotFoundError(f"{out} is a link to a place that does not exist")

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glue_jax.checkpoints import orbax_format
+from glue_jax.checkpoints import orbax_format, torch_format
 from glue_jax.checkpoints.formats import Checkpoint, PathLike, open_checkpoint, open_checkpoints
 from glue_jax.checkpoints.headers import library
 from glue_jax.checkpoints.loading import Rename, check_alike, differences_of, read_alike
@@ -113,13 +113,15 @@ def save_blend(
     """Writes a model with the names, shapes and dtypes of an expert's file.
 
     Args:
-        out: the place of the result. With the ending `.safetensors` it is one file. Otherwise it is a folder. If `like`
-            is in safetensors, the folder has files of the same names, with the same tensors in each. If `like` is a
-            file of PyTorch, the folder has `model.safetensors`. Other small files beside the expert's weights, such as
-            `config.json` and a tokenizer, are copied. If `like` is an orbax checkpoint, the folder is one too.
+        out: the place of the result. With the ending `.safetensors` it is one file. The endings of PyTorch are refused.
+            Otherwise it is a folder. If `like` is a single file, the folder has `model.safetensors`. If `like` is a
+            folder of safetensors, the new folder has files of the same names, with the same tensors in each. Small
+            files beside the weights in the folder `like`, such as `config.json` and a tokenizer, are copied. If `like`
+            is an orbax checkpoint, the new folder is one too.
         params: the model, with the structure that `load_experts` gave to the experts, without the axis K. Leaves in
             float32 are rounded to the dtypes of the expert.
-        like: the expert, or its path.
+        like: the expert: its path, or what `open_checkpoint` returned. If `load_experts` was given a `subtree`, pass
+            `open_checkpoint(path, subtree=...)`.
         rename: the function that `load_experts` was given.
         side_files: texts to write into the folder, by the names of their files.
         overwrite: whether an existing `out` is replaced.
@@ -251,4 +253,4 @@ def copy_side_files(source: Path, folder: Path) -> None:
 
 def _is_weights(file: Path) -> bool:
     """Returns whether a file holds weights, by its ending."""
-    return file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ckpt")
+    return file.suffix in (".safetensors", *torch_format.SUFFIXES, ".h5", ".msgpack", ".onnx")

@@ -12,6 +12,9 @@ import numpy as np
 
 from glue_jax.checkpoints.headers import Header, library, within
 
+SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+"""The endings of PyTorch's files. PyTorch Lightning writes the last."""
+
 
 def read_header(files: Sequence[Path], subtree: str | None) -> Header:
     """Returns what some files of PyTorch hold together."""

@@ -48,11 +48,11 @@ def module_functions(module: Any, *, inputs: Sequence[str] | None = None) -> Mod
     dtypes of the weights. If several names stand for one tied weight, the state dict needs only one of these names.
 
     Args:
-        module: a `torch.nn.Module`. Its output is a tensor, a pytree of tensors, or an output of transformers, of which
-            the functions return the `logits`.
-        inputs: the entries of the batch that are passed to the module by keyword. None passes those that have the name
-            of an argument of `module.forward`, other than `labels`. If there is no such entry, the module gets the
-            entry `x`.
+        module: a `torch.nn.Module`. Its output is a tensor or a pytree of tensors. If the output is a mapping with the
+            entry `logits`, such as an output of Hugging Face's transformers, the functions return this entry alone.
+        inputs: the entries of the batch that are passed to the module by keyword. With None, an entry is passed if
+            `module.forward` has an argument of this name. The entry `labels` is never passed then. If no entry has such
+            a name, the module gets the entry `x`.
 
     Returns:
         The functions.

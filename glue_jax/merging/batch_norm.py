@@ -45,22 +45,22 @@ def refresh_statistics(
     variance: the mean of the batches' variances plus the variance of their means. With one batch, the result is the
     statistics of that batch.
 
-    `collection`, `mean` and `var` are regular expressions for paths (`glue_jax.paths`). Here the path of a variable of
-    an `nnx.State` is without its `/value`. The defaults find the statistics in Flax's variables, such as
-    `batch_stats/norm/mean`, and in a state dict of PyTorch, such as `norm.running_mean`.
+    `collection`, `mean` and `var` are regular expressions for paths (`glue_jax.paths`). The path of a variable of an
+    `nnx.State` ends in `/value`. Leave this ending out of these three expressions. The defaults find the statistics in
+    Flax's variables, such as `batch_stats/norm/mean`, and in a state dict of PyTorch, such as `norm.running_mean`.
 
     Args:
         params: the model, with its old statistics. They are replaced, and may be None.
         batches: a list, or another iterable, of pytrees of arrays `[B, ...]`.
-        statistics_fn: `statistics_fn(params, batch)` returns the statistics of that batch alone, in training mode, as a
-            tree with the paths of the statistics in `params`. With Flax, run a BatchNorm with momentum 0 and return its
-            updated statistics. (In Flax the momentum is the share of the old statistics, in PyTorch that of the new
-            ones.) For a PyTorch module, `glue_jax.checkpoints.torch_modules.module_functions` makes this function. Jit
-            it.
+        statistics_fn: `statistics_fn(params, batch)` runs the network in training mode, and returns the statistics of
+            that batch alone. They are a tree in which each statistic has its path in `params`. With Flax, run a
+            BatchNorm with momentum 0 and return its updated statistics. (In Flax the momentum is the share of the old
+            statistics, in PyTorch that of the new ones.) For a PyTorch module,
+            `glue_jax.checkpoints.torch_modules.module_functions` makes this function. Jit it.
         collection: a regular expression that matches the paths of statistics in `params`, and no paths of parameters.
-            The paths in the tree of `statistics_fn` may leave out the text that it matches. For `batch_stats/norm/mean`
-            the path `norm/mean` is enough. Pass "" if only `mean` and `var` tell statistics from parameters, as in
-            `nnx.to_pure_dict(nnx.state(model))`.
+            The tree of `statistics_fn` may have shorter paths, without the text that `collection` matches. For
+            `batch_stats/norm/mean` the path `norm/mean` is enough. If the paths have no part that marks statistics, as
+            in `nnx.to_pure_dict(nnx.state(model))`, pass "". Then only `mean` and `var` find the statistics.
         mean: a regular expression for the paths of means. A mean and a variance form a pair if their paths differ only
             in the text that `mean` and `var` match, as in `norm1/mean` and `norm1/var`.
         var: a regular expression for the paths of variances. `statistics_fn` must return biased variances, which divide

@@ -84,7 +84,7 @@ def build_prior(
     on_progress: Callable[[str, Progress], object] | None = None,
     known: Mapping[str, LearnResult] | None = None,
 ) -> Prior:
-    """Builds one model from K experts: it aligns, learns, refreshes and validates, and keeps the best candidate.
+    """Builds one model from K experts: makes several candidates, validates them, and returns the best.
 
     The candidates are each expert alone, the uniform average (and that of the aligned experts, if they were aligned),
     and what two stages learn:
@@ -140,7 +140,8 @@ def build_prior(
         ValueError: before any work, if an argument is out of its range, if arguments do not go together, if a result in
             `known` belongs to another stage, or if weights are infinite or NaN.
         ValueError: if no expert and no average of them has a finite value.
-        ValueError: if an aligned expert computes another function than before, because the spec is wrong.
+        ValueError: if an aligned expert computes another function than before, because the spec is wrong. This is
+            checked if `loss_fn` is an `OutputLoss` and `merge_fn` is `blend`.
         TypeError: if an argument has the wrong type.
 
     Examples:

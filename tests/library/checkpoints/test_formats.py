@@ -7,7 +7,7 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import save_file
 
-from glue_jax.checkpoints import formats, open_checkpoint, open_checkpoints
+from glue_jax.checkpoints import formats, load_experts, open_checkpoint, open_checkpoints, save_blend
 from tests.library.checkpoints.helpers import save, save_shards, weights
 
 TREE = {
@@ -186,11 +186,17 @@ class TestTorch:
         assert read["w"].astype(np.float32).tolist() == [[0, 1, 2], [3, 4, 5]]
         assert read["n"] == 3
 
-    def test_the_model_in_a_larger_file_is_named_by_subtree(self, tmp_path):
-        self.torch.save({"state_dict": {"w": self.torch.ones(2)}, "epoch": 3}, tmp_path / "a.pt")
-        with pytest.raises(ValueError, match=r"If the model is one of \['state_dict'\], pass this name as subtree"):
-            open_checkpoint(tmp_path / "a.pt")
-        assert list(open_checkpoint(tmp_path / "a.pt", subtree="state_dict").tensors) == ["w"]
+    @pytest.mark.parametrize("name", ["a.pt", "lightning.ckpt"])
+    def test_the_model_in_a_larger_file_is_named_by_subtree(self, tmp_path, name):
+        path = tmp_path / name
+        self.torch.save({"state_dict": {"model.w": self.torch.ones(2)}, "epoch": 3, "hyper_parameters": {"k": 1}}, path)
+        with pytest.raises(ValueError, match=r"If the model is one of .*'state_dict'\], pass this name as subtree"):
+            open_checkpoint(path)
+        experts = load_experts([path, path], subtree="state_dict", rename=lambda name: name.removeprefix("model."))
+        assert {name: leaf.shape for name, leaf in experts.items()} == {"w": (2, 2)}
+        like = open_checkpoint(path, subtree="state_dict")
+        saved = save_blend(tmp_path / "out", {"model.w": jnp.zeros(2)}, like=like)
+        assert list(open_checkpoint(saved).tensors) == ["model.w"]
 
     def test_code_in_a_pickle_does_not_run(self, tmp_path):
         ran = tmp_path / "ran"
