@@ -24,6 +24,8 @@ from glue_jax.types import Batch, LinkFn, MergeFn
 _LAST_RATE = 0.02
 # The number of random directions of Gauss-Newton, if there are more.
 _SOME = 16
+# Gauss-Newton from several starts: their number, and how much of an older loss counts one step later.
+_STARTS, _OLDER = 3, 0.8
 # This is at least the number of probes of any step.
 _ALL_PROBES = 2**30
 
@@ -127,6 +129,7 @@ def ways(rates: Mapping[str, float], paper_step: Callable[..., Any] | None, pape
             batch_size=16,
             above=_SOME,
         ),
+        Way(f"Gauss-Newton, {_STARTS} starts", _gauss_newton_from_starts, lambda d: _STARTS * (d + 2), batch_size=16),
         Way("CMA-ES", _cma, cma_population, batch_size=256),
     ]
 
@@ -160,13 +163,35 @@ def _gauss_newton(
     return _begun(step_fn, state, problem, key)
 
 
+def _gauss_newton_from_starts(problem: Coefficients, key: jax.Array, num_steps: int) -> Stepper:
+    """Gauss-Newton from the problem's own start and from random starts around it.
+
+    All starts see the same minibatches. The way would give the coefficients of the start with the lowest recent loss.
+    """
+    tilts = _spread(problem) * jax.random.normal(key, (_STARTS, *jnp.shape(problem.beta)))
+    starts = [problem._replace(beta=problem.beta + tilt) for tilt in [jnp.zeros_like(tilts[0]), *tilts[1:]]]
+    begun = [_gauss_newton("differences", start, key, num_steps) for start in starts]
+    one = begun[0]
+
+    def step(states: list[Any], batch: Batch) -> list[Any]:
+        pairs = [(one.step(pair, batch), recent) for pair, recent in states]
+        return [(pair, _OLDER * recent + (1 - _OLDER) * float(pair[1].loss)) for pair, recent in pairs]
+
+    def beta(states: list[Any]) -> Any:
+        return one.beta(min(states, key=lambda state: state[1])[0])
+
+    count = one.flops
+    count_all = count and (lambda batch: _STARTS * count(batch))
+    return Stepper(step, [(each.state, 0.0) for each in begun], beta, one.compile, count_all)
+
+
 def _begun(step_fn: Any, state: glue_jax.GlueState, problem: Coefficients, key: jax.Array) -> Stepper:
-    """Returns a step of the library, compiled."""
+    """Returns a step of the library, compiled. Its state is a pair: the state, and the metrics of the step before."""
     words = {"loss_fn": problem.loss_fn, "link_fn": problem.link_fn, "merge_fn": problem.merge_fn}
     step = jax.jit(functools.partial(step_fn, **words))
 
-    def run(state: glue_jax.GlueState, batch: Batch) -> glue_jax.GlueState:
-        return jax.block_until_ready(step(key, state, problem.experts, batch)[0])
+    def run(pair: tuple[glue_jax.GlueState, Any], batch: Batch) -> tuple[glue_jax.GlueState, Any]:
+        return jax.block_until_ready(step(key, pair[0], problem.experts, batch))
 
     def count(batch: Batch) -> float:
         # XLA counts a loop's body once, so the counted program has all probes vmapped.
@@ -175,7 +200,8 @@ def _begun(step_fn: Any, state: glue_jax.GlueState, problem: Coefficients, key: 
         return flops(counted.lower(key, state, problem.experts, batch).compile())
 
     # The second step compiles anew: the state that a step returns lies where the experts lie.
-    return Stepper(run, state, lambda state: state.beta, lambda batch: run(run(state, batch), batch), count)
+    first = (state, None)
+    return Stepper(run, first, lambda pair: pair[0].beta, lambda batch: run(run(first, batch), batch), count)
 
 
 def _losses(problem: Coefficients) -> Callable[[ArrayLike, Batch], float]:
@@ -190,6 +216,11 @@ def _losses(problem: Coefficients) -> Callable[[ArrayLike, Batch], float]:
     return lambda flat, batch: float(loss(jnp.asarray(flat, jnp.float32), batch))
 
 
+def _spread(problem: Coefficients) -> float:
+    """Returns the standard deviation of random starts around the problem's own."""
+    return 0.5 if directions_of(problem.link_fn) == "simplex_orthogonal" else 0.1
+
+
 def _cma(problem: Coefficients, key: jax.Array, num_steps: int) -> Stepper:
     """Begins CMA-ES with its defaults.
 
@@ -198,9 +229,8 @@ def _cma(problem: Coefficients, key: jax.Array, num_steps: int) -> Stepper:
     import cma
 
     loss, (flat, unravel) = _losses(problem), ravel_pytree(problem.beta)
-    scale = 0.5 if directions_of(problem.link_fn) == "simplex_orthogonal" else 0.1
     seed = int(jax.random.randint(key, (), 1, 2**31 - 1))
-    strategy = cma.CMAEvolutionStrategy(np.asarray(flat), scale, {"seed": seed, "verbose": -9})
+    strategy = cma.CMAEvolutionStrategy(np.asarray(flat), _spread(problem), {"seed": seed, "verbose": -9})
 
     def step(state: Any, batch: Batch) -> Any:
         tried = state.ask()

@@ -75,6 +75,7 @@ def test_what_a_step_of_each_way_takes():
         "Gauss-Newton, differences": (11, 0),
         "Gauss-Newton, tangents": (11, 0),
         "Gauss-Newton, differences, m = 16": (18, 0),
+        "Gauss-Newton, 3 starts": (33, 0),
         "CMA-ES": (10, 0),
     }
 
