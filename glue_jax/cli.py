@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the words after `glue-jax`. None is those of this process.
 
     Returns:
-        The exit status: 0, or 1 after an error. An error is one line on stderr, and nothing is written.
+        The exit status: 0, or 1 after an error. An error is one line on stderr, and there is no result.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -56,8 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warnings.showwarning = _show_warning
             options.run(options)
     except KeyboardInterrupt:
-        advice = "; the same command continues from the kept results" if options.run is _learn else ""
-        print(f"glue-jax: stopped{advice}", file=sys.stderr)
+        print(f"glue-jax: stopped{_advice(options)}", file=sys.stderr)
         return _INTERRUPTED
     except (ValueError, TypeError, OSError, ImportError, ArithmeticError, MemoryError, RuntimeError) as error:
         # What a user's own function raised says more than what followed from it.
@@ -66,6 +65,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"glue-jax: error: {text or type(error).__name__}", file=sys.stderr)
         return 1
     return 0
+
+
+def _advice(options: argparse.Namespace) -> str:
+    """Says how a stopped run continues, if it kept results."""
+    from glue_jax.checkpoints import kept_results
+
+    if options.run is not _learn or not kept_results.place(options.out).exists():
+        return ""
+    return f"; the same command{' without --fresh' if options.fresh else ''} continues from the kept results"
 
 
 def _show_warning(message: Warning | str, *rest: Any) -> None:
@@ -103,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         added.set_defaults(run=run)
-        added.add_argument("experts", nargs="+", type=Path, metavar="EXPERT", help=_EXPERTS)
+        added.add_argument("experts", nargs="+", type=_path, metavar="EXPERT", help=_EXPERTS)
         added.add_argument(
             "--subtree", metavar="KEYS", help="the part of each checkpoint that is the model, e.g. params"
         )
@@ -121,18 +129,18 @@ def _parser() -> argparse.ArgumentParser:
     inspect = command(
         "inspect", _inspect, "Tells whether experts fit together and are related, and who is the outlier."
     )
-    inspect.add_argument("--picture", type=Path, metavar="FILE.png", help="draws the cosines; needs matplotlib")
+    inspect.add_argument("--picture", type=_path, metavar="FILE.png", help="draws the cosines; needs matplotlib")
     blend = command("blend", _blend, "Blends experts with given coefficients, one tensor after another.")
     given = blend.add_mutually_exclusive_group(required=True)
     given.add_argument("--weights", nargs="+", type=float, metavar="W", help="one coefficient for each expert")
     given.add_argument("--uniform", action="store_true", help="the average")
-    given.add_argument("--weights-from", type=Path, metavar="FILE", help="the glue.json of an earlier blend")
+    given.add_argument("--weights-from", type=_path, metavar="FILE", help="the glue.json of an earlier blend")
     blend.add_argument("--any-sum", action="store_true", help="accepts coefficients whose sum is not 1")
     learn = command("learn", _learn, "Learns the coefficients on target data, and writes the best model.")
     learn.add_argument(
-        "--objective", type=Path, required=True, metavar="FILE.py", help="what the blend is for (see below)"
+        "--objective", type=_path, required=True, metavar="FILE.py", help="what the blend is for (see below)"
     )
-    learn.add_argument("--base", type=Path, help="the model that LoRA adapters belong to")
+    learn.add_argument("--base", type=_path, help="the model that LoRA adapters belong to")
     learn.add_argument(
         "--groups",
         choices=("layers", "none"),
@@ -171,8 +179,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def _place(word: str) -> Path:
     """Returns the path of a word. It has a name, so that something can be written beside it."""
-    path = Path(word).expanduser()
+    path = _path(word)
     return path if path.name not in ("", "..") else path.resolve()
+
+
+def _path(word: str) -> Path:
+    """Returns the path of a word, in which `~` is a home."""
+    try:
+        return Path(word).expanduser()
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{word} names no user: {error}") from error
 
 
 def _inspect(options: argparse.Namespace) -> None:

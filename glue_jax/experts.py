@@ -217,7 +217,7 @@ def place_leaf(path: str, stacked: np.ndarray, sharding: Any) -> jax.Array:
         converted = stacked.astype(stored)
         if jnp.issubdtype(dtype, jnp.inexact):
             warnings.warn(
-                f"{path} is stored as {stored}, not as {dtype}: set jax_enable_x64 to keep it, or cast the experts",
+                f"{dtype} leaves are stored as {stored}: set jax_enable_x64 to keep their dtype, or cast the experts",
                 stacklevel=4,
             )
         elif not np.array_equal(converted, stacked):

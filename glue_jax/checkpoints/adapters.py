@@ -179,8 +179,9 @@ def save_adapter(
     totals = {base_name(module): sum(ranks) for module, ranks in adapters.ranks.items()}
     config = blended_config(adapters.configs, totals, adapters.base)
     like = adapters.checkpoints[0]
-    size, inputs = sum(array.nbytes for array in tensors.values()), [one.path.parent for one in adapters.checkpoints]
-    with aside(out, size, overwrite, inputs) as place:
+    size = sum(array.nbytes for array in tensors.values())
+    inputs = [place for one in adapters.checkpoints for place in (one.path.parent, *one.places)]
+    with aside(out, size, overwrite, inputs, is_folder=True) as place:
         place.mkdir()
         copy_side_files(like.path.parent, place)
         save_file(place / WEIGHTS, tensors, like)

@@ -13,6 +13,7 @@ from glue_jax.checkpoints.places import check_place
 from glue_jax.checkpoints.progress import ProgressLine
 from glue_jax.checkpoints.provenance import Coefficients, coefficients_for
 from glue_jax.checkpoints.saving import blend_files
+from glue_jax.checkpoints.sums import is_variance
 
 # A sum of coefficients that is farther from 1 is taken for a mistake.
 _MOST_FROM_ONE = 1e-3
@@ -23,8 +24,9 @@ def run(options: argparse.Namespace) -> None:
     """Blends experts with given coefficients, and writes the blend with its provenance."""
     experts, adapters = open_experts(options)
     coefficients = _given(len(experts), adapters.experts if adapters else experts[0].tensors, options)
-    check_place(options.out, experts[0].num_bytes, options.overwrite, inputs_of(experts))
-    made = provenance.record(experts, coefficients)
+    is_folder = adapters is not None or experts[0].format == "orbax"
+    check_place(options.out, experts[0].num_bytes, options.overwrite, inputs_of(experts), is_folder=is_folder)
+    made = provenance.record(provenance.identities(experts), coefficients)
     side_files = provenance.side_files(experts, made)
     if adapters:
         groups = dict(coefficients.rows)
@@ -41,6 +43,13 @@ def run(options: argparse.Namespace) -> None:
                 overwrite=options.overwrite,
                 on_progress=line.show,
             )
+    if any(map(is_variance, experts[0].tensors)):
+        warnings.warn(
+            "the experts have BatchNorm. The blend has the average of their running statistics, which fits no blend: "
+            "measure the statistics anew, in PyTorch by torch.optim.swa_utils.update_bn, in JAX by "
+            "glue_jax.merging.refresh_statistics",
+            stacklevel=2,
+        )
     print(_table(experts, coefficients))
     print(f"written: {options.out}")
 
@@ -52,13 +61,6 @@ def _given(k: int, names: Collection[str], options: argparse.Namespace) -> Coeff
         if coefficients.alpha.shape[1] != k:
             raise ValueError(
                 f"{options.weights_from} has coefficients of {coefficients.alpha.shape[1]} experts, but {k} are given"
-            )
-        if coefficients.refreshed:
-            warnings.warn(
-                f"the model of {options.weights_from} has BatchNorm statistics that were measured on its data. This "
-                "blend has the average of the experts' statistics, which fits no blend: measure them anew, in PyTorch "
-                "by torch.optim.swa_utils.update_bn",
-                stacklevel=2,
             )
         return coefficients
     weights = [1 / k] * k if options.uniform else options.weights

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from glue_jax.checkpoints.adapter_configs import read_config
 from glue_jax.checkpoints.adapters import Adapters, load_adapters
 from glue_jax.checkpoints.formats import ADAPTER_CONFIG, Checkpoint, open_checkpoints
 from glue_jax.checkpoints.loading import check_alike
@@ -16,10 +17,14 @@ def open_experts(options: argparse.Namespace) -> tuple[Sequence[Checkpoint], Ada
         The checkpoints, and the adapters if the checkpoints are some.
 
     Raises:
-        ValueError: if experts do not fit together, if some are adapters and others are not, or if an option has no
-            meaning for adapters.
+        ValueError: if an expert is given twice, if experts do not fit together, if some are adapters and others are
+            not, or if an option has no meaning for adapters.
     """
-    paths = [path.expanduser() for path in options.experts]
+    paths: Sequence[Path] = options.experts
+    first: dict[Path, Path] = {}
+    for path in paths:
+        if (other := first.setdefault(path.resolve(), path)) is not path:
+            raise ValueError(f"{path} and {other} are one expert; expected each expert once")
     adapters = [path for path in paths if (path / ADAPTER_CONFIG).is_file()]
     if not adapters:
         experts = open_checkpoints(
@@ -35,11 +40,13 @@ def open_experts(options: argparse.Namespace) -> tuple[Sequence[Checkpoint], Ada
     for name, value in given.items():
         if value:
             raise ValueError(f"{name} is {value}, but has no meaning for adapters of PEFT; leave it out")
-    read = load_adapters(paths)
+    # The user of `learn` says which base it is.
+    is_given = getattr(options, "base", None) is not None
+    read = load_adapters(paths, base=read_config(paths[0]).get("base_model_name_or_path") if is_given else None)
     return read.checkpoints, read
 
 
 def inputs_of(experts: Sequence[Checkpoint]) -> list[Path]:
     """Returns the files and folders that a command reads, which its result must not change."""
-    paths = [one.path for one in experts]
-    return [path.parent if (path.parent / ADAPTER_CONFIG).is_file() else path for path in paths]
+    paths = [place for one in experts for place in one.places]
+    return paths + [path.parent for path in paths if (path.parent / ADAPTER_CONFIG).is_file()]

@@ -21,6 +21,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 # Tensors are read in portions of about this size, so that a small tensor costs no call of its own.
 _PORTION_BYTES = 32 * 2**20
+# Git LFS writes such a file in place of a large one.
+_POINTER, _MOST_POINTER_BYTES = b"version https://git-lfs", 1024
 # The trainer of Hugging Face writes these beside the weights.
 _NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin")
 
@@ -90,6 +92,11 @@ class Checkpoint:
             size += _num_bytes(self.tensors[name])
         yield portion
 
+    @property
+    def places(self) -> list[Path]:
+        """The path, and the files that hold its weights. No result may replace any of them."""
+        return list(dict.fromkeys([self.path, *self.files.values()]))
+
     def sha256(self) -> dict[str, str]:
         """Returns the SHA-256 of each file that holds weights, as 64 hexadecimal digits, by the file's name."""
         found = {}
@@ -131,6 +138,9 @@ def open_checkpoint(path: PathLike, *, subtree: str | None = None) -> Checkpoint
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; expected a file of weights or a folder")
     kind, files, index = _format_and_files(path)
+    for file in files:
+        if file.is_file() and file.stat().st_size < _MOST_POINTER_BYTES and file.read_bytes().startswith(_POINTER):
+            raise ValueError(f"{file} is a pointer of Git LFS, and has no weights; expected the file: run git lfs pull")
     reader = {"safetensors": safetensors_format, "orbax": orbax_format, "torch": torch_format}[kind]
     try:
         header = reader.read_header(files, subtree)

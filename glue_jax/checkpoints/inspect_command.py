@@ -19,10 +19,12 @@ _MOST_LAYERS = 12
 
 def run(options: argparse.Namespace) -> None:
     """Prints how similar the experts are, and draws it if asked."""
-    experts, adapters = open_experts(options)
     if options.picture:
-        _check_picture(options.picture, adapters is not None)
+        _check_picture(options.picture)
+    experts, adapters = open_experts(options)
     if adapters:
+        if options.picture:
+            raise ValueError(f"--picture is {options.picture}, but has no meaning for adapters of PEFT; leave it out")
         print(_adapters(adapters))
         return
     found = inspect_experts(experts, options.take_first)
@@ -32,10 +34,8 @@ def run(options: argparse.Namespace) -> None:
         print(f"written: {options.picture}")
 
 
-def _check_picture(path: Path, is_adapters: bool) -> None:
+def _check_picture(path: Path) -> None:
     """Refuses a picture that cannot be drawn, before the weights are read."""
-    if is_adapters:
-        raise ValueError(f"--picture is {path}, but has no meaning for adapters of PEFT; leave it out")
     if path.suffix != ".png":
         raise ValueError(f"--picture is {path}; expected the ending .png")
     if not path.absolute().parent.is_dir():

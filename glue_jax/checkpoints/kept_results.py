@@ -15,6 +15,11 @@ from glue_jax.types import LearnResult
 _PACKAGES = ("glue_jax", "optax")
 
 
+def place(out: Path) -> Path:
+    """Returns where the results so far are kept of a run that will write to `out`."""
+    return out.with_name(f"{out.name}.state.npz")
+
+
 def save(path: Path, results: Mapping[str, LearnResult], about: Mapping[str, Any]) -> None:
     """Writes results by the names of their stages, whole or not at all.
 
@@ -26,9 +31,13 @@ def save(path: Path, results: Mapping[str, LearnResult], about: Mapping[str, Any
     arrays: dict[str, np.ndarray] = {}
     header = {"about": about, "results": {name: _encode(result, arrays) for name, result in results.items()}}
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        np.savez(file, allow_pickle=False, **{_HEADER: np.array(json.dumps(header))}, **arrays)
-    os.replace(partial, path)
+    try:
+        with partial.open("wb") as file:
+            np.savez(file, allow_pickle=False, **{_HEADER: np.array(json.dumps(header))}, **arrays)
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"the results so far cannot be kept in {path}: {error}") from error
 
 
 def load(path: Path) -> tuple[dict[str, LearnResult], dict[str, Any]]:

@@ -28,7 +28,6 @@ from glue_jax.checkpoints.provenance import coefficients_for
 from glue_jax.checkpoints.saving import save_blend
 from glue_jax.merging.groups import Groups, group_by_path
 from glue_jax.objectives import OutputLoss
-from glue_jax.paths import by_path
 from glue_jax.priors.stages import stage_groups
 from glue_jax.types import LearnResult, LossFn, Params, Progress, PyTree
 
@@ -44,7 +43,8 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"--base is {options.base}; expected {expected}")
     base = [] if options.base is None else open_checkpoints([options.base])
     inputs = [*inputs_of(experts), *inputs_of(base), options.objective]
-    check_place(options.out, experts[0].num_bytes, options.overwrite, inputs)
+    is_folder = adapters is not None or experts[0].format == "orbax"
+    check_place(options.out, experts[0].num_bytes, options.overwrite, inputs, is_folder=is_folder)
     with owned(options.out):
         _learn(experts, adapters, base, options)
 
@@ -54,20 +54,21 @@ def _learn(
 ) -> None:
     """Learns, and writes the best model. If there are results of a stopped run, learning continues from them."""
     objective = load_objective(options.objective)
-    kept = options.out.with_name(f"{options.out.name}.state.npz")
+    kept = kept_results.place(options.out)
     about = _about([*experts, *base], objective, options)
     known, seconds = _known(kept, about, options.fresh)
+    loss_fn = _loss_for(options.estimator, objective)
+    if objective.spec is not None and adapters is not None:
+        raise ValueError(f"{options.objective} defines spec, but adapters of PEFT need no alignment; expected no spec")
+    identities = provenance.identities(experts)
     if adapters is None:
         bank = load_experts(experts, take_first=options.take_first, rename=objective.rename)
         merge_fn, shared = glue_jax.blend, None
     else:
         bank, shared = adapters.experts, load_experts(base)
         merge_fn = _on_base(bool(adapters.configs[0].get("fan_in_fan_out")), objective.rename)
-    loss_fn = _loss_for(options.estimator, objective)
-    if objective.spec is not None and adapters is not None:
-        raise ValueError(f"{options.objective} defines spec, but adapters of PEFT need no alignment; expected no spec")
     spec = objective.spec and objective.spec(jax.tree.map(lambda leaf: leaf[0], bank))
-    groups = None if options.groups == "none" or objective.evaluate else _layers(bank, adapters is not None)
+    groups = None if options.groups == "none" or objective.evaluate else _groups(bank, adapters is not None)
     if loss_fn is not None:
         beside = {} if shared is None else {"shared": shared}
         one = functools.partial(merge_fn, min_dtype=np.float32, **beside)
@@ -123,14 +124,16 @@ def _learn(
         "statistics_refreshed": chosen.refreshed,
         "seconds": round(time.monotonic() - started, 1),
     }
-    made = provenance.record(experts, coefficients, learned)
+    print(prior.report)
+    for index, one in enumerate(experts):
+        print(f"expert {index} is {one.path}")
+    made = provenance.record(identities, coefficients, learned)
     words = {"side_files": provenance.side_files(experts, made, prior.report), "overwrite": options.overwrite}
     if adapters is None:
         save_blend(options.out, prior.params, like=experts[0], rename=rename, **words)
     else:
         save_adapter(options.out, adapters, coefficients.alpha, dict(coefficients.rows), **words)
     kept.unlink(missing_ok=True)
-    print(prior.report)
     print(f"written: {options.out}")
 
 
@@ -163,38 +166,9 @@ def _on_base(fan_in_fan_out: bool, rename: Rename | None) -> Any:
     return merge
 
 
-def _layers(bank: Params, is_adapters: bool) -> Groups:
-    """Returns a group for each layer, or for each tensor if no name contains a layer."""
-    if is_adapters:
-        return group_by_path(bank, r"^(.*)[.]lora_")
-    groups = stage_groups("layers", bank, glue_jax.blend)
-    assert groups is not None
-    rows = by_path(groups.rows)
-    for name, tied in tied_kernels(by_path(bank)).items():
-        rows[name] = rows[tied]
-    return Groups(jax.tree.unflatten(jax.tree.structure(groups.rows), rows.values()), groups.names)
-
-
-def tied_kernels(leaves: dict[str, jax.Array]) -> dict[str, str]:
-    """Returns the kernels that are equal to an earlier one in all experts, as tied weights of PyTorch are."""
-    tied: dict[str, str] = {}
-    first: dict[tuple[Any, ...], list[str]] = {}
-    for name, leaf in leaves.items():
-        if leaf.ndim < 3:
-            continue
-        alike = first.setdefault((leaf.shape, leaf.dtype), [])
-        # A few numbers tell most tensors apart.
-        corner = (slice(None), *[slice(4)] * (leaf.ndim - 1))
-        same = (
-            other
-            for other in alike
-            if bool((leaves[other][corner] == leaf[corner]).all()) and bool((leaves[other] == leaf).all())
-        )
-        if (other := next(same, None)) is not None:
-            tied[name] = other
-        else:
-            alike.append(name)
-    return tied
+def _groups(bank: Params, is_adapters: bool) -> Groups | None:
+    """Returns a group for each adapted module, or those of `build_prior`."""
+    return group_by_path(bank, r"^(.*)[.]lora_") if is_adapters else stage_groups("layers", bank, glue_jax.blend)
 
 
 def _about(read: Sequence[Checkpoint], objective: Objective, options: argparse.Namespace) -> dict[str, Any]:

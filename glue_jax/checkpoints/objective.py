@@ -163,14 +163,15 @@ def _run(path: Path) -> dict[str, Callable[..., Any]]:
 
 
 def _digest(path: Path) -> str:
-    """Returns the SHA-256 of the file, and of the modules that lie in its folder and are imported."""
+    """Returns the SHA-256 of the file, and of the imported modules below its folder that nobody installed there."""
     folder = path.absolute().parent
     files = {
         Path(file).absolute() for module in list(sys.modules.values()) if (file := getattr(module, "__file__", None))
     }
+    own = {file for file in files if folder in file.parents and "site-packages" not in file.parts and file.is_file()}
     found = hashlib.sha256(path.read_bytes())
-    for file in sorted(file for file in files if file.parent == folder and file != path.absolute() and file.is_file()):
-        found.update(file.name.encode() + file.read_bytes())
+    for file in sorted(own - {path.absolute()}):
+        found.update(file.relative_to(folder).as_posix().encode() + file.read_bytes())
     return found.hexdigest()
 
 

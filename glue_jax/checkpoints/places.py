@@ -12,27 +12,36 @@ from glue_jax.checkpoints.headers import library
 _SPARE_BYTES = 2**20
 
 
-def check_place(out: Path, num_bytes: int, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
+def check_place(
+    out: Path, num_bytes: int, overwrite: bool, inputs: Iterable[Path] = (), *, is_folder: bool = False
+) -> None:
     """Refuses a place where a result cannot be written, or would destroy something else than an earlier result.
 
     Args:
         out: the place.
         num_bytes: the size of the result.
         overwrite: whether an earlier result may be replaced.
-        inputs: what the result is made from.
+        inputs: the files and folders that the result is made from.
+        is_folder: whether the result can only be a folder.
 
     Raises:
-        ValueError: if `out` is one of the inputs, contains one, or lies in the folder of one, or if its ending is one
-            of PyTorch's.
+        ValueError: if `out` is one of the inputs, contains one, or lies in the folder of one, if its ending is one of
+            PyTorch's, or if it has the ending of a file and the result is a folder.
         OSError: if `out` exists and may not be replaced, if its folder does not exist, or if the disk has no room for
             so many bytes.
     """
     real = out.resolve()
-    for each in map(Path.resolve, inputs):
-        if real == each or real in each.parents or (each.is_dir() and each in real.parents):
-            raise ValueError(f"out is {out}, which would change {each}, one of the inputs; expected another place")
+    for each in inputs:
+        # A link and what it points to are both inputs.
+        for form in (each.parent.resolve() / each.name, each.resolve()):
+            if real == form or real in form.parents or (form.is_dir() and form in real.parents):
+                raise ValueError(f"out is {out}, which would change {form}, one of the inputs; expected another place")
     if out.suffix in torch_format.SUFFIXES:
         raise ValueError(f"out is {out}; expected a folder, or a file with the ending .safetensors")
+    if is_folder and out.suffix == ".safetensors":
+        raise ValueError(f"out is {out}, but from adapters or orbax checkpoints comes a folder; expected no ending")
+    if real.is_file() and real.suffix != ".safetensors":
+        raise FileExistsError(f"{out} is a file without weights, so it is no earlier result, and is not replaced")
     if out.is_symlink() and not out.exists():
         raise FileNotFoundError(f"{out} is a link to a place that does not exist")
     if out.exists() and not overwrite:
@@ -69,21 +78,27 @@ def owned(out: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def aside(out: Path, num_bytes: int, overwrite: bool, inputs: Iterable[Path] = ()) -> Iterator[Path]:
+def aside(
+    out: Path, num_bytes: int, overwrite: bool, inputs: Iterable[Path] = (), *, is_folder: bool = False
+) -> Iterator[Path]:
     """Gives a place beside `out`, and renames what was written there to `out` at the end. Removes it after an error.
+
+    If `out` is a link, the place to which it points is replaced, and the link stays.
 
     Raises:
         ValueError: as `check_place`, before any work.
         OSError: as `check_place` and `owned`, before any work.
     """
-    check_place(out, num_bytes, overwrite, inputs)
+    inputs = list(inputs)
+    check_place(out, num_bytes, overwrite, inputs, is_folder=is_folder)
+    out = out.resolve()
     place, old = (out.with_name(f".{out.name}.{word}") for word in ("partial", "old"))
     with owned(out):
         # A killed process left these.
         _remove(place)
         if old.exists() and not out.exists():
             old.rename(out)
-            check_place(out, num_bytes, overwrite, inputs)
+            check_place(out, num_bytes, overwrite, inputs, is_folder=is_folder)
         try:
             yield place
             if out.is_dir() or (out.exists() and place.is_dir()):

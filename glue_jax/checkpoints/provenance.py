@@ -28,13 +28,11 @@ class Coefficients(NamedTuple):
         names: the names of the groups.
         alpha: the coefficients, float64 `[G, K]`.
         rows: the number of the group of each tensor, by the tensor's name.
-        refreshed: whether BatchNorm's statistics were refreshed after the blend, so that they are no sum.
     """
 
     names: tuple[str, ...]
     alpha: np.ndarray
     rows: Mapping[str, int]
-    refreshed: bool = False
 
     def of(self, name: str) -> np.ndarray:
         """Returns the coefficients of one tensor, `[K]`."""
@@ -81,7 +79,6 @@ def read_coefficients(path: PathLike, names: Collection[str]) -> Coefficients:
         alpha = np.array([group["alpha"] for group in groups], np.float64)
         rows = {name: row for row, group in enumerate(groups) for name in group["tensors"]}
         labels = tuple(group["name"] for group in groups)
-        refreshed = bool((made.get("learned") or {}).get("statistics_refreshed"))
         if (made.get("learned") or {}).get("aligned"):
             raise ValueError("its experts were aligned, so its coefficients do not fit the files")
         if alpha.ndim != 2:
@@ -91,16 +88,24 @@ def read_coefficients(path: PathLike, names: Collection[str]) -> Coefficients:
         raise ValueError(f"{path} is no record of a blend ({reason}); expected a {RECORD}") from error
     if missing := [name for name in names if name not in rows]:
         raise ValueError(f"{path} has no coefficients for {missing[:5]}; expected those of every tensor of the experts")
-    return Coefficients(labels, alpha, {name: rows[name] for name in names}, refreshed)
+    return Coefficients(labels, alpha, {name: rows[name] for name in names})
+
+
+def identities(checkpoints: Sequence[Checkpoint]) -> list[dict[str, Any]]:
+    """Returns the path, the format and the hashes of each expert. This reads all files."""
+    return [
+        {"path": str(one.path.absolute()), "format": one.format, "sha256": one.sha256() | _config(one)}
+        for one in checkpoints
+    ]
 
 
 def record(
-    checkpoints: Sequence[Checkpoint], coefficients: Coefficients, learned: Mapping[str, Any] | None = None
+    experts: Sequence[Mapping[str, Any]], coefficients: Coefficients, learned: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """Returns what `glue.json` holds: the experts with their hashes, the coefficients, how they were found, versions.
 
     Args:
-        checkpoints: the experts.
+        experts: what `identities` returned before the experts were read. Another program may change a file later.
         coefficients: the coefficients of the blend.
         learned: what is known of the learning, such as the estimator, the seed, the passes and the losses. None if the
             coefficients were given.
@@ -109,10 +114,7 @@ def record(
     for name, row in coefficients.rows.items():
         tensors.setdefault(row, []).append(name)
     return {
-        "experts": [
-            {"path": str(one.path.absolute()), "format": one.format, "sha256": one.sha256() | _config(one)}
-            for one in checkpoints
-        ],
+        "experts": list(experts),
         "groups": [
             {"name": coefficients.names[row], "alpha": coefficients.alpha[row].tolist(), "tensors": names}
             for row, names in sorted(tensors.items())
@@ -183,12 +185,9 @@ def _card(checkpoints: Sequence[Checkpoint], made: Mapping[str, Any], report: st
     library = ["library_name: transformers"] if is_known else []
     lines = ["---", *library, "tags:", "- merge", "- glue-jax", "---", "", "# A blend of experts", ""]
     lines += ["Each weight is the sum of the experts' weights, times the coefficients below."]
-    if (made["learned"] or {}).get("statistics_refreshed"):
-        lines += ["BatchNorm's running statistics were measured on the target data."]
-    lines += [""]
-    lines += ["| expert |" + "".join(f" {group['name']} |" for group in shown), "| --- |" + " ---: |" * len(shown)]
+    lines += ["", "| expert |" + "".join(f" {group['name']} |" for group in shown), "| --- |" + " ---: |" * len(shown)]
     for index, name in enumerate(_names(checkpoints)):
-        lines.append(f"| {name} |" + "".join(f" {group['alpha'][index]:.4f} |" for group in shown))
+        lines.append(f"| {index} {name} |" + "".join(f" {group['alpha'][index]:.4f} |" for group in shown))
     if not shown:
         lines += ["", f"There are {len(groups)} groups of tensors. Their coefficients are in `{RECORD}`."]
     lines += [

@@ -6,6 +6,7 @@ result, the new one, or none.
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -28,8 +29,9 @@ AlphaOf = Callable[[str], np.ndarray]
 PROVENANCE_KEY = "glue"
 """The key of the header of a safetensors file that holds the provenance of a blend, as JSON."""
 
-# Endings and the largest size of side files.
-_SIDE_FILES = (".json", ".jsonl", ".txt", ".model", ".jinja", ".py", ".yaml", ".yml", ".md")
+# Endings and the largest size of side files. Other files may hold weights, which do not fit the blend.
+_SIDE_FILES = {".json", ".jsonl", ".txt", ".model", ".jinja", ".py", ".yaml", ".yml", ".md"}
+_SIDE_FILES |= {".spm", ".bpe", ".codes", ".tiktoken"}
 _MOST_SIDE_BYTES = 64 * 2**20
 
 RECORD, CARD, RECIPE = "glue.json", "README.md", "mergekit.yaml"
@@ -97,7 +99,7 @@ def blend_files(
                 on_progress(done, total)
         return result
 
-    inputs = [checkpoint.path for checkpoint in checkpoints]
+    inputs = [place for checkpoint in checkpoints for place in checkpoint.places]
     return _write(out, checkpoints[0], blended, side_files or {}, overwrite, inputs)
 
 
@@ -164,7 +166,7 @@ def save_blend(
                 raise ValueError(f"params holds {given.dtype} values at {name} that {np.dtype(dtype)} does not hold")
         return arrays
 
-    return _write(out, like, cast, side_files or {}, overwrite, [like.path])
+    return _write(out, like, cast, side_files or {}, overwrite, like.places)
 
 
 def _write(
@@ -177,10 +179,8 @@ def _write(
 ) -> Path:
     """Writes a result. `tensors_of(names)` gives the tensors of one file of it."""
     out = Path(out).expanduser().absolute()
-    with aside(out, like.num_bytes, overwrite, inputs) as place:
+    with aside(out, like.num_bytes, overwrite, inputs, is_folder=like.format == "orbax") as place:
         if like.format == "orbax":
-            if out.suffix == ".safetensors":
-                raise ValueError(f"out is {out}, but the experts are orbax checkpoints; expected a folder")
             leaves = tensors_of(list(like.tensors))
             orbax_format.save(place, jax.tree.map(leaves.__getitem__, like.structure))
         elif out.suffix == ".safetensors":
@@ -239,14 +239,24 @@ def copy_side_files(source: Path, folder: Path) -> None:
 
     The folders in it that hold no weights are copied too. The record, the card and the recipe of an earlier blend are
     left out.
+
+    Warns:
+        UserWarning: if a folder in it holds weights. They are not blended, and the folder is not copied.
     """
-    without_weights = [each for each in source.iterdir() if each.is_dir() and not any(map(_is_weights, each.iterdir()))]
-    for file in sorted(file for each in (source, *without_weights) for file in each.iterdir()):
+    folders = sorted(each for each in source.iterdir() if each.is_dir() and not each.name.startswith("."))
+    with_weights = [each for each in folders if any(map(_is_weights, each.iterdir()))]
+    if with_weights:
+        warnings.warn(
+            f"{source} has weights in {[each.name for each in with_weights]} too. They are not blended, nor copied",
+            stacklevel=2,
+        )
+    copied = [source, *(each for each in folders if each not in with_weights)]
+    for file in sorted(file for each in copied for file in each.iterdir() if file.is_file()):
         name = file.relative_to(source)
-        is_hidden = any(part.startswith(".") for part in name.parts)
-        is_known = file.suffix in _SIDE_FILES and not file.name.endswith(".index.json")
-        is_small = file.is_file() and file.stat().st_size <= _MOST_SIDE_BYTES
-        if is_small and is_known and not is_hidden and str(name) not in (RECORD, CARD, RECIPE):
+        is_other = _is_weights(file) or file.name.startswith(".") or file.name.endswith(".index.json")
+        is_known = not file.suffixes or not _SIDE_FILES.isdisjoint(file.suffixes)
+        is_small = file.stat().st_size <= _MOST_SIDE_BYTES
+        if is_small and is_known and not is_other and str(name) not in (RECORD, CARD, RECIPE):
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(file, folder / name)
 

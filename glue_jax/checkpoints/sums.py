@@ -98,9 +98,14 @@ def _finished(name: str, total: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return total
 
 
+def is_variance(name: str) -> bool:
+    """Returns whether a tensor is a running variance of BatchNorm, by its name. An `nnx.State` adds `/value` to it."""
+    return name.removesuffix("/value").endswith(_VARIANCES)
+
+
 def check_variance(name: str, array: np.ndarray) -> None:
     """Refuses negative running variances of BatchNorm, which it knows by the tensor's name."""
-    if name.endswith(_VARIANCES) and array.size and array.min() < 0:
+    if is_variance(name) and array.size and array.min() < 0:
         raise ValueError(
             f"the blend holds the variance {array.min():.3g} at {name}, since a coefficient is negative. No network "
             "can use it: take positive coefficients, or measure BatchNorm's statistics anew, as glue-jax learn and "

@@ -71,10 +71,9 @@ def _load(file: Path, subtree: str | None) -> dict[str, Any]:
     try:
         loaded = torch.load(file, weights_only=True, mmap=is_mapped(file), map_location="cpu")
     except Exception as error:
-        if "weights_only" in str(error) or "Weights only" in str(error):
-            found = re.search(r"GLOBAL (\S+)", str(error))
+        if found := re.search(r"GLOBAL (\S+)", str(error)):
             raise ValueError(
-                f"{file.name} holds {found[1] if found else 'more than tensors'}, and may hold code, which is not run; "
+                f"{file.name} holds {found[1]}, and may hold code, which is not run; "
                 "expected a state dict: torch.save(model.state_dict(), path). If you trust the file, "
                 "torch.load(path, weights_only=False) reads it, and its state dict can be saved alone"
             ) from error
@@ -82,6 +81,8 @@ def _load(file: Path, subtree: str | None) -> dict[str, Any]:
     state = within(loaded, subtree)
     if not isinstance(state, Mapping):
         raise ValueError(f"it holds a {type(state).__name__}; expected a state dict")
+    if unnamed := [name for name in state if not isinstance(name, str)]:
+        raise ValueError(f"it has the entry {unnamed[0]!r}; expected a state dict, whose keys are names")
     if wrong := sorted(str(name) for name, value in state.items() if not isinstance(value, torch.Tensor)):
         dicts = sorted(str(name) for name, value in state.items() if isinstance(value, Mapping))
         raise ValueError(

@@ -14,6 +14,7 @@ import optax
 from glue_jax.experts import num_experts
 from glue_jax.gauss_newton import gauss_newton_step
 from glue_jax.merging.groups import Groups, by_layer, group_by_path
+from glue_jax.paths import by_path
 from glue_jax.states import init
 from glue_jax.steps import spsa_step
 from glue_jax.types import GlueState, LearnResult, LinkFn, MergeFn, Params, PyTree, StepFn
@@ -72,9 +73,10 @@ def stage_groups(groups: Any, experts: Params, merge_fn: Any) -> Groups | None:
         return None
     if groups == "layers":
         try:
-            return by_layer(experts)
+            found = by_layer(experts)
         except ValueError:
-            return group_by_path(experts, lambda path: path or "all")
+            found = group_by_path(experts, lambda path: path or "all")
+        return _with_tied_rows(found, experts)
     if not isinstance(groups, Groups):
         raise TypeError(f"groups is {groups!r}; expected 'layers', None, or the Groups that group_by_path returns")
     if not _takes_groups(merge_fn):
@@ -82,6 +84,32 @@ def stage_groups(groups: Any, experts: Params, merge_fn: Any) -> Groups | None:
     shape = len(groups.names), num_experts(experts)
     jax.eval_shape(functools.partial(merge_fn, groups=groups.rows), experts, jax.ShapeDtypeStruct(shape, jnp.float32))
     return groups
+
+
+def _with_tied_rows(groups: Groups, experts: Params) -> Groups:
+    """Returns groups in which two leaves that are equal in all experts have one row.
+
+    Tied weights of PyTorch are two names of one tensor. With two rows they would be blended into two tensors. A leaf
+    whose numbers are all equal, such as an untrained bias, is not taken for a tied one.
+    """
+    leaves, rows = by_path(experts), by_path(groups.rows)
+    first: dict[tuple[Any, ...], list[str]] = {}
+    for name, leaf in leaves.items():
+        if np.ndim(leaf) < 2:
+            continue
+        alike = first.setdefault((leaf.shape, leaf.dtype), [])
+        # A few numbers tell most tensors apart.
+        corner = (slice(None), *[slice(4)] * (leaf.ndim - 1))
+        same = (
+            other
+            for other in alike
+            if bool((leaves[other][corner] == leaf[corner]).all()) and bool((leaves[other] == leaf).all())
+        )
+        if (other := next(same, None)) is None:
+            alike.append(name)
+        elif bool((leaf != leaf.reshape(-1)[0]).any()):
+            rows[name] = rows[other]
+    return Groups(jax.tree.unflatten(jax.tree.structure(groups.rows), rows.values()), groups.names)
 
 
 def by_group(merge_fn: MergeFn, groups: Groups) -> MergeFn:

@@ -1,5 +1,6 @@
 """`glue-jax`, as its user runs it: one clear line and a status for each mistake, and nothing written."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -70,8 +71,8 @@ def test_inspect_names_the_outlier_and_draws(experts, tmp_path, capsys):
 
 
 def test_blend_writes_the_blend_and_where_it_comes_from(experts, tmp_path, capsys):
-    status, out, err = run(capsys, "blend", *experts, "--weights", "0.5", "-0.25", "0.75", "--out", "out")
-    assert (status, err) == (0, "")
+    status, out, _ = run(capsys, "blend", *experts, "--weights", "0.5", "-0.25", "0.75", "--out", "out")
+    assert status == 0
     assert "+0.7500  expert2.safetensors" in out
     blend = read(tmp_path / "out")
     assert all(np.allclose(blend[name], value, atol=1e-6) for name, value in expected([0.5, -0.25, 0.75]).items())
@@ -190,12 +191,22 @@ def test_the_estimator_may_be_chosen(experts, tmp_path, capsys, estimator, name)
 def test_tied_weights_have_one_coefficient(experts, tmp_path, capsys):
     for seed, path in enumerate(experts):
         state = weights(seed)
-        save_file(state | {"head.weight": state["fc2.weight"].copy()}, path)
+        tied = {"head.weight": state["fc2.weight"].copy(), "other.bias": state["fc1.bias"].copy()}
+        zeros = {name: np.zeros(8, np.float32) for name in ("zeros.bias", "zeros2.bias")}
+        save_file(state | tied | zeros, path)
     assert run(capsys, *LEARNS)[0] == 0
-    groups = json.loads((tmp_path / "out/glue.json").read_text())["groups"]
-    assert [group["name"] for group in groups if "head.weight" in group["tensors"]] == ["fc2"]
+    made = json.loads((tmp_path / "out/glue.json").read_text())
+    assert made["learned"]["chosen"] == "learned by group"
+    group_of = {name: group["name"] for group in made["groups"] for name in group["tensors"]}
+    assert {name: group_of[name] for name in (*tied, *zeros)} == {
+        "head.weight": "fc2",
+        "other.bias": "fc1",
+        "zeros.bias": "zeros",
+        "zeros2.bias": "zeros2",
+    }
     blend = read(tmp_path / "out")
     assert np.array_equal(blend["head.weight"], blend["fc2.weight"])
+    assert np.array_equal(blend["other.bias"], blend["fc1.bias"])
 
 
 def test_an_objective_may_have_classes_and_modules_beside_it(experts, tmp_path, capsys):
@@ -207,31 +218,68 @@ def test_an_objective_may_have_classes_and_modules_beside_it(experts, tmp_path, 
     assert not (tmp_path / "__pycache__").exists()
 
 
-def test_a_refreshed_blends_coefficients_come_with_a_warning(experts, tmp_path, capsys):
-    assert run(capsys, "blend", *experts, "--uniform", "--out", "first")[0] == 0
-    made = json.loads((tmp_path / "first/glue.json").read_text())
-    (tmp_path / "glue.json").write_text(json.dumps(made | {"learned": {"statistics_refreshed": True}}))
-    status, _, err = run(capsys, "blend", *experts, "--weights-from", "glue.json", "--out", "second")
+def test_a_blend_with_batch_norm_comes_with_a_warning(experts, tmp_path, capsys):
+    status, _, err = run(capsys, "blend", *experts, "--uniform", "--out", "first")
     assert status == 0
-    assert err.startswith("glue-jax: warning: the model of glue.json has BatchNorm statistics")
+    assert err.startswith("glue-jax: warning: the experts have BatchNorm.")
+    for seed, path in enumerate(experts):
+        save_file({name: leaf for name, leaf in weights(seed).items() if not name.startswith("bn")}, path)
+    assert run(capsys, "blend", *experts, "--uniform", "--out", "second")[2] == ""
 
 
-def test_a_stopped_run_of_another_objective_is_not_continued(experts, tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def stopped(monkeypatch, tmp_path, capsys):
+    """A function that begins to learn, and stops when the first results are kept."""
 
     def stop(*values):
         save_results(*values)
         raise KeyboardInterrupt
 
     save_results = kept_results.save
-    monkeypatch.setattr(kept_results, "save", stop)
-    assert run(capsys, *LEARNS)[0] == 130
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
+
+    def stopped(*options):
+        with monkeypatch.context() as patch:
+            patch.setattr(kept_results, "save", stop)
+            status, _, err = run(capsys, *LEARNS, *options)
+        assert status == 130
+        return err
+
+    return stopped
+
+
+def test_a_stopped_run_of_another_objective_is_not_continued(experts, tmp_path, capsys, stopped):
+    assert "; the same command continues" in stopped()
     (tmp_path / "objective.py").write_text(OBJECTIVE.replace("default_rng(0)", "default_rng(1)"))
     status, _, err = run(capsys, *LEARNS)
     assert status == 1
     assert "to a stopped run with other objective and data; expected the same" in err
-    assert run(capsys, *LEARNS, "--fresh")[0] == 0
+    assert "; the same command without --fresh continues" in stopped("--fresh")
+    assert run(capsys, *LEARNS)[0] == 0
+
+
+def test_a_stopped_run_with_another_module_in_a_package_is_not_continued(experts, tmp_path, capsys, stopped):
+    (tmp_path / "of_the_objective").mkdir()
+    module = tmp_path / "of_the_objective/network.py"
+    module.write_text("scale = 1.0\n")
+    (tmp_path / "objective.py").write_text("from of_the_objective.network import scale\n" + OBJECTIVE)
+    stopped()
+    module.write_text("scale = 100.0\n")
+    status, _, err = run(capsys, *LEARNS)
+    assert status == 1
+    assert "to a stopped run with other objective; expected the same" in err
+
+
+def test_the_record_has_the_hashes_of_what_was_read(experts, tmp_path, capsys):
+    before = [hashlib.sha256((tmp_path / path).read_bytes()).hexdigest() for path in experts]
+    (tmp_path / "objective.py").write_text(
+        "def evaluate(params):\n    with open('expert2.safetensors', 'ab') as file:\n        file.write(b'more')\n"
+        "    return float(abs(params['fc1.weight']).sum())\n"
+    )
+    status, out, _ = run(capsys, "learn", *experts, "--objective", "objective.py", "--out", "out", "--max-steps", "2")
+    assert status == 0
+    assert "expert 2 is expert2.safetensors" in out
+    made = json.loads((tmp_path / "out/glue.json").read_text())
+    assert [hash for expert in made["experts"] for hash in expert["sha256"].values()] == before
 
 
 def nan(folder):
@@ -253,6 +301,10 @@ def lora(folder):
 def adapter(folder):
     (folder / "expert1").mkdir()
     (folder / "expert1/adapter_config.json").write_text("{}")
+
+
+def pointer(folder):
+    (folder / "expert1.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
 
 
 def objective(text):
@@ -286,6 +338,10 @@ MISTAKES = {
     ),
     "out in PyTorch's format": (None, ["blend", *E, "--uniform", "--out", "a.pt"], "expected a folder, or a file with"),
     "a negative variance": (None, [*BLEND, "--weights", "21", "-10", "-10"], "holds the variance"),
+    "an expert twice": (None, ["blend", E1, f"./{E1}", "--uniform", "--out", "out"], "are one expert; expected each"),
+    "a pointer of Git LFS": (pointer, UNIFORM, "expert1.safetensors is a pointer of Git LFS"),
+    "a home of nobody": (None, ["blend", *E, "--uniform", "--out", "~nobody-here/out"], "~nobody-here/out names no"),
+    "a text is no result": (None, [*UNIFORM[:-1], "objective.py", "--overwrite"], "is a file without weights"),
     "out is an expert": (None, ["blend", *E, "--uniform", "--overwrite", "--out", E1], "one of the inputs"),
     "out is the folder": (None, ["blend", *E, "--uniform", "--overwrite", "--out", "."], "one of the inputs"),
     "no record": (None, [*BLEND, "--weights-from", "objective.py"], "objective.py is no record of a blend"),

@@ -219,7 +219,7 @@ def test_integers_that_jax_does_not_hold_are_refused_and_others_kept():
 
 
 def test_float64_is_not_narrowed_in_silence():
-    with pytest.warns(UserWarning, match=r"\['w'\] is stored as float32, not as float64"):
+    with pytest.warns(UserWarning, match=r"float64 leaves are stored as float32"):
         glue_jax.stack_experts([{"w": np.ones(2)}] * 2)
 
 

@@ -31,7 +31,7 @@ def by_layers(paths):
 def written(paths, out, learned=None, report=""):
     """Blends by layer, with provenance."""
     checkpoints, coefficients = by_layers(paths)
-    made = provenance.record(checkpoints, coefficients, learned)
+    made = provenance.record(provenance.identities(checkpoints), coefficients, learned)
     side_files = provenance.side_files(checkpoints, made, report)
     return blend_files(checkpoints, coefficients.of, out, side_files=side_files)
 
@@ -78,12 +78,12 @@ def test_a_record_of_another_network_is_refused(tmp_path):
 def test_the_card_has_front_matter_the_coefficients_and_the_report(folders, tmp_path):
     card = (written(folders, tmp_path / "out", report="| model | value |\n") / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\ntags:\n- merge\n- glue-jax\n---\n")
-    assert "| model1 | 0.0000 | 0.3000 | -0.5000 |" in card or "| model1 | 0.3000 | 0.0000 | -0.5000 |" in card
+    assert "| 1 model1 | 0.0000 | 0.3000 | -0.5000 |" in card or "| 1 model1 | 0.3000 | 0.0000 | -0.5000 |" in card
     assert card.endswith("| model | value |\n")
 
 
 def test_the_card_says_whether_statistics_are_no_sum(folders, tmp_path):
-    sentence = "BatchNorm's running statistics were measured on the target data."
+    sentence = "BatchNorm's statistics are no such sum: they were estimated anew on the target data."
     assert sentence in (written(folders, tmp_path / "a", {"statistics_refreshed": True}) / "README.md").read_text()
     assert sentence not in (written(folders, tmp_path / "b") / "README.md").read_text()
 
@@ -116,9 +116,11 @@ def test_experts_of_one_name_are_told_apart_in_the_card(tmp_path):
         (tmp_path / name).mkdir()
         save_file(weights(0), tmp_path / name / "model.safetensors")
     checkpoints = open_checkpoints([tmp_path / name / "model.safetensors" for name in ("a", "b")])
-    made = provenance.record(checkpoints, provenance.coefficients_for(checkpoints[0].tensors, [0.5, 0.5]))
+    made = provenance.record(
+        provenance.identities(checkpoints), provenance.coefficients_for(checkpoints[0].tensors, [0.5, 0.5])
+    )
     card = provenance.side_files(checkpoints, made)["README.md"]
-    assert "| a/model.safetensors | 0.5000 |" in card
+    assert "| 0 a/model.safetensors | 0.5000 |" in card
 
 
 def test_a_name_within_a_longer_name_has_its_own_coefficient_in_the_recipe():
@@ -162,7 +164,7 @@ def test_mergekit_makes_the_same_blend_bit_for_bit(tmp_path):
     groups = by_layer(load_experts(checkpoints))
     alpha = np.random.default_rng(0).normal(size=(len(groups.names), 3))
     coefficients = provenance.coefficients_for(checkpoints[0].tensors, alpha, groups)
-    made = provenance.record(checkpoints, coefficients)
+    made = provenance.record(provenance.identities(checkpoints), coefficients)
     out = blend_files(
         checkpoints, coefficients.of, tmp_path / "out", side_files=provenance.side_files(checkpoints, made)
     )

@@ -233,6 +233,52 @@ def test_a_blend_never_replaces_what_it_is_made_of(tmp_path, place):
     assert everything_in(tmp_path) == before
 
 
+@pytest.mark.parametrize("out", ["files", "links", "folder0"])
+def test_a_blend_never_replaces_what_links_of_its_experts_lead_to(tmp_path, out):
+    (tmp_path / "files").mkdir()
+    (tmp_path / "links").mkdir()
+    experts = []
+    for path in save(tmp_path / "files", 2):
+        folder = tmp_path / f"folder{len(experts)}"
+        folder.mkdir()
+        (folder / "model.safetensors").symlink_to(path)
+        (tmp_path / "links" / path.name).symlink_to(folder / "model.safetensors")
+        experts.append(tmp_path / "links" / path.name if out == "links" else folder)
+    before = everything_in(tmp_path)
+    with pytest.raises(ValueError, match=r"which would change .*, one of the inputs"):
+        blend_files(open_checkpoints(experts), [0.5, 0.5], tmp_path / out, overwrite=True)
+    assert everything_in(tmp_path) == before
+
+
+def test_a_link_to_an_earlier_result_stays_a_link(tmp_path):
+    paths = save(tmp_path)
+    real = blend_files(open_checkpoints(paths), [1, 0, 0], tmp_path / "real")
+    (tmp_path / "link").symlink_to(real)
+    blend_files(open_checkpoints(paths), ALPHA, tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert np.allclose(read(real)["fc1.weight"], expected(ALPHA)["fc1.weight"], atol=1e-6)
+
+
+def test_weights_in_a_folder_of_an_expert_are_left_out_with_a_warning(tmp_path):
+    folders = [save_shards(tmp_path / f"model{seed}", seed) for seed in range(2)]
+    (folders[0] / "2_Dense").mkdir()
+    (folders[0] / "2_Dense/model.safetensors").write_bytes(b"weights")
+    for name in ("source.spm", "tokenizer.model.v3", "LICENSE"):
+        (folders[0] / name).write_text("text")
+    with pytest.warns(UserWarning, match=r"has weights in \['2_Dense'\] too. They are not blended, nor copied"):
+        out = blend_files(open_checkpoints(folders), [0.5, 0.5], tmp_path / "out")
+    assert not (out / "2_Dense").exists()
+    assert {"source.spm", "tokenizer.model.v3", "LICENSE"} <= {path.name for path in out.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["norm.running_var", "norm/var", "norm/var/value"])
+def test_a_variance_is_known_by_its_name(tmp_path, name):
+    for seed in range(2):
+        save_file({name: np.full(3, 1.0 + seed, np.float32)}, tmp_path / f"{seed}.safetensors")
+    with pytest.raises(ValueError, match="holds the variance -1 at"):
+        blend_files([tmp_path / "0.safetensors", tmp_path / "1.safetensors"], [3.0, -2.0], tmp_path / "out")
+
+
 def test_a_folder_that_is_no_result_is_not_replaced(tmp_path):
     paths = save(tmp_path)
     (tmp_path / "thesis").mkdir()
@@ -286,6 +332,7 @@ def test_small_folders_are_copied_and_weights_of_other_formats_are_not(tmp_path)
     (folders[0] / "checkpoint-5" / "model.safetensors").write_bytes(b"weights")
     for name in ("rust_model.ot", "weights.npz", ".env", "model.onnx_data"):
         (folders[0] / name).write_bytes(b"secret")
-    out = blend_files(open_checkpoints(folders), [0.5, 0.5], tmp_path / "out")
+    with pytest.warns(UserWarning, match=r"has weights in \['checkpoint-5'\] too"):
+        out = blend_files(open_checkpoints(folders), [0.5, 0.5], tmp_path / "out")
     side = {name for name in everything_in(out) if not name.startswith("model")}
     assert side == {"config.json", "1_Pooling/config.json"}
