@@ -13,6 +13,7 @@ from jax.core import Tracer
 from glue_jax.batches import num_examples
 from glue_jax.checks import check_callable, check_counts, check_optimizer
 from glue_jax.gauss_newton import check_output_loss, gauss_newton_step
+from glue_jax.links import apply_link
 from glue_jax.streams import as_arrays, check_same_kind, check_validation_stream, is_stream
 from glue_jax.types import LearnResult, LinkFn, PyTree
 
@@ -26,6 +27,14 @@ def check_functions(functions: dict[str, Any], **optional: Any) -> None:
     """Refuses values that cannot be called, and functions of `learn` that are hidden in its `step_fn`."""
     given = {name: function for name, function in optional.items() if function is not None}
     check_callable(**{name: function for name, function in functions.items() if name != "optimizer"}, **given)
+    for name, function in functions.items():
+        try:
+            hash(function)
+        except TypeError as error:
+            raise TypeError(
+                f"{name} is a {type(function).__name__} that has no hash ({error}), so JAX cannot compile with it; "
+                "expected a function: def one that calls it"
+            ) from error
     for step_fn in _unwrapped(functions["step_fn"]):
         hidden = [name for name in getattr(step_fn, "keywords", {}) if name in _OWN]
         if hidden:
@@ -79,7 +88,7 @@ def _unwrapped(step_fn: Any) -> Iterator[Any]:
 
 def check_link(result: LearnResult, link_fn: LinkFn) -> None:
     """Refuses a result that was learned with another link. Its beta means other coefficients under this link."""
-    alpha, kept = link_fn(result.beta), result.alpha
+    alpha, kept = apply_link(link_fn, result.beta), result.alpha
     alike = jax.tree.map(jnp.shape, alpha) == jax.tree.map(jnp.shape, kept)
     if not alike or not jax.tree.all(jax.tree.map(lambda new, old: np.allclose(new, old, 1e-3, 1e-6), alpha, kept)):
         raise ValueError(

@@ -9,6 +9,7 @@ for _ in range(100):
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ import optax
 from jax.typing import ArrayLike
 
 from glue_jax import gauss_newton
-from glue_jax.checks import check_callable, check_optimizer, check_positive, check_state
+from glue_jax.checks import as_numbers, check_callable, check_optimizer, check_positive, check_state
 from glue_jax.directions import Directions, dimension, sample_directions
 from glue_jax.estimators import (
     Estimate,
@@ -142,15 +143,14 @@ def tell(
     count = len(jax.tree.leaves(probes.directions)[0])
     if isinstance(losses, Sequence):
         failed = np.array([loss is None for loss in losses], bool)
-        values = np.asarray([np.nan if loss is None else loss for loss in losses])
+        values = as_numbers("losses", [math.nan if loss is None else loss for loss in losses])
     else:
-        values = np.asarray(losses)
-        failed = np.zeros(values.size, bool)
+        failed, values = np.False_, as_numbers("losses", losses)
     if values.shape != (2 * count,):
         raise ValueError(f"losses have shape {values.shape}; expected [2m] = ({2 * count},), one for each probe")
-    if values.dtype.kind not in "fiub" or not np.isfinite(values[~failed]).all():
+    if not (np.isfinite(values) | failed).all():
         raise ValueError(f"losses are {values.tolist()}; expected finite real numbers, or None for a probe that failed")
-    pairs = values.astype(np.float64).reshape(-1, 2)
+    pairs = values.reshape(-1, 2)
     state = probes.state
     complete = np.asarray(np.isfinite(pairs).all(axis=1))
     slopes = np.where(complete, (pairs[:, 0] - pairs[:, 1]) / (2 * float(np.asarray(probes.radius))), 0.0)

@@ -52,7 +52,8 @@ def minibatch_indices(
         offset = int(first_step) % steps_per_epoch
     num_epochs = -(-(offset + num_steps) // steps_per_epoch)
     epochs = first_step // steps_per_epoch + jnp.arange(num_epochs)
-    orders = jax.vmap(lambda epoch: epoch_batches(key, epoch, num_examples, batch_size))(epochs)
+    # Under vmap, keys of the kind rbg would draw other numbers.
+    orders = jax.lax.map(lambda epoch: epoch_batches(key, epoch, num_examples, batch_size), epochs)
     return jax.lax.dynamic_slice_in_dim(orders.reshape(-1, batch_size), first_step % steps_per_epoch, num_steps)
 
 

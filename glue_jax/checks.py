@@ -88,11 +88,11 @@ def check_optimizer(optimizer: Any, state: GlueState | None = None) -> None:
         )
     if state is None:
         return
+    trees = jax.eval_shape(optimizer.init, state.beta), state.opt_state
     expected, found = (
-        [(path, jnp.shape(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
-        for tree in (jax.eval_shape(optimizer.init, state.beta), state.opt_state)
+        [(path, jnp.shape(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)] for tree in trees
     )
-    if expected != found:
+    if expected != found or jax.tree.structure(trees[0]) != jax.tree.structure(trees[1]):
         raise ValueError(
             "state.opt_state is not of this optimizer and beta: it has leaves "
             f"{[(jax.tree_util.keystr(path), shape) for path, shape in found]}; expected those of optimizer.init, "

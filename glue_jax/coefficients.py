@@ -94,12 +94,18 @@ def weights_to_logits(weights: ArrayLike) -> jax.Array:
     return jnp.asarray(logits - logits.mean(axis=-1, keepdims=True), jnp.float32)
 
 
-def check_floating(beta: PyTree) -> None:
-    """Raises a TypeError, with the path, if a coefficient is not floating point and so cannot be learned."""
+def check_floating(beta: PyTree, *, least_bits: int = 16) -> None:
+    """Raises a TypeError, with the path, if a coefficient cannot be learned: it is not floating point, or too short.
+
+    Args:
+        beta: the coefficients.
+        least_bits: the smallest number of bits of a coefficient. In 16 bits, most of a step is rounded away.
+    """
     for path, leaf in jax.tree_util.tree_leaves_with_path(beta):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            name = jax.tree_util.keystr(path)
-            raise TypeError(f"beta{name} has dtype {jnp.result_type(leaf)}; expected a floating-point dtype")
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating) or 8 * dtype.itemsize < least_bits:
+            name, least = jax.tree_util.keystr(path), f" of at least {least_bits} bits" if least_bits > 16 else ""
+            raise TypeError(f"beta{name} has dtype {dtype}; expected a floating-point dtype{least}")
 
 
 def _normalized(name: str, values: Any) -> jax.Array:

@@ -38,7 +38,7 @@ def stack_experts(
 
     Raises:
         ValueError: if experts differ; the error lists every difference with its path.
-        ValueError: if a weight is infinite or NaN.
+        ValueError: if a weight is infinite or NaN, or if a generator yields an expert in the memory of the one before.
         ValueError: if an integer does not fit into the dtype in which JAX stores it.
         ValueError: if an entry of `take_first` matches no leaf, or matches a floating-point leaf.
         TypeError: if `experts` is a dict, which is a single expert, or if a leaf is a PRNG key or no array of numbers.
@@ -75,6 +75,8 @@ def stack_experts(
             found = [f"in the types of its containers: {own_treedef} against {treedef}"]
         differences += [f"expert {index} differs from expert 0 {text}" for text in found]
         if not differences:
+            if not isinstance(experts, Sequence):
+                _check_memory(index, {path: column[-1] for path, column in columns.items()}, leaves)
             for path, leaf in leaves.items():
                 columns[path].append(columns[path][0] if path in kept else leaf)
     if treedef is None:
@@ -151,6 +153,17 @@ def _as_array(index: int, path: tuple[Any, ...], leaf: Any) -> Any:
     if not (jnp.issubdtype(array.dtype, jnp.number) or jnp.issubdtype(array.dtype, jnp.bool_)):
         raise TypeError(f"{where} of dtype {array.dtype}; expected numbers")
     return array
+
+
+def _check_memory(index: int, before: dict[str, Any], leaves: dict[str, Any]) -> None:
+    """Refuses an expert in the memory of the expert before, which a generator has then overwritten."""
+    for path, leaf in leaves.items():
+        pair = leaf, before[path]
+        if leaf.size and all(isinstance(each, np.ndarray) for each in pair) and np.may_share_memory(*pair):
+            raise ValueError(
+                f"expert {index} lies in the memory of expert {index - 1} at {path}; expected a generator that yields "
+                "a copy of each expert, such as array.copy() of each leaf"
+            )
 
 
 def _resolve_take_first(

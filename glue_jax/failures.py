@@ -21,7 +21,8 @@ class NonFiniteLossError(FloatingPointError):
         step: the number of the step.
         value: the value that was not finite.
         advice: the likely reason.
-        result: the `LearnResult` before that step. `learn(..., state=error.result)` continues from it.
+        result: the `LearnResult` at the last validation or callback before that step.
+            `learn(..., state=error.result)` continues from it.
     """
 
     result: LearnResult

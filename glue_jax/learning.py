@@ -180,6 +180,11 @@ def learn(
         experts, validation_data, validation_fn or loss_fn, functions, validation_batch_size or batch_size
     )
     try:
+        if not is_stream(data):
+            # The step's own checks come before any work. JAX keeps the trace.
+            batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((batch_size, *leaf.shape[1:]), leaf.dtype), data)
+            stepped = jax.eval_shape(functools.partial(_run_step, **functions), key, run.state, experts, batch)
+            run.check_metrics(stepped[1])
         if judge and run.validation_is_due(validate_every):
             run.validated(judge(run.state.beta))
         while (left := max_steps - run.taken) and not run.out_of_patience(patience):
@@ -331,7 +336,10 @@ def _keep_result(error: BaseException, run: Run, experts: Params) -> None:
         run.read()
     with contextlib.suppress(Exception):
         error.result = run.result()  # pyright: ignore[reportAttributeAccessIssue]
-        error.add_note("The attribute `result` is what was learned before: learn(..., state=result) goes on from it.")
+        if run.steps_of_run or run.validation_values:
+            error.add_note(
+                "The attribute `result` is what was learned before: learn(..., state=result) goes on from it."
+            )
     if type(experts) in (list, tuple) and not run.taken and isinstance(error, Exception):
         error.add_note(
             f"experts is a {type(experts).__name__}: if it holds one model an entry, use stack_experts(experts)."
@@ -340,4 +348,4 @@ def _keep_result(error: BaseException, run: Run, experts: Params) -> None:
 
 def _says_stop(answer: Any) -> bool:
     """Returns whether a callback's answer is True. Any other kind of answer means nothing."""
-    return isinstance(answer, bool | np.bool_ | jax.Array) and bool(answer)
+    return isinstance(answer, bool | np.bool_ | jax.Array) and np.size(answer) == 1 and bool(answer)

@@ -100,6 +100,8 @@ def error_rate(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
         )
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"labels have dtype {labels.dtype}; expected integers")
+    # In a short dtype, the number of classes may not fit.
+    labels = labels.astype(jnp.int32)
     wrong = (jnp.argmax(logits, axis=-1) != labels).astype(jnp.float32)
     of_no_class = (labels < 0) | (labels >= logits.shape[-1])
     return jnp.mean(jnp.where(jnp.isnan(logits).any(axis=-1) | of_no_class, jnp.nan, wrong))

@@ -119,6 +119,7 @@ def refined(
         m, d = rows.shape
         gradient = d / m * product(rows.T, gradient)
         curvature = d / m * product(rows.T, product(curvature, rows))
+    step = jnp.asarray(step, jnp.float32)
     memory = jnp.maximum(_LEAST_MEMORY, step / (step + _FORGETTING))
     weight = memory * model.weight + 1
     old, new = memory * model.weight / weight, 1 / weight

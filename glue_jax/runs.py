@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from glue_jax.failures import NonFiniteLossError, explain
@@ -110,15 +111,19 @@ class Run:
         for leaf in map(np.ravel, jax.tree.leaves(jax.device_get(state.beta))):
             if not (finite := np.isfinite(leaf)).all():
                 self._refuse("new beta", leaf[[finite.argmin()]], first + count - 1, 0)
+        self.check_metrics(metrics)
+        kept = [*self.metrics, metrics]
+        taken, step = self.taken + count, first + count
+        # One statement, so that Ctrl-C cannot leave half of it done.
+        self.state, self.metrics, self.taken, self._step, self.unread = state, kept, taken, step, []
+
+    def check_metrics(self, metrics: Any) -> None:
+        """Refuses metrics, or their shapes, that cannot be joined to those so far."""
         if self.metrics and _kind(metrics) != _kind(self.metrics[-1]):
             raise ValueError(
                 "state is a LearnResult whose metrics have other shapes than those of step_fn: pass "
                 "state=result.state, which begins a new history"
             )
-        kept = [*self.metrics, metrics]
-        taken, step = self.taken + count, first + count
-        # One statement, so that Ctrl-C cannot leave half of it done.
-        self.state, self.metrics, self.taken, self._step, self.unread = state, kept, taken, step, []
 
     def validated(self, value: float) -> None:
         """Keeps the validation value of the current state."""
@@ -145,10 +150,12 @@ class Run:
         """Returns the result so far."""
         beta = self.best_beta if self.validation_values else self.state.beta
         empty: Any = np.zeros((0,), np.float32)
+        # Copies, because a user's own step may donate the state.
+        alpha, beta, last_alpha = jax.tree.map(jnp.array, (self.link_fn(beta), beta, self.link_fn(self.state.beta)))
         return LearnResult(
-            alpha=self.link_fn(beta),
+            alpha=alpha,
             beta=beta,
-            last_alpha=self.link_fn(self.state.beta),
+            last_alpha=last_alpha,
             state=self.state,
             history=History(
                 metrics=_joined(self.metrics) if self.metrics else GlueMetrics(empty, empty, empty, None),

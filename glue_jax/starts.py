@@ -83,7 +83,7 @@ def learn_from_starts(
     starts = jax.tree.map(jnp.asarray, as_arrays("starts", starts))
     if isinstance(starts, jax.Array) and starts.ndim < 2:
         raise ValueError(f"starts have shape {starts.shape}; expected [S, K] or [S, ...], one beta for each start")
-    check_floating(starts)
+    check_floating(starts, least_bits=32)
     functions: dict[str, Any] = {"step_fn": step_fn, "loss_fn": loss_fn, "link_fn": link_fn, "merge_fn": merge_fn}
     functions |= {} if optimizer is None else {"optimizer": optimizer}
     arguments.check_functions(functions, validation_fn=validation_fn)

@@ -41,14 +41,14 @@ def init(
             experts.
         ValueError: if the link makes every coefficient 0 at zeros `[K]`, or if there is nothing to learn, as with one
             expert under a softmax and no optimizer.
-        TypeError: if `num_experts` is no integer, if beta is not floating point, or if the optimizer is not one of
-            optax.
+        TypeError: if `num_experts` is no integer, if beta is not floating point of at least 32 bits, or if the
+            optimizer is not one of optax.
     """
     check_counts(num_experts=num_experts)
     if optimizer is not None:
         check_optimizer(optimizer)
     start: PyTree = start_of(link_fn or jax.nn.softmax, num_experts) if beta is None else beta
-    check_floating(start)
+    check_floating(start, least_bits=32)
     check_finite("beta", start)
     given = jax.eval_shape(link_fn, start) if link_fn else start
     found = [jnp.shape(leaf) for leaf in jax.tree.leaves(given)]

@@ -3,7 +3,7 @@
 import functools
 import operator
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -16,6 +16,8 @@ from glue_jax.types import Batch, PyTree
 def is_stream(data: Any) -> bool:
     """Returns whether data is read batch after batch: an iterator or a loader, not a pytree of arrays."""
     leaf = jax.tree_util.all_leaves([data])
+    if leaf and isinstance(data, Mapping):
+        raise TypeError(f"data is a {type(data).__name__}, which JAX takes for a leaf; expected a dict: pass dict(...)")
     return leaf and hasattr(data, "__iter__") and not hasattr(data, "__array__") and not isinstance(data, str | bytes)
 
 
@@ -64,7 +66,7 @@ class ArrayBatches:
 def as_arrays(name: str, tree: PyTree) -> PyTree:
     """Returns the tree with arrays of numbers as leaves. PyTorch tensors become NumPy arrays.
 
-    It refuses a leaf that holds no numbers; the error names the path.
+    It refuses a leaf that holds no numbers, or integers that JAX would change; the error names the path.
     """
 
     def array(path: tuple[Any, ...], leaf: Any) -> jax.Array | np.ndarray:
@@ -79,6 +81,9 @@ def as_arrays(name: str, tree: PyTree) -> PyTree:
             raise TypeError(
                 f"{where} is a {type(leaf).__name__} with dtype {found.dtype}; expected an array of numbers"
             )
+        stored = jax.dtypes.canonicalize_dtype(found.dtype)
+        if found.dtype.kind in "iu" and stored != found.dtype and not np.array_equal(found.astype(stored), found):
+            raise ValueError(f"{where} has {found.dtype} values that JAX's {stored} does not hold; expected others")
         return found
 
     return jax.tree_util.tree_map_with_path(array, tree)

@@ -48,7 +48,7 @@ def weight_similarity(experts: Params, groups: Groups | None = None, *, origin: 
 
     Args:
         experts: stacked experts, each leaf `[K, ...]`. Split off BatchNorm statistics with `partition`, because they
-            are no weights.
+            are no weights. Leaves that are not floating point, such as counters, do not count.
         groups: groups from `group_by_path` or `by_layer`. None puts all leaves into one group.
         origin: the common initialisation, if there is one, with the structure of one expert.
 
@@ -68,7 +68,11 @@ def weight_similarity(experts: Params, groups: Groups | None = None, *, origin: 
         raise ValueError("origin does not fit; expected the structure and the shapes of one expert")
     starts = [None] * count if origin is None else jax.tree.leaves(origin)
     leaves = zip(rows, by_path(experts).items(), starts, strict=True)
-    weights = ((row, as_numbers(f"experts at {path}", leaf), start) for row, (path, leaf), start in leaves)
+    weights = (
+        (row, as_numbers(f"experts at {path}", leaf), start)
+        for row, (path, leaf), start in leaves
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+    )
     return similarity_of_leaves(names, k, weights, has_origin=origin is not None)
 
 

@@ -37,7 +37,7 @@ class Prior(NamedTuple):
     """The result of `build_prior`.
 
     Attributes:
-        params: the model, in the experts' dtypes.
+        params: the model, in the experts' dtypes. Refreshed statistics have the dtypes of `statistics_fn`.
         alpha: its coefficients, float32 `[K]`, or `[G, K]` if they were learned by group.
         groups: the names of the G groups, or None if `alpha` is `[K]`.
         chosen: the name of the chosen candidate.
@@ -96,6 +96,9 @@ def build_prior(
     Both stages take forward passes alone. They learn by Gauss-Newton if `loss_fn` is an `OutputLoss`, and otherwise by
     SPSA with Adam. The candidate with the lowest validation value is chosen. The value of this candidate looks better
     than it is, because the validation data chose it. So judge the model on other data.
+
+    If an exception ends the call while it learns, Ctrl-C included, the exception's attribute `stages` holds the results
+    so far. Pass them as `known`, and learning continues.
 
     Args:
         key: a `jax.random.key`. The same key and arguments give the same result.
@@ -235,13 +238,19 @@ def build_prior(
         start = known.get(stage.name) or stage.first_state(
             results[LEARNED].alpha if number else None, source.optimizer(stage)
         )
-        result, note = source.learned(
-            jax.random.fold_in(key, _LEARNED + number),
-            together(experts),
-            stage,
-            start,
-            functools.partial(_tell, on_progress, stage.name),
-        )
+        try:
+            result, note = source.learned(
+                jax.random.fold_in(key, _LEARNED + number),
+                together(experts),
+                stage,
+                start,
+                functools.partial(_tell, on_progress, stage.name),
+            )
+        except BaseException as error:
+            so_far = getattr(error, "result", None)
+            error.stages = results | ({stage.name: so_far} if so_far else {})  # pyright: ignore[reportAttributeAccessIssue]
+            error.add_note("The attribute `stages` is what was learned: build_prior(..., known=stages) goes on.")
+            raise
         results[stage.name] = result
         judge(stage.name, experts, result.alpha, source.passes(stage, result), note)
         words.append(

@@ -90,17 +90,21 @@ class FromCalls:
 
         result = start if isinstance(start, LearnResult) else _first(stage.link_fn, start, validated(start))
         before = len(result.history.metrics.loss)
-        for step in range(before + 1, self.max_steps + 1):
-            if out_of_patience(result, self.patience):
-                break
-            directions = stage.shape[-1] - 1
-            probes = ask(key, result.state, link_fn=stage.link_fn, radius=SOFTMAX_RADIUS, num_directions=directions)
-            losses = [value(alpha) for alpha in probes.alpha]
-            state, metrics = tell(probes, losses, optimizer=self.optimizer(stage))
-            metrics = jax.tree.map(np.asarray, metrics)
-            result = _next(stage.link_fn, result, state, metrics, validated(state))
-            values = result.history.validation_values.tolist()
-            on_progress(Progress(step - before, self.max_steps - before, metrics, values[-1], min(values), result))
+        try:
+            for step in range(before + 1, self.max_steps + 1):
+                if out_of_patience(result, self.patience):
+                    break
+                directions = stage.shape[-1] - 1
+                probes = ask(key, result.state, link_fn=stage.link_fn, radius=SOFTMAX_RADIUS, num_directions=directions)
+                losses = [value(alpha) for alpha in probes.alpha]
+                state, metrics = tell(probes, losses, optimizer=self.optimizer(stage))
+                metrics = jax.tree.map(np.asarray, metrics)
+                result = _next(stage.link_fn, result, state, metrics, validated(state))
+                values = result.history.validation_values.tolist()
+                on_progress(Progress(step - before, self.max_steps - before, metrics, values[-1], min(values), result))
+        except BaseException as error:
+            error.result = result  # pyright: ignore[reportAttributeAccessIssue]
+            raise
         return result, None
 
     def passes(self, stage: Stage, result: LearnResult) -> int:

@@ -109,7 +109,10 @@ def _with_tied_rows(groups: Groups, experts: Params) -> Groups:
             alike.append(name)
         elif bool((leaf != leaf.reshape(-1)[0]).any()):
             rows[name] = rows[other]
-    return Groups(jax.tree.unflatten(jax.tree.structure(groups.rows), rows.values()), groups.names)
+    # A row that no leaf has any more would be learned in vain.
+    used = {row: index for index, row in enumerate(sorted(set(rows.values())))}
+    found = jax.tree.unflatten(jax.tree.structure(groups.rows), [used[row] for row in rows.values()])
+    return Groups(found, tuple(groups.names[row] for row in used))
 
 
 def by_group(merge_fn: MergeFn, groups: Groups) -> MergeFn:

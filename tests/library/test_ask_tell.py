@@ -125,8 +125,15 @@ def test_a_radius_out_of_its_range_is_refused(radius):
 @pytest.mark.parametrize("losses", [[1.0, np.nan], [np.inf, 1.0], [1.0, 2j], ["1", "2"]])
 def test_losses_that_are_no_finite_numbers_are_refused(losses):
     probes = glue_jax.ask(jax.random.key(6), START)
-    with pytest.raises(ValueError, match=r"losses are \[.*\]; expected finite real numbers"):
+    with pytest.raises((TypeError, ValueError), match=r"losses (are|is) \[.*\]; expected (finite )?real numbers"):
         glue_jax.tell(probes, losses, optimizer=OPTIMIZER)
+
+
+def test_losses_may_be_short_floats():
+    probes = glue_jax.ask(jax.random.key(6), START)
+    expected = glue_jax.tell(probes, [1.0, 2.0], optimizer=OPTIMIZER)
+    for losses in ([jnp.bfloat16(1.0), jnp.bfloat16(2.0)], jnp.array([1.0, 2.0], jnp.bfloat16)):
+        chex.assert_trees_all_equal(glue_jax.tell(probes, losses, optimizer=OPTIMIZER), expected)
 
 
 def test_a_hosts_loop_compiles_nothing_after_its_first_step(caplog):

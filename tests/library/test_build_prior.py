@@ -15,6 +15,7 @@ from jax.core import Tracer
 
 import glue_jax
 from glue_jax.priors import from_data
+from glue_jax.priors.stages import stage_groups
 from tests.helpers import compilations
 from tests.library.helpers import CLASSIFICATION, EXPERTS, Loader, classification, cross_entropy, network
 
@@ -418,3 +419,36 @@ def test_what_the_experts_share_reaches_the_merge_as_an_argument():
     found = glue_jax.build_prior(KEY, experts, data, loss_fn=loss_fn, merge_fn=merge, shared=base, groups=None)
     chex.assert_trees_all_close(found.params["w"], base["w"] + jnp.array([0.25, 1.5]), atol=0.01)
     assert found.similarity is None
+
+
+def test_tied_leaves_have_one_row_and_no_row_is_left_over():
+    tied = {"embed": {"w": jnp.arange(12.0).reshape(3, 4)}, "head": {"w": jnp.arange(12.0).reshape(3, 4)}}
+    experts = {**tied, "mid": {"w": jnp.ones((3, 4))}, "last": {"w": jnp.ones((3, 4))}}
+    groups = stage_groups("layers", experts, glue_jax.blend)
+    assert groups is not None
+    rows = {name: groups.rows[name]["w"] for name in experts}
+    assert rows["embed"] == rows["head"]
+    assert len({rows["embed"], rows["mid"], rows["last"]}) == 3
+    assert len(groups.names) == 3
+    assert groups.names[rows["embed"]] == "embed"
+
+
+@pytest.mark.parametrize("by_calls", [False, True])
+def test_an_exception_has_the_stages_and_learning_goes_on(by_calls):
+    experts, data = classification()
+
+    def stop(stage, progress):
+        if stage == ("learned" if by_calls else "learned by group"):
+            raise KeyboardInterrupt
+
+    def loss(params):
+        return float(CLASSIFICATION(params, data))
+
+    given: dict[str, Any] = {"evaluate": loss} if by_calls else {"data": data, "loss_fn": CLASSIFICATION}
+    with pytest.raises(KeyboardInterrupt) as raised:
+        glue_jax.build_prior(jax.random.key(0), experts, **given, max_steps=10, on_progress=stop)
+    stages = raised.value.stages  # pyright: ignore[reportAttributeAccessIssue]
+    assert list(stages) == (["learned"] if by_calls else ["learned", "learned by group"])
+    whole = glue_jax.build_prior(jax.random.key(0), experts, **given, max_steps=10)
+    rest = glue_jax.build_prior(jax.random.key(0), experts, **given, max_steps=10, known=stages)
+    assert np.array_equal(whole.alpha, rest.alpha)

@@ -189,11 +189,11 @@ def test_the_estimator_may_be_chosen(experts, tmp_path, capsys, estimator, name)
 
 
 def test_tied_weights_have_one_coefficient(experts, tmp_path, capsys):
+    tied = {"head.weight": "fc2.weight", "other.bias": "fc1.bias"}
+    zeros = {name: np.zeros(8, np.float32) for name in ("zeros.bias", "zeros2.bias")}
     for seed, path in enumerate(experts):
         state = weights(seed)
-        tied = {"head.weight": state["fc2.weight"].copy(), "other.bias": state["fc1.bias"].copy()}
-        zeros = {name: np.zeros(8, np.float32) for name in ("zeros.bias", "zeros2.bias")}
-        save_file(state | tied | zeros, path)
+        save_file(state | {name: state[other].copy() for name, other in tied.items()} | zeros, path)
     assert run(capsys, *LEARNS)[0] == 0
     made = json.loads((tmp_path / "out/glue.json").read_text())
     assert made["learned"]["chosen"] == "learned by group"

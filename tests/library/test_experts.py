@@ -257,3 +257,16 @@ def test_integers_under_jit_are_not_said_to_differ():
 def test_no_experts_on_the_leading_axis_are_refused():
     with pytest.raises(ValueError, match=r"\['w'\] has shape \(0, 3\); expected at least one expert"):
         glue_jax.num_experts({"w": jnp.zeros((0, 3))})
+
+
+def test_a_generator_that_overwrites_its_expert_is_refused():
+    def overwriting():
+        expert = {"w": np.zeros(3, np.float32)}
+        for value in range(3):
+            expert["w"][:] = value
+            yield expert
+
+    with pytest.raises(ValueError, match=r"expert 1 lies in the memory of expert 0 at \['w'\]"):
+        glue_jax.stack_experts(overwriting())
+    copies = glue_jax.stack_experts({"w": expert["w"].copy()} for expert in overwriting())
+    assert copies["w"][:, 0].tolist() == [0, 1, 2]

@@ -1,7 +1,10 @@
 """Learning to the validation plateau: what is kept, when it stops, and what it compiles."""
 
+import dataclasses
 import functools
 import itertools
+from collections import UserDict
+from functools import partial
 
 import chex
 import jax
@@ -15,7 +18,7 @@ from glue_jax import streams
 from glue_jax.streams import ArrayBatches
 from tests.helpers import compilations
 from tests.library import helpers
-from tests.library.helpers import ADAM, DATA, EXPERTS, OPTIMIZER, learn, squared, upward
+from tests.library.helpers import ADAM, CLASSIFICATION, DATA, EXPERTS, OPTIMIZER, classification, learn, squared, upward
 
 STEPS = [glue_jax.spsa_step, glue_jax.forward_gradient_step, glue_jax.full_gradient_step]
 
@@ -544,3 +547,61 @@ def test_a_jitted_step_is_traced_once(beta, num_directions):
         counts.append(len(traces))
     assert counts[0] > 0
     assert set(counts) == {counts[0]}
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        ({"step_fn": partial(glue_jax.spsa_step, **{"num_direction": 2})}, "num_direction"),
+        ({"step_fn": partial(glue_jax.spsa_step, num_directions=0)}, "num_directions is 0"),
+        ({"loss_fn": lambda params, batch: batch["x"]}, "scalar"),
+    ],
+)
+def test_a_mistake_in_the_step_is_found_before_any_work(words, error):
+    def counted(params, batch):
+        pytest.fail("a model was evaluated")
+
+    experts, data = classification()
+    defaults = {"loss_fn": CLASSIFICATION, "optimizer": optax.adam(0.1), "validation_data": data}
+    with pytest.raises((TypeError, ValueError), match=error) as raised:
+        glue_jax.learn(jax.random.key(0), experts, data, validation_fn=counted, **{**defaults, **words})
+    assert not any("what was learned before" in note for note in getattr(raised.value, "__notes__", ()))
+
+
+def test_a_result_does_not_share_its_arrays_with_its_state():
+    experts, data = classification()
+    result = glue_jax.learn(
+        jax.random.key(0),
+        experts,
+        data,
+        loss_fn=CLASSIFICATION,
+        optimizer=optax.sgd(0.1),
+        link_fn=glue_jax.unconstrained,
+        max_steps=2,
+    )
+    jax.jit(lambda state: state._replace(beta=state.beta + 1), donate_argnums=0)(result.state)
+    assert all(jnp.isfinite(leaf).all() for leaf in (result.alpha, result.beta, result.last_alpha))
+
+
+@pytest.mark.parametrize("data", [UserDict(x=np.ones((8, 2)))])
+def test_a_mapping_that_is_no_pytree_is_refused(data):
+    with pytest.raises(TypeError, match=r"data is a UserDict.*pass dict"):
+        glue_jax.learn(jax.random.key(0), classification()[0], data, loss_fn=CLASSIFICATION, optimizer=optax.sgd(0.1))
+
+
+def test_integers_that_jax_would_change_are_refused():
+    experts, data = classification()
+    wide = {**data, "y": np.asarray(data["y"], np.int64) + 2**32}
+    with pytest.raises(ValueError, match=r"data\['y'\] has int64 values that JAX's int32 does not hold"):
+        glue_jax.learn(jax.random.key(0), experts, wide, loss_fn=CLASSIFICATION, optimizer=optax.sgd(0.1))
+
+
+def test_a_function_without_a_hash_is_refused_by_name():
+    @dataclasses.dataclass
+    class Loss:
+        def __call__(self, params, batch):
+            return jnp.zeros(())
+
+    experts, data = classification()
+    with pytest.raises(TypeError, match=r"loss_fn is a Loss that has no hash"):
+        glue_jax.learn(jax.random.key(0), experts, data, loss_fn=Loss(), optimizer=optax.sgd(0.1))

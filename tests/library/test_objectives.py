@@ -80,3 +80,9 @@ def test_the_entropy_of_half_precision_is_averaged_in_float32():
 def test_logits_of_no_example_or_class_are_refused(shape):
     with pytest.raises(ValueError, match="logits have shape"):
         entropy(jnp.zeros(shape))
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int8, jnp.int32])
+def test_labels_of_a_short_dtype_name_all_classes(dtype):
+    logits = jnp.zeros((2, 256)).at[:, 3].set(1.0)
+    assert float(error_rate(logits, jnp.array([3, 4], dtype))) == 0.5

@@ -585,3 +585,8 @@ def test_an_estimator_that_gives_no_gradient_is_refused(estimator, error, messag
     words = {"loss_fn": squared_loss, "optimizer": SGD, "link_fn": jax.nn.softmax, "merge_fn": glue_jax.blend}
     with pytest.raises(error, match=message):
         step_by(estimator, jax.random.key(0), START, EXPERTS, BATCH, **words)
+
+
+def test_a_start_of_16_bits_is_refused_because_steps_would_be_rounded_away():
+    with pytest.raises(TypeError, match="beta has dtype bfloat16; expected a floating-point dtype of at least 32 bits"):
+        glue_jax.init(3, beta=jnp.ones(3, jnp.bfloat16), link_fn=glue_jax.unconstrained)

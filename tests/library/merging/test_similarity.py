@@ -108,3 +108,11 @@ def test_groups_of_another_tree_or_of_rows_without_names_are_refused():
             glue_jax.merging.weight_similarity(EXPERTS, glue_jax.merging.Groups({"a": 0, "b": row}, ("a", "b")))
     with pytest.raises(TypeError, match="groups is a dict; expected the Groups"):
         glue_jax.merging.weight_similarity(EXPERTS, {"a": 0, "b": 0})  # pyright: ignore[reportArgumentType]
+
+
+def test_counters_are_no_weights():
+    weights = jnp.eye(3)[:, None, :]
+    counted = {"fc": weights, "num_batches_tracked": jnp.full((3,), 5000)}
+    found, expected = glue_jax.merging.weight_similarity(counted), glue_jax.merging.weight_similarity({"fc": weights})
+    assert np.array_equal(found.cosine, expected.cosine)
+    assert np.array_equal(found.distance, expected.distance)
