@@ -161,8 +161,8 @@ def subspace(
     d = len(model.gradient)
     if num_directions > d:
         raise ValueError(f"num_directions is {num_directions}; expected at most d = {d}, or None for all of them")
-    dtype = None if key is None else jnp.result_type(key)
-    if dtype is None or not (dtype == jnp.uint32 or jnp.issubdtype(dtype, jax.dtypes.prng_key)):
+    kinds = (jax.dtypes.prng_key, jnp.uint32)
+    if key is None or not any(jnp.issubdtype(jnp.result_type(key), kind) for kind in kinds):
         raise TypeError(f"key is {key!r}; expected a jax.random.key, from which num_directions draws directions")
     return sample_directions(jax.random.fold_in(key, state.step), jnp.zeros((d,)), num_directions, "orthogonal")
 
