@@ -135,7 +135,8 @@ def tell(
     Raises:
         ValueError: if losses have another shape or are not finite real numbers, or if `optimizer` makes a state of
             another structure.
-        TypeError: if `probes` did not come from `ask`, or if `optimizer` is no optimizer.
+        TypeError: if losses are no real numbers, if `probes` did not come from `ask`, or if `optimizer` is none of
+            optax.
     """
     if not isinstance(probes, Probes):
         raise TypeError(f"probes is a {type(probes).__name__}; expected the Probes that glue_jax.ask returned")

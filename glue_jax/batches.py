@@ -111,7 +111,7 @@ def num_examples(name: str, data: Any) -> int:
         if not hasattr(leaf, "shape") and not hasattr(leaf, "__array__"):
             raise TypeError(
                 f"{name}{jax.tree_util.keystr(path)} is a Python {type(leaf).__name__}; expected an array [N, ...] "
-                "(np.asarray makes one of a list)"
+                "(np.asarray makes one of a list, and dict of a mapping a pytree)"
             )
     shapes = [(f"{name}{jax.tree_util.keystr(path)}", np.shape(leaf)) for path, leaf in leaves]
     if len({shape[:1] for _, shape in shapes}) > 1 or not all(shape and shape[0] for _, shape in shapes):

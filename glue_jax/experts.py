@@ -156,14 +156,17 @@ def _as_array(index: int, path: tuple[Any, ...], leaf: Any) -> Any:
 
 
 def _check_memory(index: int, before: dict[str, Any], leaves: dict[str, Any]) -> None:
-    """Refuses an expert in the memory of the expert before, which a generator has then overwritten."""
-    for path, leaf in leaves.items():
-        pair = leaf, before[path]
-        if leaf.size and all(isinstance(each, np.ndarray) for each in pair) and np.may_share_memory(*pair):
-            raise ValueError(
-                f"expert {index} lies in the memory of expert {index - 1} at {path}; expected a generator that yields "
-                "a copy of each expert, such as array.copy() of each leaf"
-            )
+    """Refuses an expert in the memory of the expert before, which a generator has then overwritten.
+
+    A leaf that experts share, such as a frozen one, is no reason.
+    """
+    pairs = [(leaf, before[path]) for path, leaf in leaves.items() if leaf.size]
+    arrays = [pair for pair in pairs if all(isinstance(leaf, np.ndarray) for leaf in pair)]
+    if pairs and len(arrays) == len(pairs) and all(np.shares_memory(*pair) for pair in arrays):
+        raise ValueError(
+            f"expert {index} lies in the memory of expert {index - 1}; expected a generator that yields a copy of each "
+            "expert, such as array.copy() of each leaf"
+        )
 
 
 def _resolve_take_first(

@@ -180,7 +180,7 @@ def learn(
         experts, validation_data, validation_fn or loss_fn, functions, validation_batch_size or batch_size
     )
     try:
-        if not is_stream(data):
+        if not is_stream(data) and not run.out_of_patience(patience):
             # The step's own checks come before any work. JAX keeps the trace.
             batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((batch_size, *leaf.shape[1:]), leaf.dtype), data)
             stepped = jax.eval_shape(functools.partial(_run_step, **functions), key, run.state, experts, batch)

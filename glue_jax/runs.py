@@ -150,7 +150,7 @@ class Run:
         """Returns the result so far."""
         beta = self.best_beta if self.validation_values else self.state.beta
         empty: Any = np.zeros((0,), np.float32)
-        # Copies, because a user's own step may donate the state.
+        # Copies, because the user may donate the result's state to a step of their own.
         alpha, beta, last_alpha = jax.tree.map(jnp.array, (self.link_fn(beta), beta, self.link_fn(self.state.beta)))
         return LearnResult(
             alpha=alpha,

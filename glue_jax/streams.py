@@ -16,9 +16,8 @@ from glue_jax.types import Batch, PyTree
 def is_stream(data: Any) -> bool:
     """Returns whether data is read batch after batch: an iterator or a loader, not a pytree of arrays."""
     leaf = jax.tree_util.all_leaves([data])
-    if leaf and isinstance(data, Mapping):
-        raise TypeError(f"data is a {type(data).__name__}, which JAX takes for a leaf; expected a dict: pass dict(...)")
-    return leaf and hasattr(data, "__iter__") and not hasattr(data, "__array__") and not isinstance(data, str | bytes)
+    is_one = hasattr(data, "__array__") or isinstance(data, str | bytes | Mapping)
+    return leaf and hasattr(data, "__iter__") and not is_one
 
 
 def stream_batches(stream: Any) -> Iterator[Batch]:
@@ -73,6 +72,8 @@ def as_arrays(name: str, tree: PyTree) -> PyTree:
         if isinstance(leaf, jax.Array):
             return leaf
         where = f"{name}{jax.tree_util.keystr(path)}"
+        if isinstance(leaf, Mapping):
+            raise TypeError(f"{where} is a {type(leaf).__name__}, which JAX takes for a leaf; expected dict(...) of it")
         try:
             found = np.asarray(leaf)
         except Exception as error:
@@ -83,7 +84,7 @@ def as_arrays(name: str, tree: PyTree) -> PyTree:
             )
         stored = jax.dtypes.canonicalize_dtype(found.dtype)
         if found.dtype.kind in "iu" and stored != found.dtype and not np.array_equal(found.astype(stored), found):
-            raise ValueError(f"{where} has {found.dtype} values that JAX's {stored} does not hold; expected others")
+            raise ValueError(f"{where} has {found.dtype} values that JAX's {stored} does not hold: leave it out")
         return found
 
     return jax.tree_util.tree_map_with_path(array, tree)

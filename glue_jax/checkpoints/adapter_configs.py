@@ -127,8 +127,8 @@ def common_base(paths: Sequence[Path], configs: Sequence[AdapterConfig], base: s
         for path, config in zip(paths, configs, strict=True):
             other = config.get(entry) or None
             if other != first:
-                same = f". If it is the same base, make {entry} equal in each {ADAPTER_CONFIG}, or pass base"
-                advice = "" if entry == "fan_in_fan_out" else same
+                same = f". If it is the same base, make {entry} equal in each {ADAPTER_CONFIG}"
+                advice = "" if entry == "fan_in_fan_out" else f"{same}, or pass base (learn --base)"
                 raise ValueError(
                     f"{path} has {entry}={other!r}, but {paths[0]} has {first!r}; expected one base for all adapters"
                     f"{advice}"

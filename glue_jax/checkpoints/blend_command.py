@@ -5,6 +5,8 @@ import math
 import warnings
 from collections.abc import Collection, Sequence
 
+import numpy as np
+
 from glue_jax.checkpoints import provenance
 from glue_jax.checkpoints.adapters import save_adapter
 from glue_jax.checkpoints.command_experts import inputs_of, open_experts
@@ -43,7 +45,8 @@ def run(options: argparse.Namespace) -> None:
                 overwrite=options.overwrite,
                 on_progress=line.show,
             )
-    if any(map(is_variance, experts[0].tensors)):
+    is_sum = any(np.count_nonzero(alpha) > 1 for alpha in coefficients.alpha)
+    if is_sum and any(map(is_variance, experts[0].tensors)):
         warnings.warn(
             "the experts have BatchNorm. The blend has the average of their running statistics, which fits no blend: "
             "measure the statistics anew, in PyTorch by torch.optim.swa_utils.update_bn, in JAX by "

@@ -1,6 +1,7 @@
 """The experts that the words of a command name."""
 
 import argparse
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,9 +41,14 @@ def open_experts(options: argparse.Namespace) -> tuple[Sequence[Checkpoint], Ada
     for name, value in given.items():
         if value:
             raise ValueError(f"{name} is {value}, but has no meaning for adapters of PEFT; leave it out")
-    # The user of `learn` says which base it is.
-    is_given = getattr(options, "base", None) is not None
-    read = load_adapters(paths, base=read_config(paths[0]).get("base_model_name_or_path") if is_given else None)
+    base = None
+    if getattr(options, "base", None) is not None:
+        # The user says which base it is.
+        names = [read_config(path).get("base_model_name_or_path") for path in paths]
+        base = names[0]
+        if len(set(names)) > 1:
+            warnings.warn(f"the adapters name the bases {names}; {options.base} is taken for all of them", stacklevel=2)
+    read = load_adapters(paths, base=base)
     return read.checkpoints, read
 
 

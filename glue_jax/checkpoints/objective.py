@@ -168,7 +168,11 @@ def _digest(path: Path) -> str:
     files = {
         Path(file).absolute() for module in list(sys.modules.values()) if (file := getattr(module, "__file__", None))
     }
-    own = {file for file in files if folder in file.parents and "site-packages" not in file.parts and file.is_file()}
+    own = {
+        file
+        for file in files
+        if folder in file.parents and not {"site-packages", "dist-packages"} & {*file.parts} and file.is_file()
+    }
     found = hashlib.sha256(path.read_bytes())
     for file in sorted(own - {path.absolute()}):
         found.update(file.relative_to(folder).as_posix().encode() + file.read_bytes())

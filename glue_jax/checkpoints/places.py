@@ -36,6 +36,8 @@ def check_place(
         for form in (each.parent.resolve() / each.name, each.resolve()):
             if real == form or real in form.parents or (form.is_dir() and form in real.parents):
                 raise ValueError(f"out is {out}, which would change {form}, one of the inputs; expected another place")
+    if out.is_symlink() and (out.suffix == ".safetensors") != (real.suffix == ".safetensors"):
+        raise ValueError(f"out is {out}, a link to {real}; expected both to be files .safetensors, or both folders")
     if out.suffix in torch_format.SUFFIXES:
         raise ValueError(f"out is {out}; expected a folder, or a file with the ending .safetensors")
     if is_folder and out.suffix == ".safetensors":

@@ -105,7 +105,7 @@ def record(
     """Returns what `glue.json` holds: the experts with their hashes, the coefficients, how they were found, versions.
 
     Args:
-        experts: what `identities` returned before the experts were read. Another program may change a file later.
+        experts: what `identities` returned before anything was learned. Another program may change a file later.
         coefficients: the coefficients of the blend.
         learned: what is known of the learning, such as the estimator, the seed, the passes and the losses. None if the
             coefficients were given.

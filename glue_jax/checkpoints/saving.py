@@ -5,6 +5,7 @@ result, the new one, or none.
 """
 
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +33,7 @@ PROVENANCE_KEY = "glue"
 # Endings and the largest size of side files. Other files may hold weights, which do not fit the blend.
 _SIDE_FILES = {".json", ".jsonl", ".txt", ".model", ".jinja", ".py", ".yaml", ".yml", ".md"}
 _SIDE_FILES |= {".spm", ".bpe", ".codes", ".tiktoken"}
+_SIDE_NAMES = {"LICENSE", "NOTICE"}
 _MOST_SIDE_BYTES = 64 * 2**20
 
 RECORD, CARD, RECIPE = "glue.json", "README.md", "mergekit.yaml"
@@ -254,7 +256,9 @@ def copy_side_files(source: Path, folder: Path) -> None:
     for file in sorted(file for each in copied for file in each.iterdir() if file.is_file()):
         name = file.relative_to(source)
         is_other = _is_weights(file) or file.name.startswith(".") or file.name.endswith(".index.json")
-        is_known = not file.suffixes or not _SIDE_FILES.isdisjoint(file.suffixes)
+        # Mistral's tokenizer is a file tokenizer.model.v3.
+        suffix = Path(file.stem).suffix if re.fullmatch(r"\.v\d+", file.suffix) else file.suffix
+        is_known = suffix in _SIDE_FILES or file.name in _SIDE_NAMES
         is_small = file.stat().st_size <= _MOST_SIDE_BYTES
         if is_small and is_known and not is_other and str(name) not in (RECORD, CARD, RECIPE):
             (folder / name).parent.mkdir(exist_ok=True)

@@ -123,8 +123,8 @@ def build_prior(
         mean: as for `refresh_statistics`.
         var: as for `refresh_statistics`.
         groups: the groups of the second stage. `layers` is `by_layer`, or a group for each leaf if no path names a
-            layer. The second stage is left out if this is None, or if it is `layers` and `merge_fn` has no keyword
-            `groups`.
+            layer. Leaves that are equal in all experts, such as tied weights, then have one group. The second stage is
+            left out if this is None, or if it is `layers` and `merge_fn` has no keyword `groups`.
         merge_fn: `merge_fn(experts, alpha) -> params`.
         shared: arrays that all blends share, such as the base of adapters. They are passed to `merge_fn` as its keyword
             `shared`, next to `groups` and `min_dtype`. None passes nothing.
@@ -246,13 +246,15 @@ def build_prior(
                 start,
                 functools.partial(_tell, on_progress, stage.name),
             )
+            results[stage.name] = result
+            judge(stage.name, experts, result.alpha, source.passes(stage, result), note)
         except BaseException as error:
             so_far = getattr(error, "result", None)
-            error.stages = results | ({stage.name: so_far} if so_far else {})  # pyright: ignore[reportAttributeAccessIssue]
+            error.stages = {**known, **results} | (  # pyright: ignore[reportAttributeAccessIssue]
+                {stage.name: so_far} if so_far else {}
+            )
             error.add_note("The attribute `stages` is what was learned: build_prior(..., known=stages) goes on.")
             raise
-        results[stage.name] = result
-        judge(stage.name, experts, result.alpha, source.passes(stage, result), note)
         words.append(
             f"{stage.name.capitalize()}: {' x '.join(map(str, stage.shape))} "
             f"{'free coefficients' if number else 'coefficients under a softmax'} in {source.describe(result)}."

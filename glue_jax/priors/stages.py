@@ -97,14 +97,10 @@ def _with_tied_rows(groups: Groups, experts: Params) -> Groups:
     for name, leaf in leaves.items():
         if np.ndim(leaf) < 2:
             continue
-        alike = first.setdefault((leaf.shape, leaf.dtype), [])
-        # A few numbers tell most tensors apart.
-        corner = (slice(None), *[slice(4)] * (leaf.ndim - 1))
-        same = (
-            other
-            for other in alike
-            if bool((leaves[other][corner] == leaf[corner]).all()) and bool((leaves[other] == leaf).all())
-        )
+        # A few numbers tell most leaves apart.
+        corner = np.asarray(leaf[(slice(None), *[slice(4)] * (leaf.ndim - 1))])
+        alike = first.setdefault((leaf.shape, leaf.dtype, corner.tobytes()), [])
+        same = (other for other in alike if bool((leaves[other] == leaf).all()))
         if (other := next(same, None)) is None:
             alike.append(name)
         elif bool((leaf != leaf.reshape(-1)[0]).any()):

@@ -585,7 +585,7 @@ def test_a_result_does_not_share_its_arrays_with_its_state():
 
 @pytest.mark.parametrize("data", [UserDict(x=np.ones((8, 2)))])
 def test_a_mapping_that_is_no_pytree_is_refused(data):
-    with pytest.raises(TypeError, match=r"data is a UserDict.*pass dict"):
+    with pytest.raises(TypeError, match=r"data is a Python UserDict; expected an array.*dict of a mapping"):
         glue_jax.learn(jax.random.key(0), classification()[0], data, loss_fn=CLASSIFICATION, optimizer=optax.sgd(0.1))
 
 

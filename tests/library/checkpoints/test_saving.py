@@ -330,7 +330,7 @@ def test_small_folders_are_copied_and_weights_of_other_formats_are_not(tmp_path)
     (folders[0] / "checkpoint-5").mkdir()
     (folders[0] / "checkpoint-5" / "config.json").write_text("{}")
     (folders[0] / "checkpoint-5" / "model.safetensors").write_bytes(b"weights")
-    for name in ("rust_model.ot", "weights.npz", ".env", "model.onnx_data"):
+    for name in ("rust_model.ot", "rust.model.ot", "weights", "weights.npz", ".env", "model.onnx_data"):
         (folders[0] / name).write_bytes(b"secret")
     with pytest.warns(UserWarning, match=r"has weights in \['checkpoint-5'\] too"):
         out = blend_files(open_checkpoints(folders), [0.5, 0.5], tmp_path / "out")
