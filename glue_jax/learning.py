@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from glue_jax import arguments
 from glue_jax.batches import on_cpu
@@ -20,7 +19,7 @@ from glue_jax.checks import check_optimizer, check_state
 from glue_jax.experts import num_experts
 from glue_jax.gauss_newton import check_gauss_newton_state, gauss_newton_step
 from glue_jax.runs import MOST_UNREAD, Run
-from glue_jax.states import init
+from glue_jax.states import beside, init
 from glue_jax.steps import spsa_step
 from glue_jax.streams import ArrayBatches, is_stream, stream_batches
 from glue_jax.types import (
@@ -33,7 +32,6 @@ from glue_jax.types import (
     MergeFn,
     Params,
     Progress,
-    PyTree,
     StepFn,
 )
 from glue_jax.validation import make_judge
@@ -240,19 +238,10 @@ def _begin(
         check_gauss_newton_state(current, functions["link_fn"])
     inputs = {"experts": experts, "data": data, "validation_data": validation_data}
     inputs = {name: tree for name, tree in inputs.items() if tree is not None and not is_stream(tree)}
-    run = Run(functions["link_fn"], functions["step_fn"], inputs, _beside(current, (experts, inputs.get("data"))))
+    run = Run(functions["link_fn"], functions["step_fn"], inputs, beside(current, (experts, inputs.get("data"))))
     if before is not None:
         run.go_on_from(before, validate_every)
     return run
-
-
-def _beside(state: GlueState, trees: PyTree) -> GlueState:
-    """Returns the state on the devices of these arrays, where a step would return it, so that no step compiles anew."""
-    shardings = [leaf.sharding for leaf in jax.tree.leaves(trees) if leaf.committed]
-    if not shardings:
-        return state
-    mesh = getattr(shardings[0], "mesh", None)
-    return jax.device_put(state, NamedSharding(mesh, PartitionSpec()) if mesh else shardings[0])
 
 
 def _steps(

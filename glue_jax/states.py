@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from glue_jax import quadratic_model
 from glue_jax.checks import check_counts, check_optimizer
@@ -66,6 +67,15 @@ def init(
 def opt_state_of(beta: PyTree, optimizer: optax.GradientTransformation | None, link_fn: LinkFn) -> Any:
     """Returns the initial `opt_state`: the optimizer's, or Gauss-Newton's if there is no optimizer."""
     return quadratic_model.start(beta, link_fn) if optimizer is None else optimizer.init(beta)
+
+
+def beside(state: GlueState, trees: PyTree) -> GlueState:
+    """Returns the state on the devices of these arrays, where a step would return it, so that no step compiles anew."""
+    shardings = [leaf.sharding for leaf in jax.tree.leaves(trees) if leaf.committed]
+    if not shardings:
+        return state
+    mesh = getattr(shardings[0], "mesh", None)
+    return jax.device_put(state, NamedSharding(mesh, PartitionSpec()) if mesh else shardings[0])
 
 
 def alpha(state: GlueState | LearnResult, link_fn: LinkFn = jax.nn.softmax) -> PyTree:
