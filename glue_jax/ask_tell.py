@@ -72,8 +72,8 @@ def ask(
         key: as for `spsa_step`, the same for every step.
         state: the state from `init` or `tell`.
         link_fn: as for `spsa_step`.
-        radius: as for `spsa_step`, but the default is never larger for bfloat16 or float16. A loss that is known to few
-            digits needs a large radius. So does a metric that counts errors.
+        radius: as for `spsa_step`, but without the exception for bfloat16 and float16: `ask` does not see the loss. A
+            loss that is known to few digits needs a large radius. So does a metric that counts errors.
         num_directions: m, the number of directions.
         directions: as for `spsa_step`.
         scale: as for `spsa_step`.
@@ -243,7 +243,7 @@ def tell_outputs(
     Args:
         probes: the probes from `ask_outputs`.
         outputs: the outputs of all probes in their order, on one minibatch. Pass arrays `[m + 2, B, ...]`, or a list of
-            m + 2 outputs `[B, ...]`. Only a list has an entry for each probe. A tuple is a pytree of arrays. In a list,
+            m + 2 outputs `[B, ...]`. A tuple is not such a list: it is a pytree of arrays `[m + 2, B, ...]`. In a list,
             None stands for a blend that could not be evaluated. If the output of a direction is None, this minibatch
             does not change the quadratic model of the loss, and the proposal is still tested. If the output of the
             proposal is None, the step turns the proposal down.

@@ -53,9 +53,9 @@ def calibrate(
     """Proposes a radius and a learning rate. It measures slopes along a few directions, each at all radii.
 
     If the slopes along one direction agree between neighbouring radii, neither rounding nor curvature spoils them. Step
-    sizes for finite differences are often chosen by this comparison. The error rate changes in jumps. These jumps act
-    like rounding. The learning rate gives the first step the size `first_step`, as Qiskit's SPSA does. The call takes
-    `2 R m` evaluations, 72 by default.
+    sizes for finite differences are often chosen by this comparison. If `fun` is an error rate, it changes in jumps,
+    and these jumps act like rounding. The learning rate gives the first step the size `first_step`, as Qiskit's SPSA
+    does. The call takes `2 R m` evaluations, 72 by default.
 
     Args:
         key: a `jax.random.key`.

@@ -45,7 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the words after `glue-jax`. None is those of this process.
 
     Returns:
-        The exit status: 0, or 1 after an error. An error is one line on stderr, and there is no result.
+        The exit status: 0, or 1 after an error, or 130 after Ctrl-C. An error is one line on stderr, and there is no
+        result.
+
+    Raises:
+        SystemExit: with status 2 if the arguments are wrong, and 0 after `--help`.
     """
     options = _parser().parse_args(arguments)
     try:

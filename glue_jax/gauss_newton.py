@@ -66,10 +66,10 @@ def gauss_newton_step(
             may be None.
         state: the state from `init(num_experts, link_fn=link_fn)` or from the previous step.
         experts: as for `spsa_step`.
-        batch: as for `spsa_step`. With 16 to 32 examples, learning takes the fewest passes. The reason is that the
-            quadratic model is a mean over minibatches, and small minibatches give more steps for the same passes. So
-            pass `batch_size=32` to `learn`, whose default is 64. The number of outputs (examples times classes) should
-            exceed the number of directions.
+        batch: as for `spsa_step`. With 16 to 32 examples, learning looks at the fewest examples in total. The reason is
+            that the quadratic model is a mean over minibatches, and small minibatches give more steps for the same
+            number of examples. So pass `batch_size=32` to `learn`, whose default is 64. The number of outputs (examples
+            times classes) should exceed the number of directions.
         loss_fn: an `OutputLoss`, deterministic as for `spsa_step`. Its `outputs_fn` needs no backward pass. JAX
             differentiates it in forward mode, or not at all; `tangents` says which.
         link_fn: as for `spsa_step`.
@@ -85,8 +85,8 @@ def gauss_newton_step(
             it knows the slopes along all d directions. If d is large, fewer directions lower the loss faster at first.
             All d directions reach a lower loss in the end. None is all d directions.
         probe_batch_size: how many of the blends go forward together; see `spsa_gradient`. In `forward_mode` it is the
-            number of directions whose derivatives are computed together. The default is all directions. They then share
-            one forward pass.
+            number of directions whose derivatives are computed together, by default all directions. They share one
+            forward pass.
         matmul_precision: as for `spsa_step`.
 
     Returns:

@@ -75,11 +75,11 @@ def learn(
     To JAX a list is a pytree, so pass `iter(batches)` for a list of batches. Such an iterator has one epoch. A batch
     with a new shape compiles anew.
 
-    A run can be continued: pass its `LearnResult` as `state`. The new call keeps the best coefficients, the patience
-    and the history. It continues an iterator where it is, and begins a new epoch of a loader. With arrays or an
-    iterator, several calls return what one long call returns. There is one exception: `max_steps` may stop a call
-    between two validations. The call then validates its last coefficients, which one long call would not do. If these
-    coefficients are the best, the call keeps them.
+    A run can be continued: pass its `LearnResult` as `state`. The new call keeps the best coefficients, the history,
+    and the number of validations without a new best value. It continues an iterator where it is, and begins a new epoch
+    of a loader. With arrays or an iterator, several calls return what one long call returns. There is one exception:
+    `max_steps` may stop a call between two validations. The call then validates its last coefficients, which one long
+    call would not do. If these coefficients are the best, the call keeps them.
 
     JAX compiles again for each new function and each new optimizer. So make the functions and the optimizer once, and
     pass the same objects to every call. Then a second call compiles nothing. If a function reads a variable from

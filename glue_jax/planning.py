@@ -47,10 +47,11 @@ def plan(
     A step with a noisy estimate makes less progress, so the plan divides the time of a step by its progress. The plan
     also says whether one SPSA step is faster than one full-gradient step (the paper's Eq. 10).
 
-    The call compiles about twenty programs. This takes some minutes for a large network. For many coefficients it takes
-    longer, because the plan times steps of d directions. Each step is timed with its default directions, radius and
-    precision. A program has one step, as with `learn` on a CPU. On an accelerator `learn` runs several steps in one
-    program, which the plan does not time. The plan times the steps in turns.
+    The call compiles about twenty programs. This takes some minutes for a large network. Many coefficients take longer,
+    because some of the timed steps look along d directions. d is the number of directions in which the blend can
+    change. Each step is timed with its default directions, radius and precision. A program has one step, as with
+    `learn` on a CPU. On an accelerator `learn` runs several steps in one program, which the plan does not time. The
+    plan times the steps in turns.
 
     The plan compares steps by their progress. Suppose that the gradient g of a loss is L-Lipschitz. Suppose that an
     estimate has mean g and mean squared error V ||g||^2. Then a step of length eta along the estimate lowers the loss,
@@ -63,8 +64,8 @@ def plan(
       V = d - 1, so d steps count as one. m = d orthogonal directions have V = 0.
     - `gauss_newton_step` counts as one step with the exact gradient. That is an assumption. The step is worth less at
       first, when its damping is large. It is worth more near the minimum, because it also uses the curvature. No timing
-      tells how much, since that depends on the problem. The printed plan says how much the step must be worth to be the
-      cheapest.
+      tells how much, since that depends on the problem. The printed plan says how much a Gauss-Newton step must be
+      worth to be the cheapest.
 
     The plan ignores the noise of minibatches. It assumes that each step has its best learning rate for plain gradient
     descent.

@@ -136,14 +136,16 @@ def _advice(plan: Plan) -> list[str]:
     best = plan.best
     size = "" if best.probe_batch_size is None else f" with probe_batch_size={best.probe_batch_size}"
     lines = [f"Cheapest: {best.name}{size}, {best.progress_seconds:.3g} s."]
-    others = [step for step in plan.steps if step.assumed]
-    if others and not best.assumed:
+    others = [step for step in plan.steps if step.assumed != best.assumed]
+    if others:
         other = min(others, key=lambda step: step.progress_seconds)
+        assumed, exact = (best, other) if best.assumed else (other, best)
         lines += [
             "This counts a Gauss-Newton step as one gradient step. It is worth less in the first steps, and more near "
             "the minimum.",
-            f"If it is worth more than {other.progress_seconds / best.progress_seconds:.3g} gradient steps, "
-            f"{other.name} with probe_batch_size={other.probe_batch_size} is the cheapest.",
+            f"If it is worth more than {assumed.progress_seconds / exact.progress_seconds:.3g} gradient steps, "
+            f"{assumed.name} with probe_batch_size={assumed.probe_batch_size} is the cheapest. Otherwise {exact.name} "
+            "is.",
         ]
     return lines + (["", *reasons(plan.left_out)] if plan.left_out else [])
 

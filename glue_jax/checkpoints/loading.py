@@ -70,7 +70,8 @@ def load_experts(
     kept = check_alike(checkpoints, take_first)
     to_tree = _to_tree(checkpoints[0], rename)
     leaves = {}
-    for portion in checkpoints[0].portions():
+    # The fewest portions are those of a file that is read whole for each one.
+    for portion in min((list(each.portions()) for each in checkpoints), key=len):
         stacked = read_stacked(checkpoints, portion, kept)
         leaves |= {name: place_leaf(name, stacked.pop(name), sharding) for name in portion}
     return to_tree(leaves)

@@ -53,9 +53,9 @@ def refresh_statistics(
         params: the model, with its old statistics. They are replaced, and may be None.
         batches: a list, or another iterable, of pytrees of arrays `[B, ...]`.
         statistics_fn: `statistics_fn(params, batch)` runs the network in training mode, and returns the statistics of
-            that batch alone. They are a tree in which each statistic has its path in `params`. With Flax, run a
-            BatchNorm with momentum 0 and return its updated statistics. (In Flax the momentum is the share of the old
-            statistics, in PyTorch that of the new ones.) For a PyTorch module,
+            that batch alone. They are a tree. Each statistic has the same path as in `params`, or a shorter one, see
+            `collection`. With Flax, run a BatchNorm with momentum 0 and return its updated statistics. (In Flax the
+            momentum is the share of the old statistics, in PyTorch that of the new ones.) For a PyTorch module,
             `glue_jax.checkpoints.torch_modules.module_functions` makes this function. Jit it.
         collection: a regular expression that matches the paths of statistics in `params`, and no paths of parameters.
             The tree of `statistics_fn` may have shorter paths, without the text that `collection` matches. For

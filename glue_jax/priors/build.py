@@ -112,9 +112,10 @@ def build_prior(
         evaluate: a function on the host in place of `data` and `loss_fn`: `evaluate(params) -> float`, lower is better.
             JAX does not trace it. With `evaluate` there is only the stage `learned`, which learns by `ask` and `tell`.
             If `evaluate` returns None or raises, learning continues without this blend.
-        spec: which units may be permuted. An expert is related to the others if the median cosine between its kernels
-            and theirs is at least 0.1. If an expert is unrelated, the experts are aligned. The alignment is kept if it
-            lowers the value of the uniform average. None aligns nothing.
+        spec: which units may be permuted. Each pair of experts has one cosine, over all kernels together. An expert is
+            related to the others if the median of its K - 1 cosines is at least 0.1. If an expert is unrelated, the
+            experts are aligned. The alignment is kept if it lowers the value of the uniform average. None aligns
+            nothing.
         statistics_fn: `statistics_fn(params, batch)` returns BatchNorm's statistics of a batch of `data`, as for
             `refresh_statistics`. The statistics of each blend are refreshed on at most 2048 examples. An expert alone
             keeps its own statistics. While the coefficients are learned, a model has the statistics of the minibatch.
@@ -123,8 +124,9 @@ def build_prior(
         mean: as for `refresh_statistics`.
         var: as for `refresh_statistics`.
         groups: the groups of the second stage. `layers` is `by_layer`, or a group for each leaf if no path names a
-            layer. Leaves that are equal in all experts, such as tied weights, then have one group. The second stage is
-            left out if this is None, or if it is `layers` and `merge_fn` has no keyword `groups`.
+            layer. With `layers`, two leaves that are equal to each other in every expert, such as tied weights, share
+            one group. Arrays of one repeated number are not taken for tied. The second stage is left out if this is
+            None, or if it is `layers` and `merge_fn` has no keyword `groups`.
         merge_fn: `merge_fn(experts, alpha) -> params`.
         shared: arrays that all blends share, such as the base of adapters. They are passed to `merge_fn` as its keyword
             `shared`, next to `groups` and `min_dtype`. None passes nothing.
@@ -132,7 +134,7 @@ def build_prior(
         batch_size: the number of examples in a minibatch. None is 64, or all if there are fewer.
         patience: a stage ends after this many validations without a new best value. None takes all steps.
         on_progress: `on_progress(stage, progress)`, called after every 5 steps. With `evaluate` it is called after each
-            step. You can keep `progress.result`, and pass it in `known` later.
+            step. You can keep `progress.result` of each stage, and pass them in `known` later.
         known: the results of an earlier call with the same arguments, by the names of their stages. Learning continues
             from them as if it had never stopped.
 

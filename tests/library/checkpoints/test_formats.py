@@ -186,6 +186,19 @@ class TestTorch:
         assert read["w"].astype(np.float32).tolist() == [[0, 1, 2], [3, 4, 5]]
         assert read["n"] == 3
 
+    @pytest.mark.parametrize("zipped", [(True, False), (False, True)])
+    def test_a_file_of_the_old_format_is_loaded_once(self, tmp_path, monkeypatch, zipped):
+        paths = [tmp_path / "a.pt", tmp_path / "b.pt"]
+        for path, new in zip(paths, zipped, strict=True):
+            state = {name: self.torch.ones(4) for name in "vwx"}
+            self.torch.save(state, path, _use_new_zipfile_serialization=new)
+        checkpoints = [open_checkpoint(path) for path in paths]
+        monkeypatch.setattr(formats, "_PORTION_BYTES", 16)
+        loaded, load = [], self.torch.load
+        monkeypatch.setattr(self.torch, "load", lambda file, **words: loaded.append(file) or load(file, **words))
+        assert load_experts(checkpoints)["x"].shape == (2, 4)
+        assert loaded == paths
+
     @pytest.mark.parametrize("name", ["a.pt", "lightning.ckpt"])
     def test_the_model_in_a_larger_file_is_named_by_subtree(self, tmp_path, name):
         path = tmp_path / name
