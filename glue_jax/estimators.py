@@ -57,16 +57,17 @@ def spsa_gradient(
 ) -> Estimate:
     """Estimates a gradient from two evaluations per direction. It never differentiates the function (Eq. 3-6).
 
-    Each direction u gives the vector `(L+ - L-) / (2 radius) u`. The estimate is the mean of these vectors over m
-    directions. With `scale="unbiased"` the mean is multiplied by d, the dimension of the space probed. The expected
-    estimate is then the gradient g, up to O(radius²). With `scale="paper"` the estimate is the paper's literal Eq. (6),
-    and its expectation is g/d. `glue_jax.theory` gives the mean squared errors.
+    Let L+ and L- be `fun(beta + radius u)` and `fun(beta - radius u)`. Each direction u gives the vector `(L+ - L-) /
+    (2 radius) u`. The estimate is the mean of these vectors over m directions. With `scale="unbiased"` the mean is
+    multiplied by d, the dimension of the space that the directions cover. The expected estimate is then the gradient g
+    in this space, up to O(radius²). With `scale="paper"` the estimate is the paper's literal Eq. (6), and its
+    expectation is g/d. `glue_jax.theory` gives the mean squared errors.
 
     Args:
         key: a `jax.random.key`.
         fun: `fun(beta) -> scalar`. Rounding can hide the difference of two probes. To prevent this, blend with
-            `glue_jax.blend(..., min_dtype=jnp.float32)` inside `fun`. On an accelerator, also call it under
-            `jax.default_matmul_precision("highest")`. `spsa_step` does both.
+            `glue_jax.blend(..., min_dtype=jnp.float32)` inside `fun`. On an accelerator, also call `spsa_gradient`
+            under `jax.default_matmul_precision("highest")`. `spsa_step` does both.
         beta: the point at which to estimate, any pytree of floating-point coefficients.
         radius: the root mean square distance of a probe from beta, above 0.
         num_directions: m, the number of directions.

@@ -38,7 +38,7 @@ def stack_experts(
 
     Raises:
         ValueError: if experts differ; the error lists every difference with its path.
-        ValueError: if a weight is infinite or NaN, or if a generator yields an expert in the memory of the one before.
+        ValueError: if a weight is infinite or NaN, or if a generator reuses the arrays of one expert for the next.
         ValueError: if an integer does not fit into the dtype in which JAX stores it.
         ValueError: if an entry of `take_first` matches no leaf, or matches a floating-point leaf.
         TypeError: if `experts` is a dict, which is a single expert, or if a leaf is a PRNG key or no array of numbers.

@@ -254,12 +254,13 @@ def tempered_merge(merge_fn: MergeFn, *, head: str) -> MergeFn:
     the last layer by the temperature. So the merged model keeps the experts' architecture and needs nothing else.
 
     Args:
-        merge_fn: the merge of the coefficients.
+        merge_fn: the merge that this merge calls. It gets the experts and `Tempered.coefficients`.
         head: a regular expression for the paths of the last layer's kernel and bias (`glue_jax.paths`).
 
     Returns:
         The `merge_fn`. It raises a ValueError if `head` matches no path, and a TypeError if the coefficients are not
-        `Tempered`. The steps call it with a `min_dtype`. Then its result is at least float32, whatever `min_dtype` is.
+        `Tempered`. It takes the keyword `min_dtype`, which the steps pass. With any `min_dtype`, the merged model is at
+        least float32.
     """
 
     def merge(experts: Params, alpha: PyTree, *, min_dtype: DTypeLike | None = None) -> Params:

@@ -42,7 +42,7 @@ def learn_from_starts(
     `result` holds the best result so far, if there is one.
 
     Args:
-        key: as for `learn`. All starts share it, so all see the same minibatches and directions.
+        key: as for `learn`. All starts share it, so all see the same directions, and the same minibatches of arrays.
         experts: as for `learn`.
         data: arrays or a loader, as for `learn`. An iterator is refused, because only one start could read it.
         starts: the beta of each start, leaves `[S, ...]`. For example `jnp.stack([weights_to_logits(w) for w in ...])`.

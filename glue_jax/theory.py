@@ -177,8 +177,8 @@ def proposition_1_bound(
 ) -> float:
     """Returns the bound of Proposition 1, Eq. (13): (K - 1)/(m K) sigma_max(Theta)² ||grad_theta L||².
 
-    The bound is for the error of the paper's estimate in alpha (Eq. 12). It rests on Eq. (19) and (20). The exact error
-    is `estimator_mean_squared_error(..., "sphere", scale="paper")`.
+    The bound is for the mean squared error of the paper's estimate of the gradient with respect to alpha (Eq. 12). It
+    rests on Eq. (19) and (20). The exact error is `estimator_mean_squared_error(..., "sphere", scale="paper")`.
 
     Args:
         num_experts: K, the number of experts.

@@ -137,8 +137,8 @@ def save_adapter(
 ) -> Path:
     """Writes the blend of adapters as one adapter, which PEFT loads.
 
-    The blend is exact but for one rounding of the factors B to the dtype of the adapters. The rank of a module is the
-    sum of the adapters' ranks there.
+    The blend is exact but for rounding: the factors B are computed in float32, and rounded to the dtype of the
+    adapters. The rank of a module is the sum of the adapters' ranks there.
 
     Args:
         out: the folder of the result.

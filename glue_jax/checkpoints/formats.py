@@ -31,9 +31,11 @@ _NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin")
 class Checkpoint:
     """One expert in files. Its weights stay in the files until `read` is called.
 
+    There is one exception: PyTorch loads a whole file that PyTorch before 1.6 wrote, only to open it.
+
     Attributes:
         path: the file or the folder.
-        format: the format of the weights. The weights of an adapter are in safetensors or PyTorch.
+        format: the format of the weights. For the folder of an adapter of PEFT it is `safetensors` or `torch`.
         tensors: the shape and the dtype of each tensor, by its name. In an orbax checkpoint the name is the path of the
             leaf, joined by slashes.
         files: the file that holds each tensor, by its name. For orbax it is the folder.

@@ -43,16 +43,17 @@ class ModuleFunctions(NamedTuple):
 def module_functions(module: Any, *, inputs: Sequence[str] | None = None) -> ModuleFunctions:
     """Makes JAX functions of a PyTorch module. The module is copied without its weights, and is not changed.
 
-    The functions take a state dict: a flat dict of arrays with the names of `module.state_dict()`, as `load_experts`
-    and `blend` return it. They also take a batch: a dict of arrays. They compute in at least float32, whatever the
-    dtypes of the weights. If several names stand for one tied weight, the state dict needs only one of these names.
+    The functions take the state dict of one model: a flat dict of arrays with the names of `module.state_dict()`.
+    `blend` returns such a dict if `load_experts` read the experts. They also take a batch: a dict of arrays. They
+    compute in at least float32, whatever the dtypes of the weights. If several names stand for one tied weight, the
+    state dict needs only one of these names.
 
     Args:
         module: a `torch.nn.Module`. Its output is a tensor or a pytree of tensors. If the output is a mapping with the
             entry `logits`, such as an output of Hugging Face's transformers, the functions return this entry alone.
         inputs: the entries of the batch that are passed to the module by keyword. With None, an entry is passed if
-            `module.forward` has an argument of this name. The entry `labels` is never passed then. If no entry has such
-            a name, the module gets the entry `x`.
+            `module.forward` has an argument of this name, except for the entry `labels`. If no entry has such a name,
+            the module gets the entry `x`.
 
     Returns:
         The functions.

@@ -193,8 +193,9 @@ def align_experts(
     Args:
         experts: stacked experts, each leaf `[K, ...]`.
         spec: the axes that may be permuted.
-        reference: the index of the expert that the others are aligned to. None first aligns all to expert 0. Then it
-            aligns each expert to the mean of the others, round after round, until none moves (Algorithm 3, MergeMany).
+        reference: the index of the expert that the others are aligned to. If it is None, all experts are first aligned
+            to expert 0. Then each expert is aligned to the mean of the others, round after round, until no expert moves
+            (Algorithm 3, MergeMany).
         ignore: as for `align`.
         seed: the seed of the random orders.
         max_rounds: the largest number of rounds if `reference` is None, at least 1.

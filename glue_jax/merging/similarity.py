@@ -27,14 +27,14 @@ class Similarity(NamedTuple):
     Attributes:
         names: the names of the G groups.
         cosine: the cosines of the angles between the experts' weights, `[G, K, K]`. Near 1, the weights are close. Near
-            0, they have nothing in common, as for kernels from separate initialisations. The scales of norms are near 1
-            in every network, so their cosine is near 1 in any case.
-        distance: each expert's distance from the origin, divided by the length of the origin, `[G, K]`. It is infinite
-            if that length is 0, as for biases. Without an origin, it is the distance from the experts' mean, divided by
-            the length of the mean.
-        cosine_from_origin: the cosines of the angles between the experts' differences from the origin, `[G, K, K]`.
-            Such a difference is what an expert learned. Near 1, two experts learned the same. Near 0, the things that
-            they learned do not conflict. It is None without an origin.
+            0, they have nothing in common, as for kernels from separate initialisations. The scales of normalisation
+            layers are near 1 in every network, so their cosine is near 1 in any case.
+        distance: each expert's distance from the common initialisation, divided by the norm of that initialisation,
+            `[G, K]`. If the norm is 0, as for biases, the distance is infinite, or NaN for an expert that did not move.
+            Without an initialisation, the experts' mean takes its place.
+        cosine_from_origin: the cosines of the angles between the experts' differences from the common initialisation,
+            `[G, K, K]`. Such a difference is what an expert learned. Near 1, two experts learned the same. Near 0, the
+            things that they learned do not conflict. It is None without an initialisation.
     """
 
     names: tuple[str, ...]
@@ -50,14 +50,15 @@ def weight_similarity(experts: Params, groups: Groups | None = None, *, origin: 
         experts: stacked experts, each leaf `[K, ...]`. Split off BatchNorm statistics with `partition`, because they
             are no weights. Leaves that are not floating point, such as counters, do not count.
         groups: groups from `group_by_path` or `by_layer`. None puts all leaves into one group.
-        origin: the common initialisation, if there is one, with the structure of one expert.
+        origin: the common initialisation of the experts, if there is one, with the structure of one expert.
 
     Returns:
         The similarities, as float64 NumPy arrays. The function copies one leaf at a time to the host, as float64.
 
     Raises:
         ValueError: if the origin does not have the structure and shapes of one expert.
-        ValueError: if the groups belong to another tree, or if a row of the groups has no name.
+        ValueError: if the groups belong to another tree, or if `groups.names` has no entry for a number in
+            `groups.rows`.
         TypeError: if `groups` is no `Groups`, or if weights are complex.
     """
     k = num_experts(experts)
