@@ -135,5 +135,5 @@ def _wide_scalars(means: PyTree) -> PyTree:
     leaves = jax.tree.leaves(means)
     if not leaves or any(jnp.shape(leaf) != () for leaf in leaves):
         shapes = jax.tree.map(jnp.shape, means)
-        raise ValueError(f"fn returned {shapes}; expected a scalar, or a pytree of scalars: each a mean over its batch")
+        raise ValueError(f"fn returned {shapes}; expected a scalar, or a pytree of scalars, each a mean over its batch")
     return jax.tree.map(lambda mean: jnp.asarray(mean, jnp.promote_types(jnp.result_type(mean), jnp.float32)), means)

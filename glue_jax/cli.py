@@ -51,7 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: with status 2 if the arguments are wrong, and 0 after `--help`.
     """
-    options = _parser().parse_args(arguments)
+    options, unknown = _parser().parse_known_args(arguments)
+    if unknown:
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         with interruptible(), warnings.catch_warnings():
             # Warnings of other libraries are not meant for the user of a command. Ours are.
@@ -112,9 +114,10 @@ def _parser() -> argparse.ArgumentParser:
             help=description,
             description=description,
             epilog=_EXAMPLES[name],
+            allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        added.set_defaults(run=run)
+        added.set_defaults(run=run, parser=added)
         added.add_argument("experts", nargs="+", type=_path, metavar="EXPERT", help=_EXPERTS)
         added.add_argument(
             "--subtree", metavar="KEYS", help="the part of each checkpoint that is the model, e.g. params"

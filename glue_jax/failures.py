@@ -9,6 +9,8 @@ import numpy as np
 
 from glue_jax.types import LearnResult, PyTree, StepFn
 
+LOOK_FOR = "a division by 0, a logarithm of 0, an overflow, or a label that is no class of the network"
+"""Where a function of the user may become infinite or NaN."""
 # A message names at most so many paths.
 _MOST_PATHS = 3
 
@@ -58,9 +60,7 @@ def explain(what: str, step: int, *, first_step: int, step_fn: StepFn, inputs: d
             "the loss is finite there, but its derivative is not: look, for example, for a square root or a norm of 0"
         )
     elif step == first_step and what != "new beta":
-        reasons.append(
-            f"{', '.join(inputs)} are finite: look in the functions for a division by 0, a logarithm of 0, an overflow"
-        )
+        reasons.append(f"{', '.join(inputs)} are finite: look in the functions for {LOOK_FOR}")
     if step > first_step or what == "new beta":
         reasons.append("a smaller learning rate may help")
     return "; ".join(reasons)

@@ -226,7 +226,7 @@ def _begin(
             state = init(num_experts(experts), optimizer, link_fn=functions["link_fn"])
         except ValueError as error:
             raise ValueError(
-                f"{error}. If the leaves and the link are right, pass state=glue_jax.init(K, optimizer, ...)"
+                f"{error}. If experts and link_fn are right, pass state=glue_jax.init(K, optimizer, ...)"
             ) from error
     if before is not None:
         arguments.check_link(before, functions["link_fn"])

@@ -49,8 +49,8 @@ RATES: Mapping[Sharing, Mapping[str, float]] = {
     "free by block": {"spsa": 0.01, "spsa_d": 0.1, "forward": 0.01, "full": 0.1},
     "free by layer": {"spsa": 0.01, "spsa_d": 0.1, "forward": 0.01, "full": 0.3},
 }
-"""Learning rates of Adam, which falls to a fiftieth by a cosine. Each gives the lowest validation loss on the digits' first
-seed (`--seeds 0 --rate`): of 0.03, 0.1 and 0.3 for the softmax, and of these, 0.003 and 0.01 for the others.
+"""Learning rates of Adam, which falls to a fiftieth by a cosine. Each gives the lowest validation loss on the digits'
+first seed (`--seeds 0 --rate`): of 0.03, 0.1 and 0.3 for the softmax, and of these, 0.003 and 0.01 for the others.
 """
 TOLERANCE = 0.01
 """How near to the best loss of all ways counts as there, relatively."""

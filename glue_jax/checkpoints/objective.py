@@ -5,7 +5,7 @@ import hashlib
 import sys
 import traceback
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +35,8 @@ FUNCTIONS = (
 _NOT_WITH_EVALUATE = {"load_data", "load_validation_data", "validation_fn", "metric", "statistics_fn"}
 MOST_TEXT = 400
 """The most characters of another error that an error cites."""
+# An error shows at most so many entries of a dict.
+_MOST_ENTRIES = 8
 _NUMBERS = ("loss", "metric", "loss_fn", "validation_fn")
 
 
@@ -191,12 +193,26 @@ def _guarded(path: Path, name: str, function: Callable[..., Any]) -> Callable[..
             lines = [frame.lineno for frame in frames if Path(frame.filename).absolute() == path.absolute()]
             line = f", line {lines[-1]}" if lines else ""
             text = " ".join(str(error).split())[:MOST_TEXT]
-            raise ObjectiveError(f"{path}{line}: {name} raised {type(error).__name__}: {text}") from error
-        if name in _NUMBERS and not isinstance(result, jax.Array | np.ndarray | np.generic | int | float):
-            raise ObjectiveError(f"{path}: {name} returned {result!r}; expected one number")
+            given = f" (given {', '.join(map(_in_words, values))})" if values else ""
+            raise ObjectiveError(f"{path}{line}: {name} raised {type(error).__name__}: {text}{given}") from error
+        is_number = isinstance(result, jax.Array | np.ndarray | np.generic | int | float) and not np.ndim(result)
+        if name in _NUMBERS and not is_number:
+            raise ObjectiveError(f"{path}: {name} returned {_in_words(result)}; expected one number")
         return result
 
     return guarded
+
+
+def _in_words(value: Any) -> str:
+    """Returns a value with a dtype and a shape in place of each array. Of many entries of a dict it has the first."""
+    if isinstance(value, Mapping):
+        entries = [f"{name!r}: {_in_words(each)}" for name, each in list(value.items())[:_MOST_ENTRIES]]
+        return f"{{{', '.join(entries)}{', ...' * (len(value) > _MOST_ENTRIES)}}}"
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(_in_words, value))})"
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"{value.dtype}{list(value.shape)}"
+    return repr(value)
 
 
 def _arrays(path: Path, name: str, defined: dict[str, Callable[..., Any]]) -> Any:

@@ -13,6 +13,7 @@ from glue_jax.blending import blend
 from glue_jax.checks import check_callable, check_counts
 from glue_jax.coefficients import uniform
 from glue_jax.experts import num_experts
+from glue_jax.failures import LOOK_FOR
 from glue_jax.links import unconstrained
 from glue_jax.merging.alignment import Permutations, align_experts
 from glue_jax.merging.batch_norm import STATISTICS
@@ -215,7 +216,7 @@ def build_prior(
 
     for index in range(k):
         judge(f"expert {index}", experts, jnp.zeros(k).at[index].set(1))
-    average = judge("uniform average", experts, uniform(k))
+    average = before = judge("uniform average", experts, uniform(k))
     are_related = similarity is None or all(each.related for each in similarity)
     originals = experts
     permutations, alignment = None, "" if similarity is None else _not_aligned(spec, are_related)
@@ -224,7 +225,7 @@ def build_prior(
         after = judge("aligned average", aligned.experts, uniform(k))
         is_better = _order(after) < _order(average)
         if is_better:
-            experts, permutations = aligned
+            before, (experts, permutations) = after, aligned
         alignment = (
             f"Aligning the experts takes the value of their uniform average from {average.value:.4g} to "
             f"{after.value:.4g}, so {'the aligned experts' if is_better else 'the experts as they were'} are blended."
@@ -233,7 +234,7 @@ def build_prior(
         values = [each.value for each in candidates]
         raise ValueError(
             f"the experts and their average have the values {values}; expected a finite number from "
-            f"{source.name_of_value}"
+            f"{source.name_of_value} (look there for {LOOK_FOR})"
         ) from source.failure
     results, words = {}, []
     for number, stage in enumerate(stages):
@@ -249,7 +250,7 @@ def build_prior(
                 functools.partial(_tell, on_progress, stage.name),
             )
             results[stage.name] = result
-            judge(stage.name, experts, result.alpha, source.passes(stage, result), note)
+            learned = judge(stage.name, experts, result.alpha, source.passes(stage, result), note)
         except BaseException as error:
             so_far = getattr(error, "result", None)
             error.stages = {**known, **results} | (  # pyright: ignore[reportAttributeAccessIssue]
@@ -260,8 +261,10 @@ def build_prior(
         words.append(
             f"{stage.name.capitalize()}: {' x '.join(map(str, stage.shape))} "
             f"{'free coefficients' if number else 'coefficients under a softmax'} in {source.describe(result)}."
+            + ("" if _order(learned) < _order(before) else f" The value is not below that of `{before.name}`.")
             + (f" Learning ended early: {note}." if note else "")
         )
+        before = learned
     if groups == "layers" and evaluate is None and found is None:
         words.append("Nothing was learned by group, because merge_fn takes no `groups`.")
     chosen = min(candidates, key=_order)

@@ -90,7 +90,12 @@ class FromData:
     max_steps: int
     patience: int | None
 
-    name_of_value, failure = "validation_fn", None
+    failure = None
+
+    @property
+    def name_of_value(self) -> str:
+        """The name of the function that gives the values."""
+        return "loss_fn" if self.validation_fn is self.loss_fn else "validation_fn"
 
     def finished(self, key: jax.Array, params: Params) -> Params:
         """Returns a model with BatchNorm's statistics of the data."""

@@ -297,6 +297,18 @@ def test_a_stage_that_diverges_ends_and_what_it_found_before_counts():
     assert 1 < float(found.params["w"]) <= 1.5
 
 
+def test_the_report_says_which_stage_lowered_nothing():
+    def away_from(params, batch):
+        return jnp.mean((params["w"] - batch) ** 2)
+
+    # The average has what the validation data ask for, and the target data ask for something else.
+    bank = {"w": jnp.array([2.0, -2.0])}
+    report = build(bank, jnp.ones(50), loss_fn=away_from, validation_data=jnp.zeros(50)).report
+    assert report.count("The value is not below that of `uniform average`.") == 1
+    assert report.count("The value is not below that of `learned`.") == 1
+    assert "is not below" not in build().report
+
+
 def test_a_candidate_without_a_finite_value_loses_and_the_report_says_so():
     def not_the_second(params, batch):
         is_second = jnp.abs(params["first"] - BANK["first"][1]).max() < 1e-6

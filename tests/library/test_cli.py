@@ -387,6 +387,24 @@ MISTAKES = {
         LEARNS,
         "objective.py, line 3: outputs raised TypeError: dot_general requires contracting dimensions",
     ),
+    "data that the function takes for a dict": (
+        objective(
+            "import numpy as np\ndef load_data(): return np.ones((8, 4), 'float32'), np.zeros(8, int)\n"
+            "def outputs(params, batch): return batch['x']\ndef loss(out, batch): ..."
+        ),
+        LEARNS,
+        "must be integers or slices, not str (given {",
+    ),
+    "a name that no tensor has": (
+        objective(DATA + "def outputs(params, batch): return params['fc1']\ndef loss(out, batch): ..."),
+        LEARNS,
+        "outputs raised KeyError: 'fc1' (given {'",
+    ),
+    "a loss without a mean": (
+        objective(DATA + "def loss_fn(params, batch): return batch['x'].sum(1)"),
+        LEARNS,
+        "loss_fn returned float32[",
+    ),
     "statistics beside evaluate": (
         objective("def evaluate(params): ...\ndef statistics_fn(params, batch): ..."),
         LEARNS,
@@ -430,7 +448,7 @@ MISTAKES = {
     "a loss that is NaN": (
         objective(DATA + "def loss_fn(params, batch): return batch['x'].sum() * float('nan')"),
         LEARNS,
-        "expected a finite number",
+        "expected a finite number from loss_fn (look there for a division by 0",
     ),
     "a function that is none": (objective("evaluate = 3"), LEARNS, "evaluate is 3; expected a function"),
     "no server": (objective("def evaluate(params): raise OSError('no server')"), LEARNS[:-4], "no server"),
@@ -440,6 +458,8 @@ MISTAKES = {
         "evaluate was given together with batch_size",
     ),
     "a base without adapters": (None, [*LEARNS, "--base", E1], "expected no --base"),
+    "an option of another command": (None, [*LEARNS, "--uniform"], "--uniform (see glue-jax learn --help)"),
+    "half an option": (None, [*LEARNS, "--group", "none"], "--group none (see glue-jax learn --help)"),
     "a negative number of steps": (None, [*LEARNS, "--max-steps", "-3"], "max_steps is -3"),
 }
 
