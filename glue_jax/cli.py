@@ -29,7 +29,8 @@ _EXAMPLES = {
 
 objective.py holds load_data() and one of
   module()                      a PyTorch module; load_data() returns (inputs, labels), or a dict of its arguments
-  outputs(params, batch)        the network in JAX, with loss(outputs, batch)
+  outputs(params, batch)        the network in JAX, with loss(outputs, batch); a batch is what load_data() returns, with
+                                fewer rows
   loss_fn(params, batch)        the loss in JAX
   evaluate(params) -> number    anything, lower is better; load_data() is not needed
 It may also hold loss(outputs, batch), metric(outputs, batch) or validation_fn(params, batch) to choose the model by,

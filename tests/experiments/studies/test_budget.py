@@ -107,11 +107,14 @@ def test_there_is_within_one_percent_of_each_seeds_best():
     assert budget.reached(curves[0], 2.02) == taken
     assert budget.reached(curves[1], 2.0) is None
     head, rows = budget.table(curves)
-    assert len(head) == len(rows[0]) == 8
-    assert rows[0][:6] == ["a", "2 of 2", "100", "0", "0.1", "1 G"]
-    assert rows[1][:6] == ["b", "1 of 2", "-", "-", "-", "-"]
+    assert len(head) == len(rows[0]) == 9
+    assert rows[0][:7] == ["a", "2 of 2", "100", "0", "0.1", "1 G", "100"]
+    assert rows[1][:7] == ["b", "1 of 2", "-", "-", "-", "-", "-"]
     # The test loss where validation is best.
-    assert rows[0][7].startswith("2.500")
+    assert rows[0][8].startswith("2.500")
+    # A loss of 1.05 is 5 % above the best.
+    curves[3]["validation_loss"][-1] = 1.05
+    assert budget.table(curves)[1][1][:7] == ["b", "1 of 2", "-", "-", "-", "-", "200"]
     # Older results, and ways without a compiled step, have no FLOPs.
     for found in curves:
         del found["flops"]
