@@ -120,8 +120,9 @@ def tell(
 ) -> tuple[GlueState, GlueMetrics]:
     """Takes the step that follows from the losses of the probes: the second half of `spsa_step`.
 
-    The losses are subtracted in float64. A probe that could not be evaluated has the loss None. `tell` ignores the pair
-    of that probe. If no pair is left, only the step number changes, and the next `ask` draws other directions.
+    The losses are subtracted in float64. There are two probes for each direction. A probe that could not be evaluated
+    has the loss None. `tell` then ignores both probes of that direction. If no direction is left, only the step number
+    changes, and the next `ask` draws other directions.
 
     Args:
         probes: the probes from `ask`.
@@ -242,11 +243,12 @@ def tell_outputs(
 
     Args:
         probes: the probes from `ask_outputs`.
-        outputs: the outputs of all probes in their order, on one minibatch. Pass arrays `[m + 2, B, ...]`, or a list of
-            m + 2 outputs `[B, ...]`. A tuple is not such a list: it is a pytree of arrays `[m + 2, B, ...]`. In a list,
-            None stands for a blend that could not be evaluated. If the output of a direction is None, this minibatch
-            does not change the quadratic model of the loss, and the proposal is still tested. If the output of the
-            proposal is None, the step turns the proposal down.
+        outputs: the outputs of all probes in their order, on one minibatch. The first probe is at beta, the second at
+            the proposal, and the others along the directions. Pass arrays `[m + 2, B, ...]`, or a list of m + 2 outputs
+            `[B, ...]`. A tuple is not such a list: it is a pytree of arrays `[m + 2, B, ...]`. In a list, None stands
+            for a blend that could not be evaluated. If the output of the proposal is None, the step turns the proposal
+            down. If one along a direction is None, the proposal is still tested, but this minibatch does not change the
+            quadratic model of the loss.
         batch: the minibatch for `loss`, such as the labels.
         loss: `loss(outputs, batch) -> scalar`, the second part of an `OutputLoss`. Build it once, or each step
             compiles anew.

@@ -55,7 +55,7 @@ def calibrate(
     If the slopes along one direction agree between neighbouring radii, neither rounding nor curvature spoils them. Step
     sizes for finite differences are often chosen by this comparison. If `fun` is an error rate, it changes in jumps,
     and these jumps act like rounding. The learning rate gives the first step the size `first_step`, as Qiskit's SPSA
-    does. The call takes `2 R m` evaluations, 72 by default.
+    does. With R radii and m directions, the call takes `2 R m` evaluations, 72 by default.
 
     Args:
         key: a `jax.random.key`.
@@ -69,7 +69,8 @@ def calibrate(
         directions: the directions of the step, as for `spsa_gradient`. Under a softmax pass `simplex_orthogonal`.
         first_step: the root mean square that the first step should have, in units of beta.
         step_directions: the `num_directions` of the steps that will use the learning rate. The learning rate assumes
-            that these steps draw their directions as `directions` says, and that their scale is `unbiased`.
+            that these steps draw their directions as `directions` says, and that their scale is `unbiased`. For a
+            function it assumes the variance of `sphere`.
         probe_batch_size: as for `spsa_gradient`. By default, an accelerator holds all `2 R m` models in memory at once.
 
     Returns:

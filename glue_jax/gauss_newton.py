@@ -51,8 +51,8 @@ def gauss_newton_step(
 ) -> tuple[GlueState, GlueMetrics]:
     """Takes one damped Gauss-Newton step: d + 2 blended forward passes, no backward pass and no learning rate.
 
-    d is the number of directions that change the blend. Under a softmax d is K - 1, or G (K - 1) with G groups. Without
-    a softmax it is the size of beta.
+    d is the number of directions that change the blend. Under `jax.nn.softmax` d is K - 1, or G (K - 1) with G groups.
+    A temperature adds 1. For any other link d is the size of beta.
 
     Each call does three things. It tests the move that the previous call proposed, and beta makes this move unless the
     loss on the minibatch rises. It refines a quadratic model of the loss. The model proposes the next move. So the
@@ -66,10 +66,10 @@ def gauss_newton_step(
             may be None.
         state: the state from `init(num_experts, link_fn=link_fn)` or from the previous step.
         experts: as for `spsa_step`.
-        batch: as for `spsa_step`. With 16 to 32 examples, learning looks at the fewest examples in total. The reason is
-            that the quadratic model is a mean over minibatches, and small minibatches give more steps for the same
-            number of examples. So pass `batch_size=32` to `learn`, whose default is 64. The number of outputs (examples
-            times classes) should exceed the number of directions.
+        batch: as for `spsa_step`. Minibatches of 16 to 32 examples reach a given loss with the fewest forward passes of
+            one example. The reason is that the quadratic model is a mean over minibatches, and small minibatches give
+            more steps for the same number of examples. So pass `batch_size=32` to `learn`, whose default is 64. The
+            number of outputs (examples times classes) should exceed the number of directions.
         loss_fn: an `OutputLoss`, deterministic as for `spsa_step`. Its `outputs_fn` needs no backward pass. JAX
             differentiates it in forward mode, or not at all; `tangents` says which.
         link_fn: as for `spsa_step`.
@@ -90,8 +90,8 @@ def gauss_newton_step(
         matmul_precision: as for `spsa_step`.
 
     Returns:
-        The next state, and the metrics of the state that went in. Their `gradient_norm` is that of the quadratic model
-        at the next beta.
+        The next state, and the metrics of the state that went in. There is one exception: `gradient_norm` is the norm
+        of the quadratic model's gradient at the next beta.
 
     Raises:
         ValueError: if an argument is out of its range, if the coefficients do not fit the experts, if the loss is no

@@ -95,8 +95,8 @@ def learn(
         experts: stacked experts, each leaf `[K, ...]`. A leaf without the axis K, such as a base that adapters share,
             is allowed if you pass a `state` and a `merge_fn` of your own.
         data: the training data: arrays, an iterator or a loader, as described above.
-        loss_fn: `loss_fn(params, batch) -> scalar`, the mean over a batch of `data`. `params` is the blend. Its
-            floating-point arrays are at least float32, also for experts of bfloat16 or float16.
+        loss_fn: `loss_fn(params, batch) -> scalar`, the mean over a batch of `data`. `params` is the blend. Its blended
+            arrays are at least float32, also for experts of bfloat16 or float16.
         optimizer: the optimizer of optax that updates beta. Every step except `gauss_newton_step` needs one, also the
             default step. The paper uses `optax.adam(1e-2, b1=0.9, b2=0.99)`.
         state: a state to start from, or a result to continue. None is `init(K, optimizer, link_fn=link_fn)`, the link's
@@ -106,7 +106,7 @@ def learn(
         link_fn: `link_fn(beta) -> alpha`.
         merge_fn: `merge_fn(experts, alpha) -> params`.
         validation_data: the data that validates the blend at the present beta: arrays `[M, ...]`, or a loader that
-            ends. Each batch of a loader is weighted by its size. None validates nothing.
+            ends. Each batch of a loader is weighted by its size. With None there is no validation.
         validation_fn: `validation_fn(params, batch) -> scalar`, the mean over a batch. Lower is better. None is
             `loss_fn`.
         batch_size: the number of examples in a minibatch of arrays.

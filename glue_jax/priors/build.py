@@ -113,24 +113,23 @@ def build_prior(
         evaluate: a function on the host in place of `data` and `loss_fn`: `evaluate(params) -> float`, lower is better.
             JAX does not trace it. With `evaluate` there is only the stage `learned`, which learns by `ask` and `tell`.
             If `evaluate` returns None or raises, learning continues without this blend.
-        spec: which units may be permuted. Each pair of experts has one cosine, over all kernels together. An expert is
-            related to the others if the median of its K - 1 cosines is at least 0.1. If an expert is unrelated, the
-            experts are aligned. The alignment is kept if it lowers the value of the uniform average. None aligns
-            nothing.
+        spec: which units may be permuted. The experts are aligned only if one of them is unrelated to the others: the
+            median cosine between its weights and theirs is below 0.1 (see `Relation`). The alignment is kept if it
+            lowers the value of the uniform average. With None, no expert is aligned.
         statistics_fn: `statistics_fn(params, batch)` returns BatchNorm's statistics of a batch of `data`, as for
             `refresh_statistics`. The statistics of each blend are refreshed on at most 2048 examples. An expert alone
             keeps its own statistics. While the coefficients are learned, a model has the statistics of the minibatch.
-            None refreshes nothing.
+            With None, no statistics are refreshed.
         collection: as for `refresh_statistics`.
         mean: as for `refresh_statistics`.
         var: as for `refresh_statistics`.
         groups: the groups of the second stage. `layers` is `by_layer`, or a group for each leaf if no path names a
             layer. With `layers`, two leaves that are equal to each other in every expert, such as tied weights, share
-            one group. Arrays of one repeated number are not taken for tied. The second stage is left out if this is
-            None, or if it is `layers` and `merge_fn` has no keyword `groups`.
+            one group. Arrays of one repeated number are not taken for tied. With `groups=None` there is no second
+            stage. There is none either with `layers` if `merge_fn` has no keyword `groups`.
         merge_fn: `merge_fn(experts, alpha) -> params`.
         shared: arrays that all blends share, such as the base of adapters. They are passed to `merge_fn` as its keyword
-            `shared`, next to `groups` and `min_dtype`. None passes nothing.
+            `shared`, next to `groups` and `min_dtype`. With None, nothing is passed.
         max_steps: the largest number of steps of a stage.
         batch_size: the number of examples in a minibatch. None is 64, or all if there are fewer.
         patience: a stage ends after this many validations without a new best value. None takes all steps.

@@ -45,8 +45,9 @@ class Relation(NamedTuple):
     """How an expert's weights are related to those of the other experts.
 
     Attributes:
-        cosine: the median cosine between the expert's kernels and those of the others. Kernels are leaves with at least
-            two axes inside an expert. Without kernels, all floating-point leaves count.
+        cosine: the median of K - 1 cosines. Each is between the expert's kernels and those of another expert, all
+            kernels taken as one vector. Kernels are leaves with at least two axes inside an expert. Without kernels,
+            all floating-point leaves count.
         related: whether the cosine is at least 0.1.
     """
 
