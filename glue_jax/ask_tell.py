@@ -134,8 +134,8 @@ def tell(
         that was left out are NaN there.
 
     Raises:
-        ValueError: if losses have another shape or are not finite real numbers, or if `optimizer` makes a state of
-            another structure.
+        ValueError: if losses have another shape, or are infinite or NaN, or if `optimizer` makes a state of another
+            structure.
         TypeError: if losses are no real numbers, if `probes` did not come from `ask`, or if `optimizer` is none of
             optax.
     """
@@ -205,12 +205,13 @@ def ask_outputs(
         num_directions: as for `gauss_newton_step`.
 
     Returns:
-        The probes, for `tell_outputs`: beta, the proposal of the step before, and a point around it for each direction.
-        The first step has no proposal yet, so its first two probes are equal.
+        The probes, for `tell_outputs`: beta, the proposal of the step before, and for each direction a point beside the
+        proposal. The first step has no proposal yet, so its first two probes are equal.
 
     Raises:
         ValueError: if an argument is out of its range, or if the state has another number of directions than `link_fn`.
-        TypeError: if `state` is no GlueState or has the state of an optimizer, or if `num_directions` has no key.
+        TypeError: if `state` is no GlueState or has the state of an optimizer, or if `num_directions` is given and
+            `key` is None.
 
     Examples:
         >>> import jax, jax.numpy as jnp, numpy as np

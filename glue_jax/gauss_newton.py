@@ -96,8 +96,8 @@ def gauss_newton_step(
     Raises:
         ValueError: if an argument is out of its range, if the coefficients do not fit the experts, if the loss is no
             scalar, if the outputs have no axis of examples, or if `num_directions` exceeds d.
-        TypeError: if `loss_fn` is no `OutputLoss`, if the state has the state of an optimizer, if `num_directions` has
-            no key, or if an argument has the wrong type.
+        TypeError: if `loss_fn` is no `OutputLoss`, if the state has the state of an optimizer, if `num_directions` is
+            given and `key` is None, or if an argument has the wrong type.
 
     Examples:
         >>> from functools import partial

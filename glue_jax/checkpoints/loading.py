@@ -55,7 +55,7 @@ def load_experts(
     Returns:
         The stacked experts, each leaf `[K, ...]`, in the dtypes of the files. For safetensors and PyTorch the tree is a
         flat dict of names. For orbax it is the tree of the checkpoint. With `rename` it is a dict of the new names. A
-        name with slashes stands for nested dicts.
+        new name with slashes stands for nested dicts.
 
     Raises:
         FileNotFoundError: if a path or a step does not exist.

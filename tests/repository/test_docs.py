@@ -5,8 +5,9 @@ import contextlib
 import functools
 import importlib
 import io
-import pathlib
 import re
+import tempfile
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -17,8 +18,8 @@ import pytest
 import glue_jax
 from glue_jax import checkpoints
 from glue_jax.checkpoints import objective
+from tests.helpers import ROOT
 
-ROOT = pathlib.Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 API = "\n".join(path.read_text() for path in (ROOT / "docs" / "api").glob("*.md"))
 DOCUMENTED = set(re.findall(r"^::: (\S+)$", API, re.MULTILINE))
@@ -38,8 +39,13 @@ def _run(path, uncomment=None):
         uncomment: a pattern of lines that are commented out on the page, and run here.
     """
     namespace = {"__name__": path.stem}
-    # A reader's JAX has its own settings, not those of the tests.
-    with jax.numpy_rank_promotion("allow"), contextlib.redirect_stdout(io.StringIO()) as printed:
+    # A reader's JAX has its own settings, not those of the tests. What the page writes is deleted.
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.chdir(folder),
+        jax.numpy_rank_promotion("allow"),
+        contextlib.redirect_stdout(io.StringIO()) as printed,
+    ):
         for block in _blocks(path):
             code = re.sub(rf"^# (?={uncomment})", "", block, flags=re.MULTILINE) if uncomment else block
             exec(compile(code, str(path), "exec"), namespace)
@@ -78,6 +84,7 @@ def test_getting_started_prints_what_it_says():
     errors = ast.literal_eval(namespace["printed"].splitlines()[0])
     np.testing.assert_allclose([float(text) for text in shown.groups()], errors, atol=6e-4)
     assert errors[0] < min(errors[1:])
+    jax.tree.map(np.testing.assert_array_equal, namespace["again"], namespace["model"])
     # Two short runs are one long run.
     assert len(namespace["second"].history.metrics.loss) == 80
     assert namespace["metrics"].probe_losses.shape == (1, 2)
@@ -149,7 +156,7 @@ def _public_names(module):
     if hasattr(module, "__all__"):
         return module.__all__
     names = []
-    for node in ast.parse(pathlib.Path(module.__file__).read_text()).body:
+    for node in ast.parse(Path(module.__file__).read_text()).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             names.append(node.name)
         elif isinstance(node, ast.Assign | ast.AnnAssign):
