@@ -3,11 +3,10 @@
     python -m experiments.cifar10                     # the paper's scale, on a GPU or TPU
     python -m experiments.cifar10 --preset quick      # the same protocol, small, on a CPU
 
-The paper's scale took 6 hours of one CPU core. It has not been run on an accelerator. These are its test accuracies,
-over three seeds: the experts have 33 to 45 %, their uniform average has 17 %, and a blend with learned coefficients has
-38 %. After fine-tuning, blends have 65 to 67 %.
-The quick preset takes 10 minutes on 2 CPU cores. Its experts have 25 to 34 %, and its blends 24 to 29 %. After
-fine-tuning, blends have 35 to 39 %.
+The paper's scale took 6.8 hours of one CPU core. It has not been run on an accelerator. These are its test accuracies,
+over three seeds: the experts have 33 to 44 %, their uniform average has 17 %, and blends with learned coefficients have
+32 to 38 %. After fine-tuning, blends have 65 to 68 %. The quick preset takes 10 minutes on 2 CPU cores. Its experts
+have 25 to 34 %, and its blends 24 to 29 %. After fine-tuning, blends have 35 to 39 %.
 
 CIFAR-10 comes from tensorflow-datasets, in the folder `--data-dir` or `TFDS_DATA_DIR`. If it is not there, it is
 downloaded and prepared. That needs `pip install -e '.[experiments,prepare]'` once.

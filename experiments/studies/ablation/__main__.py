@@ -4,7 +4,7 @@
     python -m experiments.studies.ablation --experiment cifar10 --initializations common --recipes "4 GLUE" "free
     coefficients"
 
-For all ways and both initialisations, the digits take 10 minutes of one CPU core. The coefficients and the figures of
+For all ways and both initialisations, the digits take 15 minutes of one CPU core. The coefficients and the figures of
 each way are kept in the folder of the results. So an interrupted run continues, and ways can be added.
 """
 
