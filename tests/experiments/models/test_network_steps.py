@@ -1,6 +1,8 @@
-"""Each network's steps lower for accelerators."""
+"""The steps with the networks that they are for: what they are lowered to, and what ResNet-20's cost."""
 
 import functools
+import statistics
+import time
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ import glue_jax
 from experiments import models
 from experiments.protocol.data import Examples
 from experiments.protocol.training import Problem, make_trainer
+from glue_jax.learning import _run_steps
 
 OPTIMIZER = optax.adam(1e-2, b1=0.9, b2=0.99)
 SIZES = {"resnet20": 32, "mobilenetv2": 32, "vit": 16}
@@ -20,6 +23,7 @@ OPTIONS = {"vit": {"depth": 2}}
 # ResNet-20: a stem and two in each of 9 blocks. MobileNetV2: a stem, three in each of 17 blocks but the first, which
 # does not expand, and a last one. The ViT: its patches.
 NUM_CONVOLUTIONS = {"resnet20": 19, "mobilenetv2": 1 + 3 * 17 - 1 + 1, "vit": 1}
+STEPS = [glue_jax.spsa_step, glue_jax.forward_gradient_step, glue_jax.full_gradient_step]
 K, B = 3, 8
 
 
@@ -29,6 +33,9 @@ def problem(request):
     options = OPTIONS.get(request.param, {})
     network = models.build(request.param, image_shape=(size, size, 3), num_classes=10, **options)
     return request.param, size, Problem(network, np.full(3, 0.5, np.float32), np.full(3, 0.25, np.float32))
+
+
+of_resnet = pytest.mark.parametrize("problem", ["resnet20"], indirect=True)
 
 
 def _abstract(tree):
@@ -44,17 +51,20 @@ def _images(size, count):
     return Examples(images, jax.ShapeDtypeStruct((count,), jnp.int32))
 
 
+def _step(step_fn, problem, **options):
+    return jax.jit(functools.partial(step_fn, loss_fn=problem.loss, optimizer=OPTIMIZER), **options)
+
+
 def _module(function, *arguments):
     """The StableHLO for both accelerators: each has its own branch of every choice by platform."""
     return jax.export.export(function, platforms=["cuda", "tpu"])(*arguments).mlir_module()
 
 
-@pytest.mark.parametrize("step_fn", [glue_jax.spsa_step, glue_jax.full_gradient_step])
+@pytest.mark.parametrize("step_fn", STEPS)
 def test_steps_of_the_coefficients_lower_for_accelerators(problem, step_fn):
     name, size, problem = problem
-    step = jax.jit(functools.partial(step_fn, loss_fn=problem.loss, optimizer=OPTIMIZER))
     arguments = jax.random.key(0), _abstract(glue_jax.init(K, OPTIMIZER)), _stacked(problem, K), _images(size, B)
-    module = _module(step, *arguments)
+    module = _module(_step(step_fn, problem), *arguments)
     # All probes in one forward, whatever the network.
     assert "stablehlo.while" not in module
     if step_fn is glue_jax.spsa_step:
@@ -73,3 +83,46 @@ def test_an_epoch_of_all_experts_at_once_lowers_as_one_scan(problem):
     step = jax.ShapeDtypeStruct((), jnp.int32)
     module = _module(trainer.steps, keys, step, state, _images(size, 50), rows)
     assert module.count("stablehlo.while") == 1
+
+
+@of_resnet
+def test_on_an_accelerator_the_steps_between_two_validations_are_one_scan(problem):
+    name, size, problem = problem
+    run = functools.partial(
+        _run_steps,
+        step_fn=glue_jax.spsa_step,
+        loss_fn=problem.loss,
+        optimizer=OPTIMIZER,
+        link_fn=jax.nn.softmax,
+        merge_fn=glue_jax.blend,
+    )
+    state, rows = _abstract(glue_jax.init(K, OPTIMIZER)), jax.ShapeDtypeStruct((5, B), jnp.int32)
+    arguments = jax.random.key(0), state, _stacked(problem, K), _images(size, 50), rows, jnp.int32(5)
+    module = _module(jax.jit(run), *arguments)
+    # The one loop is the scan over minibatches; the probes within it stay one batched forward.
+    assert module.count("stablehlo.while") == 1
+    assert module.count("stablehlo.convolution") == 2 * NUM_CONVOLUTIONS[name]
+
+
+@of_resnet
+def test_on_a_cpu_a_step_of_glue_takes_at_most_half_the_time_of_a_full_gradient_step(problem, optimized):
+    _, size, problem = problem
+    rng = np.random.default_rng(0)
+    # Variances of BatchNorm are above 0.
+    experts = jax.tree.map(lambda leaf: rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32), _stacked(problem, 10))
+    images = rng.integers(0, 256, (64, size, size, 3), dtype=np.uint8)
+    batch = Examples(jnp.asarray(images), jnp.arange(64) % 10)
+    arguments = jax.random.key(2), glue_jax.init(10, OPTIMIZER), experts, batch
+    step_fns = (glue_jax.spsa_step, glue_jax.full_gradient_step)
+    steps = [_step(step_fn, problem, compiler_options=optimized) for step_fn in step_fns]
+    seconds = [[], []]
+    for step in steps:
+        jax.block_until_ready(step(*arguments))
+    for _ in range(5):
+        for step, times in zip(steps, seconds, strict=True):
+            # Seconds of this process on all cores: other processes do not add to them.
+            start = time.process_time()
+            jax.block_until_ready(step(*arguments))
+            times.append(time.process_time() - start)
+    spsa, full = map(statistics.median, seconds)
+    assert spsa <= 0.5 * full, f"{spsa:.3f} s against {full:.3f} s"
