@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from glue_jax.checkpoints import kept_results
 from glue_jax.cli import main
-from tests.library.checkpoints.helpers import everything_in, expected, read, save, weights
+from tests.library.checkpoints.helpers import expected, read, save, unchanged, weights
 
 OBJECTIVE = """
 import jax.numpy as jnp
@@ -483,13 +483,12 @@ def test_a_mistake_is_one_clear_line_and_writes_nothing(experts, tmp_path, capsy
         prepare(tmp_path)
     if mistake == "full disk":
         monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10}))
-    before = everything_in(tmp_path)
-    status, out, err = run(capsys, *arguments)
+    with unchanged(tmp_path):
+        status, out, err = run(capsys, *arguments)
     assert status in (1, 2)
     assert out == ""
     assert message in err
     assert len(err.splitlines()) == 1, err
-    assert everything_in(tmp_path) == before
 
 
 def test_the_module_is_the_command_and_its_help_has_examples():

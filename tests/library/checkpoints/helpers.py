@@ -1,5 +1,6 @@
 """Experts in files, made by the tests."""
 
+import contextlib
 import json
 from typing import Any
 
@@ -61,6 +62,14 @@ def expected(alpha, dtype: Any = np.float32):
 def everything_in(folder):
     """The names and the bytes of all files in a folder."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@contextlib.contextmanager
+def unchanged(folder):
+    """Checks that nothing in a folder is written, changed or removed."""
+    before = everything_in(folder)
+    yield
+    assert everything_in(folder) == before
 
 
 def read(path):
