@@ -12,6 +12,7 @@ from experiments.digits import PRESETS
 from experiments.protocol import context, data
 from experiments.protocol.training import Problem, make_evaluate, make_trainer
 from experiments.runtime import sources
+from experiments.runtime.stages import Stages
 from tests.experiments.helpers import ONE_SEED
 
 
@@ -24,6 +25,14 @@ def digits():
 def tiny(monkeypatch):
     """Makes the experiment that the studies are of by default a small one."""
     monkeypatch.setitem(PRESETS, "quick", ONE_SEED)
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """Lists the names of the stages that the test writes."""
+    names, write = [], Stages.write
+    monkeypatch.setattr(Stages, "write", lambda self, name, *rest: names.append(name) or write(self, name, *rest))
+    return names
 
 
 @pytest.fixture(scope="session", autouse=True)

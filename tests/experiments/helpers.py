@@ -1,16 +1,19 @@
-"""A run of the protocol that takes seconds."""
+"""A run of the protocol that takes seconds, and checks of what it leaves."""
 
+import contextlib
 import copy
 import dataclasses
 import io
 import json
 
+import pytest
 from rich.console import Console
 
 from experiments.protocol import run as protocol
 from experiments.protocol.config import Config
 from experiments.protocol.context import prepare
 from experiments.runtime.progress import ProgressBars
+from experiments.runtime.stages import Stages
 
 TINY = Config(
     dataset="digits",
@@ -40,6 +43,22 @@ def prepare_quietly(config, dataset, folder):
 
 def run_quietly(config, dataset, folder):
     return protocol.run(prepare_quietly(config, dataset, folder))
+
+
+@contextlib.contextmanager
+def killed_after(count):
+    """Lets a run keep so many stages, and kills it as it would keep the next: after its work, before its result."""
+    write, kept = Stages.write, []
+
+    def write_or_die(self, name, depends_on, result):
+        if len(kept) == count:
+            raise KeyboardInterrupt
+        kept.append(name)
+        return write(self, name, depends_on, result)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stages, "write", write_or_die)
+        yield
 
 
 def without_times(results):

@@ -24,7 +24,7 @@ from experiments.runtime import checkpoints, sources, stages
 from experiments.runtime.locks import LockedError
 from experiments.runtime.progress import ProgressBars
 from experiments.runtime.stages import DamagedStageError, Stages
-from tests.experiments.helpers import ONE_SEED, TINY, prepare_quietly, run_quietly, without_times
+from tests.experiments.helpers import ONE_SEED, TINY, killed_after, prepare_quietly, run_quietly, without_times
 
 
 @pytest.fixture(scope="module")
@@ -151,25 +151,9 @@ def test_a_run_killed_anywhere_ends_with_the_same_results(done, digits, tmp_path
         expected = run_quietly(TINY, digits, tmp_path / "whole")
     else:
         expected, _ = done
-    write = Stages.write
-
-    def dying(keeps):
-        """Keeps some stages, and dies as it would keep the next: after its work, before its result."""
-        written = []
-
-        def write_or_die(self, name, depends_on, result):
-            if len(written) == keeps:
-                raise KeyboardInterrupt
-            written.append(name)
-            return write(self, name, depends_on, result)
-
-        return write_or_die
-
-    for keeps in (0, 1, 2, 3, 5):
-        monkeypatch.setattr(Stages, "write", dying(keeps))
-        with pytest.raises(KeyboardInterrupt):
+    for count in (0, 1, 2, 3, 5):
+        with killed_after(count), pytest.raises(KeyboardInterrupt):
             run_quietly(TINY, digits, tmp_path / "killed")
-    monkeypatch.setattr(Stages, "write", write)
     again = run_quietly(TINY, digits, tmp_path / "killed")
     assert without_times(again) == without_times(expected)
 
@@ -368,11 +352,8 @@ def test_experts_are_trained_into_a_folder_by_one_process_at_a_time(digits, tmp_
         train_experts(prepare_quietly(TINY, digits, tmp_path))
 
 
-def test_another_radius_does_anew_what_the_radius_touches(done, digits, monkeypatch):
+def test_another_radius_does_anew_what_the_radius_touches(done, digits, written):
     _, folder = done
-    written = []
-    write = Stages.write
-    monkeypatch.setattr(Stages, "write", lambda self, name, *rest: written.append(name) or write(self, name, *rest))
     run_quietly(dataclasses.replace(TINY, radius=0.5, seeds=(0,)), digits, folder)
     # The fine-tuning is of new coefficients, unless the best ones are the start as before.
     assert set(written) - {"fine-tuning/seed0-config4"} == {"coefficients/seed0-config4"}

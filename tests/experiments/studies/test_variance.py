@@ -22,7 +22,7 @@ from experiments.studies.variance.settings import Settings
 from experiments.studies.variance.statistics import Estimator
 from experiments.studies.variance.variance_claims import claims, meeting
 from glue_jax import theory
-from tests.experiments.helpers import TINY
+from tests.experiments.helpers import TINY, killed_after
 
 ESTIMATORS = [
     Estimator("alpha", "sphere", "paper"),
@@ -319,32 +319,19 @@ def test_a_repeated_run_measures_nothing_and_ends_with_the_same_results(done, mo
     assert _main(folder) == results
 
 
-def test_other_numbers_of_directions_measure_the_errors_anew_and_nothing_else(done, monkeypatch):
+def test_other_numbers_of_directions_measure_the_errors_anew_and_nothing_else(done, written):
     _, folder = done
-    written = []
-    write = Stages.write
-    monkeypatch.setattr(Stages, "write", lambda self, name, *rest: written.append(name) or write(self, name, *rest))
     _main(folder, "--averaged", "1", "3")
     assert len(written) == 4 * len(ESTIMATORS)
     assert all(name.startswith("errors/") for name in written)
 
 
-def test_an_interrupted_run_goes_on(done, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_run_goes_on(done, tmp_path, capsys):
     results, folder = done
-    write, kept = Stages.write, []
-
-    def write_or_die(self, name, depends_on, result):
-        if len(kept) == 12:
-            raise KeyboardInterrupt
-        kept.append(name)
-        return write(self, name, depends_on, result)
-
-    monkeypatch.setattr(Stages, "write", write_or_die)
-    with pytest.raises(SystemExit) as stopped:
+    with killed_after(12), pytest.raises(SystemExit) as stopped:
         _main(tmp_path, "--run-dir", str(folder / "run"))
     assert stopped.value.code == 130
     assert f"kept in {tmp_path / 'out'}" in capsys.readouterr().out
-    monkeypatch.setattr(Stages, "write", write)
     again = _main(tmp_path, "--run-dir", str(folder / "run"))
     assert again["errors"] == results["errors"]
     assert [row["errors"] for row in again["radii"]] == [row["errors"] for row in results["radii"]]
