@@ -69,6 +69,11 @@ def without_times(results):
     return results
 
 
+def folder_options(folder):
+    """Returns the options of a command that keeps its experts and its results in a folder."""
+    return ["--run-dir", str(folder / "run"), "--out-dir", str(folder / "out")]
+
+
 def check_report(folder, results, *files):
     """Checks what a command wrote into its folder, and returns the text of its report."""
     assert {path.name for path in folder.iterdir()} == {"results.json", "report.md", "stages", *files}

@@ -19,7 +19,7 @@ from experiments.studies.ablation import ablation_report as report
 from experiments.studies.ablation import trials as measurement
 from experiments.studies.ablation.prerequisites import Measured
 from experiments.studies.ablation.recipes import Recipe, recipes
-from tests.experiments.helpers import ONE_SEED, check_report, prepare_quietly
+from tests.experiments.helpers import ONE_SEED, check_report, folder_options, prepare_quietly
 from tests.helpers import ROOT
 
 RESULTS = ROOT / "experiments" / "results"
@@ -32,7 +32,7 @@ def context(digits, tmp_path):
 
 
 def run(folder, *words):
-    return ablation.main(["--run-dir", str(folder / "run"), "--out-dir", str(folder / "out"), "--epochs", "1", *words])
+    return ablation.main([*folder_options(folder), "--epochs", "1", *words])
 
 
 def test_every_recipe_gives_a_model_of_the_experts_architecture(context, tmp_path):

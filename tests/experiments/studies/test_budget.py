@@ -11,7 +11,7 @@ import pytest
 import glue_jax
 from experiments.studies import budget
 from experiments.studies.ways import Coefficients, ways
-from tests.experiments.helpers import check_report
+from tests.experiments.helpers import check_report, folder_options
 from tests.helpers import compilations
 from tests.library.helpers import CLASSIFICATION, K, classification
 
@@ -124,8 +124,7 @@ def test_there_is_within_one_percent_of_each_seeds_best():
 def test_the_command_keeps_its_curves_and_reports_them(tmp_path):
     words = ["--num-experts", "3", "--expert-epochs", "1", "--expert-examples", "40", "--validation-examples", "60"]
     words += ["--target-examples", "80", "--passes", "3000", "--seeds", "0", "--ways", "Gauss-Newton, d", "SPSA, as"]
-    words += ["--sharing", "softmax", "free by layer", "--run-dir", str(tmp_path / "run")]
-    words += ["--out-dir", str(tmp_path / "out")]
+    words += ["--sharing", "softmax", "free by layer", *folder_options(tmp_path)]
     results = budget.main(words)
     assert {(found["sharing"], found["dimension"]) for found in results["curves"]} == {
         ("softmax", 2),

@@ -3,7 +3,7 @@
 import pytest
 
 from experiments.studies import calibration
-from tests.experiments.helpers import TINY, check_report
+from tests.experiments.helpers import TINY, check_report, folder_options
 
 
 @pytest.fixture
@@ -13,7 +13,7 @@ def few(tiny, monkeypatch):
 
 
 def test_a_command_line_comes_to_its_report_and_has_nothing_to_do_again(few, tmp_path, monkeypatch):
-    words = ["--run-dir", str(tmp_path / "run"), "--out-dir", str(tmp_path / "out")]
+    words = folder_options(tmp_path)
     results = calibration.main(words)
     assert [(row["way"], row["radius"]) for row in results["rows"]][:2] == [("sweep", 0.01), ("sweep", 1.0)]
     calibrated = results["rows"][2]
@@ -42,9 +42,8 @@ def test_a_loss_is_compared_with_the_best_radius_of_the_sweep():
 
 def test_radii_that_are_rounded_away_end_the_command_in_one_line(few, tmp_path, monkeypatch):
     monkeypatch.setattr(calibration, "FACTORS", ())
-    words = ["--run-dir", str(tmp_path / "run"), "--out-dir", str(tmp_path / "out"), "--radius", "1e-20"]
     with pytest.raises(SystemExit) as stopped:
-        calibration.main(words)
+        calibration.main([*folder_options(tmp_path), "--radius", "1e-20"])
     said = str(stopped.value.code)
     assert said.startswith("FloatingPointError: calibration/guess0-seed0: --radius is 1e-20, and no radius within")
     assert len(said.splitlines()) == 1

@@ -15,7 +15,7 @@ from experiments.runtime import checkpoints
 from experiments.runtime.stages import DamagedStageError
 from experiments.studies import last_checkpoints, training_run
 from experiments.studies.training_run import decay_name, draw_images, load_average, load_models, moving_averages
-from tests.experiments.helpers import ONE_SEED, TINY, check_report, prepare_quietly
+from tests.experiments.helpers import ONE_SEED, TINY, check_report, folder_options, prepare_quietly
 
 TINY_RUN = dataclasses.replace(ONE_SEED, expert_epochs=3)
 DECAYS = (0.2, 0.999)
@@ -81,7 +81,7 @@ def test_the_last_checkpoints_are_read_as_they_were_written(context, trained, tm
 
 def test_a_command_line_comes_to_its_report_and_trains_and_learns_once(tmp_path, monkeypatch):
     monkeypatch.setitem(PRESETS, "quick", TINY_RUN)
-    words = ["--decays", "0.5", "--run-dir", str(tmp_path / "run"), "--out-dir", str(tmp_path / "out")]
+    words = ["--decays", "0.5", *folder_options(tmp_path)]
     results = last_checkpoints.main([*words, "--ways", "last", "moving"])
     assert [row["way"] for row in results["rows"]] == [
         "last checkpoint",

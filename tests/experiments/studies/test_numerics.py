@@ -7,7 +7,7 @@ import pytest
 
 from experiments.studies import numerics
 from experiments.studies.rounding import with_rounded_products
-from tests.experiments.helpers import check_report
+from tests.experiments.helpers import check_report, folder_options
 
 X, W = (jax.random.normal(jax.random.key(seed), shape) for seed, shape in ((0, (5, 7)), (1, (7, 3))))
 
@@ -56,8 +56,8 @@ def test_the_report_has_the_error_of_each_number_format(tmp_path, monkeypatch):
     monkeypatch.setattr(numerics, "RADII", (0.1,))
     monkeypatch.setattr(numerics, "DTYPES", {"bfloat16": jnp.bfloat16})
     monkeypatch.setattr(numerics, "ARITHMETIC", ("float32", "bfloat16 products"))
-    words = ["--num-experts", "3", "--expert-epochs", "1", "--seeds", "0", "--run-dir"]
-    results = numerics.main([*words, str(tmp_path / "run"), "--out-dir", str(tmp_path / "out")])
+    words = ["--num-experts", "3", "--expert-epochs", "1", "--seeds", "0"]
+    results = numerics.main([*words, *folder_options(tmp_path)])
     exact, short = results["rows"][:2]
     assert [row["experts"] for row in results["rows"]] == 2 * (["as trained"] * 2 + ["1 % apart"] * 2)
     assert [row["link"] for row in results["rows"]] == ["softmax"] * 4 + ["free"] * 4

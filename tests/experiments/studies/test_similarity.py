@@ -3,12 +3,12 @@
 import pytest
 
 from experiments.studies import similarity
+from tests.experiments.helpers import folder_options
 
 
 @pytest.mark.parametrize("initialization", ["common", "separate"])
 def test_a_runs_experts_are_compared_and_advised_on(tiny, tmp_path, initialization):
-    words = ["--run-dir", str(tmp_path / "run"), "--out-dir", str(tmp_path / "out"), "--barriers", "2"]
-    results = similarity.main([*words, "--initialization", initialization])
+    results = similarity.main([*folder_options(tmp_path), "--barriers", "2", "--initialization", initialization])
     assert [row["module"] for row in results["modules"]] == ["conv1", "conv2", "head", "norm1", "norm2"]
     report = (tmp_path / "out" / "report.md").read_text()
     assert "nan" not in report

@@ -11,7 +11,7 @@ import pytest
 from experiments.protocol.training import Trainer, TrainingState
 from experiments.studies import starts, target_size
 from experiments.studies.starts import STARTS, labelled_images
-from tests.experiments.helpers import ONE_SEED, check_report, prepare_quietly
+from tests.experiments.helpers import ONE_SEED, check_report, folder_options, prepare_quietly
 
 # Of the training images, those that do not validate.
 AVAILABLE = 1348 - ONE_SEED.validation_examples
@@ -80,8 +80,7 @@ def test_fine_tuning_keeps_the_model_of_the_lowest_validation_loss_and_stops(con
 
 
 def test_the_command_keeps_what_it_measured_and_reports_it(tiny, tmp_path, monkeypatch, capsys):
-    words = ["--sizes", "30", "2000", "--epochs", "2", "--least-steps", "3"]
-    words += ["--run-dir", str(tmp_path / "run"), "--out-dir", str(tmp_path / "out")]
+    words = [*folder_options(tmp_path), "--sizes", "30", "2000", "--epochs", "2", "--least-steps", "3"]
     results = target_size.main(words)
     rows = results["rows"]
     assert (results["available"], results["left_out"]) == (AVAILABLE, [2000])

@@ -22,7 +22,7 @@ from experiments.studies.variance.settings import Settings
 from experiments.studies.variance.statistics import Estimator
 from experiments.studies.variance.variance_claims import claims, meeting
 from glue_jax import theory
-from tests.experiments.helpers import TINY, killed_after
+from tests.experiments.helpers import TINY, folder_options, killed_after
 
 ESTIMATORS = [
     Estimator("alpha", "sphere", "paper"),
@@ -177,8 +177,7 @@ OPTIONS += ["--radius-directions", "32", "--examples", "32"]
 def _main(folder, *options):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(digits.PRESETS, "tiny", dataclasses.replace(TINY, num_experts=3))
-        folders = ["--run-dir", str(folder / "run"), "--out-dir", str(folder / "out")]
-        return command.main([*OPTIONS, *folders, *options])
+        return command.main([*OPTIONS, *folder_options(folder), *options])
 
 
 def test_the_default_preset_is_the_experiments_own():
