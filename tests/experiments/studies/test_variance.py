@@ -17,19 +17,12 @@ from experiments.runtime.stages import Stages
 from experiments.studies.variance import __main__ as command
 from experiments.studies.variance import estimate_errors as measurement
 from experiments.studies.variance import radius, statistics
+from experiments.studies.variance.estimate_errors import ESTIMATORS
 from experiments.studies.variance.settings import Settings
-from experiments.studies.variance.statistics import Estimator
 from experiments.studies.variance.variance_claims import claims, meeting
 from glue_jax import theory
 from tests.experiments.helpers import TINY, check_report, folder_options, killed_after
 
-ESTIMATORS = [
-    Estimator("alpha", "sphere", "paper"),
-    Estimator("beta", "rademacher", "unbiased"),
-    Estimator("beta", "sphere", "unbiased"),
-    Estimator("beta", "orthogonal", "unbiased"),
-    Estimator("beta", "simplex_orthogonal", "unbiased"),
-]
 GRADIENT = np.array([3.0, -1.0, 0.5, -2.5])
 
 
