@@ -47,6 +47,11 @@ from tests.experiments.helpers import TINY
         (similarity, "--num-experts 1", "num_experts is 1; expected at least 2 for this command"),
         (similarity, "--run-dir out", "out_dir is out, which is run_dir: expected another folder"),
         (similarity, "--run-dir a/../out", "which is run_dir"),
+        (variance, "--examples 0", "examples is 0; expected at least 1"),
+        (variance, "--averaged", "averaged is (); expected numbers of directions"),
+        (variance, "--averaged 0 1", "averaged is (0, 1)"),
+        (variance, "--subsets 1", "subsets is (1,); expected numbers of experts, each at least 2"),
+        (variance, "--measuring-seed -1", "measuring_seed is -1; expected at least 0"),
         (variance, "--examples 65", "examples is 65, but there are 64 target images"),
         (
             variance,

@@ -322,18 +322,3 @@ def test_an_interrupted_run_goes_on(done, tmp_path, capsys):
     again = _main(tmp_path, "--run-dir", str(folder / "run"))
     assert again["errors"] == results["errors"]
     assert [row["errors"] for row in again["radii"]] == [row["errors"] for row in results["radii"]]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"examples": 0}, "examples is 0; expected at least 1"),
-        ({"averaged": ()}, r"averaged is \(\); expected numbers of directions"),
-        ({"averaged": (0, 1)}, r"averaged is \(0, 1\)"),
-        ({"subsets": (1,)}, r"subsets is \(1,\); expected numbers of experts, each at least 2"),
-        ({"measuring_seed": -1}, "measuring_seed is -1; expected at least 0"),
-    ],
-)
-def test_settings_refuse_values_out_of_range(changes, message):
-    with pytest.raises(ValueError, match=message):
-        Settings(**changes)
