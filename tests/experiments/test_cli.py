@@ -92,13 +92,6 @@ def test_a_disk_that_is_full_at_the_report_ends_with_one_line_and_is_gone_on_fro
     assert {path.name for path in tmp_path.iterdir()} == FILES
 
 
-def test_a_folder_of_another_experiment_is_refused_and_left_as_it_is(tmp_path):
-    (tmp_path / "results.json").write_text('{"experiment": "cifar10"}')
-    with pytest.raises(SystemExit, match=r"its results\.json is of experiments\.cifar10"):
-        cli.main("digits", "", {"tiny": TINY}, ["--out-dir", str(tmp_path)])
-    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
-
-
 def test_a_title_names_what_differs_from_the_preset():
     assert cli._title("x", "quick", TINY, dataclasses.replace(TINY, radius=0.5)) == "x, preset quick, radius 0.5"
 

@@ -133,6 +133,7 @@ def test_another_commands_results_are_not_written_over(results, command, whose, 
     said = f"its results.json is of {whose}, and .* choose another folder"
     with pytest.raises(SystemExit, match=said), opened(tmp_path, command):
         pytest.fail("the work began")
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
     assert json.loads((tmp_path / "results.json").read_text()) == results
 
 
