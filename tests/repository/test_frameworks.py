@@ -100,16 +100,12 @@ def test_the_blend_is_the_average_of_the_parameters_and_of_the_batch_statistics(
 
 
 @pytest.mark.parametrize("problem", [nnx_problem, linen_problem])
-def test_the_batch_statistics_of_the_experts_differ_and_are_blended(problem):
+def test_the_batch_statistics_of_the_experts_differ(problem):
     experts, _ = problem()
     statistics = [
         jax.tree.leaves(expert[1] if isinstance(expert, tuple) else expert["batch_stats"]) for expert in experts
     ]
     assert all(np.ptp(np.stack(leaves), axis=0).max() > 0.1 for leaves in zip(*statistics, strict=True))
-    blended = glue_jax.blend(glue_jax.stack_experts(experts), ALPHA.astype(np.float32))
-    blended_statistics = jax.tree.leaves(blended[1] if isinstance(blended, tuple) else blended["batch_stats"])
-    for found, leaves in zip(blended_statistics, zip(*statistics, strict=True), strict=True):
-        np.testing.assert_allclose(found, np.tensordot(ALPHA, np.stack(leaves), axes=1), rtol=1e-4, atol=1e-5)
 
 
 @problems
