@@ -40,6 +40,16 @@ def learn(**words) -> glue_jax.LearnResult:
     return glue_jax.learn(**(defaults | words))
 
 
+def losing(at, value):
+    """Returns a step whose loss is `value` at one step."""
+
+    def step_fn(key, state, experts, batch, **words):
+        after, metrics = glue_jax.full_gradient_step(key, state, experts, batch, **words)
+        return after, metrics._replace(loss=jnp.where(state.step == at, value, metrics.loss))
+
+    return step_fn
+
+
 class Loader:
     """Iterated anew each epoch, as PyTorch's and grain's are."""
 

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import glue_jax
-from tests.library.helpers import ADAM, DATA, learn, squared
+from tests.library.helpers import ADAM, DATA, learn, losing, squared
 
 SPSA = {"step_fn": glue_jax.spsa_step, "loss_fn": squared, "optimizer": ADAM}
 
@@ -70,11 +70,7 @@ def test_a_loss_that_is_infinite_of_itself_is_not_the_learning_rates_fault():
 
 
 def test_a_loss_that_becomes_infinite_may_be_the_learning_rates_fault():
-    def step_fn(key, state, experts, batch, **words):
-        after, metrics = glue_jax.full_gradient_step(key, state, experts, batch, **words)
-        return after, metrics._replace(loss=jnp.where(state.step == 7, jnp.inf, metrics.loss))
-
-    error = failure(step_fn=step_fn)
+    error = failure(step_fn=losing(7, jnp.inf))
     assert error.step == 7
     assert str(error).endswith("(a smaller learning rate may help)")
 

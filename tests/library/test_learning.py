@@ -18,7 +18,18 @@ from glue_jax import streams
 from glue_jax.streams import ArrayBatches
 from tests.helpers import compilations
 from tests.library import helpers
-from tests.library.helpers import ADAM, CLASSIFICATION, DATA, EXPERTS, OPTIMIZER, classification, learn, squared, upward
+from tests.library.helpers import (
+    ADAM,
+    CLASSIFICATION,
+    DATA,
+    EXPERTS,
+    OPTIMIZER,
+    classification,
+    learn,
+    losing,
+    squared,
+    upward,
+)
 
 STEPS = [glue_jax.spsa_step, glue_jax.forward_gradient_step, glue_jax.full_gradient_step]
 
@@ -337,16 +348,6 @@ def test_an_exception_between_two_steps_or_in_a_validation_loses_nothing(at, mon
             learn(state=result, max_steps=20 - at, **words)
     result = caught.value.result  # pyright: ignore[reportAttributeAccessIssue]
     chex.assert_trees_all_equal(learn(state=result, max_steps=20 - int(result.state.step), **words), whole)
-
-
-def losing(at, value):
-    """A step whose loss is `value` at one step."""
-
-    def step_fn(key, state, experts, batch, **words):
-        after, metrics = glue_jax.full_gradient_step(key, state, experts, batch, **words)
-        return after, metrics._replace(loss=jnp.where(state.step == at, value, metrics.loss))
-
-    return step_fn
 
 
 @pytest.mark.usefixtures("both_ways")

@@ -13,7 +13,7 @@ import pytest
 import glue_jax
 from glue_jax import planning, theory, timing
 from glue_jax.timing import Program, compile_and_run
-from tests.library.helpers import forward_only, refuse
+from tests.library.helpers import cross_entropy, forward_only, refuse
 
 K, FEATURES, CLASSES, EXAMPLES = 4, 5, 3, 12
 D = K - 1
@@ -30,10 +30,6 @@ def problem():
 
 def outputs_fn(params, batch):
     return jnp.matmul(batch["x"], params["w"], precision="highest")
-
-
-def cross_entropy(outputs, batch):
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(outputs, batch["y"]))
 
 
 LOSS = glue_jax.OutputLoss(outputs_fn, cross_entropy)
