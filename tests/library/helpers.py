@@ -13,6 +13,7 @@ import glue_jax
 EXPERTS = {"w": jnp.array([0.0, 1.0])}
 OPTIMIZER = optax.sgd(0.5)
 ADAM = optax.adam(0.1)
+STEPS = [glue_jax.spsa_step, glue_jax.forward_gradient_step, glue_jax.full_gradient_step]
 DATA = jnp.linspace(0.0, 1.0, 50)
 
 

@@ -13,6 +13,7 @@ import optax
 import pytest
 
 import glue_jax
+from tests.library.helpers import STEPS
 
 reproducible = hypothesis.settings(deadline=None, derandomize=True, max_examples=15)
 
@@ -242,7 +243,7 @@ def close_loss(params, batch):
     return jnp.mean(jnp.square(jnp.matmul(hidden, params["second"]) - batch[:, :5]))
 
 
-@pytest.mark.parametrize("step_fn", [glue_jax.spsa_step, glue_jax.forward_gradient_step, glue_jax.full_gradient_step])
+@pytest.mark.parametrize("step_fn", STEPS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_the_default_step_is_right_for_experts_of_each_dtype_that_are_1_percent_apart(step_fn, dtype):
     experts, optimizer = close_experts(dtype), optax.sgd(1.0)

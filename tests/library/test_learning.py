@@ -24,14 +24,13 @@ from tests.library.helpers import (
     DATA,
     EXPERTS,
     OPTIMIZER,
+    STEPS,
     classification,
     learn,
     losing,
     squared,
     upward,
 )
-
-STEPS = [glue_jax.spsa_step, glue_jax.forward_gradient_step, glue_jax.full_gradient_step]
 
 
 def blend_value(params, batch):

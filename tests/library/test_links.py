@@ -9,8 +9,7 @@ import optax
 import pytest
 
 import glue_jax
-
-STEPS = [glue_jax.spsa_step, glue_jax.full_gradient_step, glue_jax.forward_gradient_step]
+from tests.library.helpers import STEPS
 
 
 def learned(step_fn, experts, loss, beta, steps=80, rate=0.1, **words):

@@ -13,8 +13,8 @@ import pytest
 import glue_jax
 from glue_jax.estimators import Estimate
 from glue_jax.steps import step_by
+from tests.library.helpers import STEPS
 
-STEPS = [glue_jax.spsa_step, glue_jax.forward_gradient_step, glue_jax.full_gradient_step]
 all_steps = pytest.mark.parametrize("step_fn", STEPS)
 SGD = optax.sgd(1.0)
 

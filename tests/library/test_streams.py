@@ -13,7 +13,7 @@ import pytest
 import glue_jax
 from glue_jax.streams import ArrayBatches, is_stream
 from tests.helpers import compilations
-from tests.library.helpers import ADAM, DATA, Loader, Tensor, learn, squared
+from tests.library.helpers import ADAM, DATA, STEPS, Loader, Tensor, learn, squared
 
 KEY = jax.random.key(3)
 learn = functools.partial(learn, key=KEY, batch_size=64, loss_fn=squared, optimizer=ADAM)
@@ -25,7 +25,7 @@ def batches_of_arrays(steps, data=DATA, batch_size=8):
     return [np.asarray(data)[np.asarray(indices)] for indices in rows]
 
 
-@pytest.mark.parametrize("step_fn", [glue_jax.spsa_step, glue_jax.forward_gradient_step, glue_jax.full_gradient_step])
+@pytest.mark.parametrize("step_fn", STEPS)
 @pytest.mark.parametrize("as_data", [iter, Loader, lambda batches: (Tensor(batch) for batch in batches)])
 def test_batches_in_the_order_of_the_arrays_give_bit_for_bit_the_same(step_fn, as_data):
     words = {"step_fn": step_fn, "validation_data": DATA, "validation_batch_size": 7}
