@@ -69,6 +69,14 @@ def without_times(results):
     return results
 
 
+def flip(folder):
+    """Changes a byte in the middle of the largest file in a folder."""
+    largest = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    largest.write_bytes(bytes(content))
+
+
 def folder_options(folder):
     """Returns the options of a command that keeps its experts and its results in a folder."""
     return ["--run-dir", str(folder / "run"), "--out-dir", str(folder / "out")]

@@ -24,7 +24,7 @@ from experiments.runtime import checkpoints, sources, stages
 from experiments.runtime.locks import LockedError
 from experiments.runtime.progress import ProgressBars
 from experiments.runtime.stages import DamagedStageError, Stages
-from tests.experiments.helpers import ONE_SEED, TINY, killed_after, prepare_quietly, run_quietly, without_times
+from tests.experiments.helpers import ONE_SEED, TINY, flip, killed_after, prepare_quietly, run_quietly, without_times
 
 
 @pytest.fixture(scope="module")
@@ -309,10 +309,7 @@ def test_a_damaged_expert_is_named_and_made_again_once_it_is_deleted(done, digit
     results, folder = done
     copied = shutil.copytree(folder, tmp_path / "run")
     expert = next(path for path in (copied / "experts").iterdir() if path.is_dir())
-    largest = max((path for path in expert.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-    content = bytearray(largest.read_bytes())
-    content[len(content) // 2] ^= 0xFF
-    largest.write_bytes(bytes(content))
+    flip(expert)
     with pytest.raises(DamagedStageError, match=f"{expert} is damaged .*delete it"):
         run_quietly(TINY, digits, copied)
     shutil.rmtree(expert)
