@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import itertools
 from collections import UserDict
-from functools import partial
 
 import chex
 import jax
@@ -552,8 +551,8 @@ def test_a_jitted_step_is_traced_once(beta, num_directions):
 @pytest.mark.parametrize(
     ("words", "error"),
     [
-        ({"step_fn": partial(glue_jax.spsa_step, **{"num_direction": 2})}, "num_direction"),
-        ({"step_fn": partial(glue_jax.spsa_step, num_directions=0)}, "num_directions is 0"),
+        ({"step_fn": functools.partial(glue_jax.spsa_step, **{"num_direction": 2})}, "num_direction"),
+        ({"step_fn": functools.partial(glue_jax.spsa_step, num_directions=0)}, "num_directions is 0"),
         ({"loss_fn": lambda params, batch: batch["x"]}, "scalar"),
     ],
 )

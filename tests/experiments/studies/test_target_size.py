@@ -79,7 +79,7 @@ def test_fine_tuning_keeps_the_model_of_the_lowest_validation_loss_and_stops(con
     assert found == losses[: epochs + 1]
 
 
-def test_the_command_keeps_what_it_measured_and_reports_it(tiny, tmp_path, monkeypatch, capsys):
+def test_the_command_keeps_what_it_measured_and_reports_it(tiny, tmp_path, monkeypatch):
     words = [*folder_options(tmp_path), "--sizes", "30", "2000", "--epochs", "2", "--least-steps", "3"]
     results = target_size.main(words)
     rows = results["rows"]
@@ -97,4 +97,3 @@ def test_the_command_keeps_what_it_measured_and_reports_it(tiny, tmp_path, monke
     assert f"| 30 | 10 | {len(rows)} |" in report
     monkeypatch.setattr(target_size, "fine_tune", lambda *_: pytest.fail("fine-tuned again"))
     assert target_size.main(words)["rows"] == rows
-    capsys.readouterr()
