@@ -17,7 +17,7 @@ import glue_jax
 from glue_jax.priors import from_data
 from glue_jax.priors.stages import stage_groups
 from tests.helpers import compilations
-from tests.library.helpers import CLASSIFICATION, EXPERTS, Loader, classification, cross_entropy, network
+from tests.library.helpers import CLASSIFICATION, DATA, EXPERTS, Loader, classification, cross_entropy, network, squared
 
 KEY = jax.random.key(0)
 BANK, EXAMPLES = classification()
@@ -289,8 +289,7 @@ def overflowing(params, batch):
 
 
 def test_a_stage_that_diverges_ends_and_what_it_found_before_counts():
-    data = jnp.linspace(0.0, 1.0, 50)
-    found = build(EXPERTS, data, loss_fn=overflowing, max_steps=200, validation_data=data, patience=None)
+    found = build(EXPERTS, DATA, loss_fn=overflowing, max_steps=200, validation_data=DATA, patience=None)
     by_name = {each.name: each for each in found.candidates}
     assert by_name["learned by group"].note is not None
     assert "Learning ended early" in found.report
@@ -298,12 +297,9 @@ def test_a_stage_that_diverges_ends_and_what_it_found_before_counts():
 
 
 def test_the_report_says_which_stage_lowered_nothing():
-    def away_from(params, batch):
-        return jnp.mean((params["w"] - batch) ** 2)
-
     # The average has what the validation data ask for, and the target data ask for something else.
     bank = {"w": jnp.array([2.0, -2.0])}
-    report = build(bank, jnp.ones(50), loss_fn=away_from, validation_data=jnp.zeros(50)).report
+    report = build(bank, jnp.ones(50), loss_fn=squared, validation_data=jnp.zeros(50)).report
     assert report.count("The value is not below that of `uniform average`.") == 1
     assert report.count("The value is not below that of `learned`.") == 1
     assert "is not below" not in build().report
