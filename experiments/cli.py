@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import tyro
-from rich.console import Console
 
 from experiments.protocol import data
 from experiments.protocol import run as protocol
@@ -20,8 +19,10 @@ from experiments.protocol.estimate import describe, estimate
 from experiments.protocol.expert_training import describe_missing
 from experiments.protocol.presets import folder_of
 from experiments.reporting import run_report
+from experiments.reporting.presentation import reported
 from experiments.runtime.arguments import StageArguments
-from experiments.runtime.session import exit_on, session
+from experiments.runtime.progress import ProgressBars
+from experiments.runtime.session import exit_on
 from experiments.runtime.stages import machine, naming, write_json
 
 
@@ -56,9 +57,9 @@ def main(
         The results.
     """
     parsed = _parse(name, description, presets, arguments)
-    # A path may contain brackets, which are no markup.
-    config, console = parsed.config, Console(markup=False)
-    with session(parsed.out_dir, console, f"python -m experiments.{name}") as progress:
+    config = parsed.config
+
+    def work(progress: ProgressBars) -> dict[str, Any]:
         with exit_on(ValueError, OSError, data.DatasetNotFoundError):
             if config.num_experts < 2:
                 raise ValueError(f"num_experts is {config.num_experts}; expected at least 2 to blend")
@@ -71,11 +72,10 @@ def main(
         results = protocol.run(context)
         results["experiment"] = name
         results["title"] = _title(name, parsed.preset, presets[parsed.preset], config)
-        report = run_report.present(results)
         write_json(parsed.out_dir / "config.json", results["config"])
-        report.write(parsed.out_dir, results)
-    report.show(parsed.out_dir, console)
-    return results
+        return results
+
+    return reported(parsed.out_dir, f"python -m experiments.{name}", work, run_report.present)
 
 
 def _plan(context: Context) -> str:

@@ -2,7 +2,8 @@
 
 import functools
 import io
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -11,6 +12,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from experiments.runtime.progress import ProgressBars
+from experiments.runtime.session import session
 from experiments.runtime.stages import write_json, write_whole
 
 TableCells: TypeAlias = tuple[list[str], list[list[str]]]
@@ -55,6 +58,37 @@ class Report(NamedTuple):
         for title, table in self.tables.items():
             console.print(rich_table(title, *table))
         console.print(f"report: {folder / 'report.md'}", highlight=False, soft_wrap=True)
+
+
+def reported(
+    out_dir: Path,
+    command: str,
+    work: Callable[[ProgressBars], dict[str, Any]],
+    present: Callable[[Mapping[str, Any]], Report],
+) -> dict[str, Any]:
+    """Does the work of a command in its folder, and then writes and shows the report.
+
+    Args:
+        out_dir: the folder of the command.
+        command: the command line, such as `python -m experiments.digits`.
+        work: a function from what shows the progress to the results, which JSON holds.
+        present: the function that makes the report of the results.
+
+    Returns:
+        The results.
+
+    Raises:
+        SystemExit: as `experiments.runtime.session.session` does.
+    """
+    # A path may contain brackets, which are no markup.
+    console = Console(markup=False)
+    with session(out_dir, console, command) as progress:
+        results = work(progress)
+        # As the file holds them, so that experiments.rewrite makes the same report.
+        report = present(json.loads(json.dumps(results)))
+        report.write(out_dir, results)
+    report.show(out_dir, console)
+    return results
 
 
 def page(results: Mapping[str, Any], *blocks: str) -> str:

@@ -11,7 +11,6 @@ The study takes four minutes on one CPU core. It needs PyTorch and PEFT: pip ins
 
 import dataclasses
 import functools
-import json
 import shutil
 import sys
 import tempfile
@@ -24,14 +23,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from rich.console import Console
 
 import glue_jax
 from experiments.models import patch_transformer
 from experiments.protocol import data
 from experiments.protocol.splits import draw_splits, draw_target
-from experiments.reporting.presentation import Report, TableCells, markdown_table, page, spread
-from experiments.runtime.session import exit_on, process, session
+from experiments.reporting.presentation import Report, TableCells, markdown_table, page, reported, spread
+from experiments.runtime.progress import ProgressBars
+from experiments.runtime.session import exit_on, process
 from experiments.runtime.stages import machine
 from experiments.studies import frame
 from glue_jax.checkpoints import (
@@ -101,17 +100,17 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     with exit_on(ValueError):
         parsed = tyro.cli(Arguments, prog="python -m experiments.studies.adapters", description=__doc__, args=words)
     command = frame.command_line("studies.adapters", words)
-    console = Console(markup=False)
     with exit_on(ImportError):
         torch, peft = (library(name, "pip install torch peft") for name in ("torch", "peft"))
-    with session(parsed.out_dir, console, command) as progress:
+
+    def work(progress: ProgressBars) -> dict[str, Any]:
         bar = progress.stage("Adapters", len(parsed.seeds))
         found: dict[str, list[tuple[float, float]]] = {}
         for seed in parsed.seeds:
             for name, measured in measure(parsed, seed).items():
                 found.setdefault(name, []).append(measured)
             bar.advance()
-        results = {
+        return {
             "title": "Blends of LoRA adapters",
             "command": command,
             "machine": f"{machine()}, PyTorch {torch.__version__}, PEFT {peft.__version__}",
@@ -121,10 +120,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                 for name, each in found.items()
             ],
         }
-        report = present(json.loads(json.dumps(results)))
-        report.write(parsed.out_dir, results)
-    report.show(parsed.out_dir, console)
-    return results
+
+    return reported(parsed.out_dir, command, work, present)
 
 
 def measure(parsed: Arguments, seed: int) -> dict[str, tuple[float, float]]:

@@ -4,13 +4,10 @@ It leads from a command line to the experts of an experiment, and from results t
 """
 
 import dataclasses
-import json
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-
-from rich.console import Console
 
 from experiments.protocol import data
 from experiments.protocol.config import Config
@@ -18,9 +15,9 @@ from experiments.protocol.context import Context, prepare
 from experiments.protocol.data import Dataset
 from experiments.protocol.expert_training import describe_missing
 from experiments.protocol.presets import ExpertArguments, Parsed, parse
-from experiments.reporting.presentation import Report
+from experiments.reporting.presentation import Report, reported
 from experiments.runtime.progress import ProgressBars
-from experiments.runtime.session import exit_on, session
+from experiments.runtime.session import exit_on
 from experiments.runtime.sources import name_of
 from experiments.runtime.stages import Stages, machine
 
@@ -57,31 +54,28 @@ def study(
     def main(words: Sequence[str] | None = None) -> dict[str, Any]:
         """Measures, from the words of a command line to the report. Returns the results."""
         words = sys.argv[1:] if words is None else list(words)
-        console = Console(markup=False)
         with exit_on(ValueError):
             parsed = parse(arguments, module, sys.modules[measure.__module__].__doc__ or "", words)
             parsed.check(least_experts=2)
         command = command_line(module, words)
-        with session(parsed.out_dir, console, command) as progress:
+
+        def work(progress: ProgressBars) -> dict[str, Any]:
             with exit_on(ValueError, OSError, data.DatasetNotFoundError):
                 dataset = data.load(parsed.config.dataset, parsed.data_dir, parsed.config.image_size)
                 context = open_context(parsed, parsed.config, dataset, progress)
-            work = plan(context, parsed) if plan else describe_missing(context)
-            progress.say(f"{dataset.name}; {machine()}\n{work}")
+            planned = plan(context, parsed) if plan else describe_missing(context)
+            progress.say(f"{dataset.name}; {machine()}\n{planned}")
             measured = measure(context, parsed, parsed.stages(progress))
             machines = {row["machine"] for row in measured[rows]} if rows else {machine()}
-            results = {
+            return {
                 "title": f"{title}: {parsed.experiment}, preset {parsed.preset}",
                 "command": command,
                 "machine": "; ".join(sorted(machines)),
                 "config": dataclasses.asdict(parsed.config),
                 **measured,
             }
-            # As the file holds them, so that experiments.rewrite makes the same report.
-            report = present(json.loads(json.dumps(results)))
-            report.write(parsed.out_dir, results)
-        report.show(parsed.out_dir, console)
-        return results
+
+        return reported(parsed.out_dir, command, work, present)
 
     return main
 

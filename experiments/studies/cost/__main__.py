@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
-from rich.console import Console
 
+from experiments.reporting.presentation import reported
 from experiments.runtime.arguments import StageArguments
-from experiments.runtime.session import exit_on, process, session
+from experiments.runtime.progress import ProgressBars
+from experiments.runtime.session import exit_on, process
 from experiments.runtime.stages import machine
 from experiments.studies.cost import tpu
 from experiments.studies.cost.cost_report import present
@@ -96,23 +97,21 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parsed = tyro.cli(
         Arguments, prog="python -m experiments.studies.cost", description=(__doc__ or "").strip(), args=words
     )
-    console, settings = Console(markup=False), parsed.settings()
-    with session(parsed.out_dir, console, command) as progress:
+    settings = parsed.settings()
+
+    def work(progress: ProgressBars) -> dict[str, Any]:
         with exit_on(OSError, ValueError):
             compiled = tpu.read(parsed.out_dir)
         progress.say(f"{len(settings)} rows, {parsed.repetitions} calls of each program; {machine()}")
-        stages = parsed.stages(progress)
-        results = {
+        return {
             "command": command,
             "machine": machine(),
             "arguments": {**dataclasses.asdict(parsed), "out_dir": str(parsed.out_dir)},
-            "rows": measure(settings, parsed.repetitions, stages, progress),
+            "rows": measure(settings, parsed.repetitions, parsed.stages(progress), progress),
             "tpu": compiled,
         }
-        report = present(results)
-        report.write(parsed.out_dir, results)
-    report.show(parsed.out_dir, console)
-    return results
+
+    return reported(parsed.out_dir, command, work, present)
 
 
 if __name__ == "__main__":
