@@ -53,11 +53,9 @@ def train_experts(context: Context) -> tuple[list[Variables], list[dict[str, Any
     sharding = everywhere(context.problem.mesh)
     experts, records = [], []
     for key in keys:
-        place, record = stages.path(*key), stages.read(*key) or {}
-        # Version 0.1 kept no checksum.
-        experts.append(checkpoints.load(place, like, sharding, expected=record.get("checksum")))
-        if "checksum" not in record:
-            record = stages.write(*key, {**record, "checksum": checkpoints.checksum(experts[-1])})
+        record = stages.read(*key)
+        assert record is not None
+        experts.append(checkpoints.load(stages.path(*key), like, sharding, expected=record["checksum"]))
         records.append(record)
     return experts, records
 

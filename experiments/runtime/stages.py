@@ -134,15 +134,9 @@ class Stages:
     def _of_other_source(self, name: str, depends_on: Mapping[str, Any]) -> tuple[Path, dict[str, Any]] | None:
         """The newest file of this stage that other source wrote, and its result."""
         stage, path = _stage(name, depends_on), self.path(name, depends_on)
-        # Version 0.1 kept the bare result, under a fingerprint that had no digest of the source.
-        bare = path.with_name(f"{name.rpartition('/')[2]}-{_fingerprint(_without_code(depends_on))}.json")
         pattern = f"{glob.escape(name.rpartition('/')[2])}-{'?' * 12}.json"
         for old in sorted(path.parent.glob(pattern), key=lambda each: each.stat().st_mtime, reverse=True):
             with contextlib.suppress(DamagedStageError):
-                if old == bare:
-                    if "machine" in (result := _read(old)):
-                        return old, result
-                    continue
                 found, result = _unsealed(old)
                 if _without_code(found["depends_on"]) == _without_code(stage["depends_on"]):
                     return old, result
@@ -272,23 +266,15 @@ def _sealed(stage: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
 
 def _unsealed(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The stage and the result in a stage's file."""
-    content = _read(path)
-    if content.keys() != {"stage", "result", "digest"}:
-        raise DamagedStageError(path, "it is not what a stage writes")
-    if content["digest"] != _digest(content["stage"], content["result"]):
-        raise DamagedStageError(path, "its content is not what was written: their digests differ")
-    return content["stage"], content["result"]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A dict in a file."""
     try:
         content = read_json(path)
     except (ValueError, RecursionError, IsADirectoryError) as error:
         raise DamagedStageError(path, error) from error
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or content.keys() != {"stage", "result", "digest"}:
         raise DamagedStageError(path, "it is not what a stage writes")
-    return content
+    if content["digest"] != _digest(content["stage"], content["result"]):
+        raise DamagedStageError(path, "its content is not what was written: their digests differ")
+    return content["stage"], content["result"]
 
 
 def _digest(stage: Any, result: Any) -> str:

@@ -1,4 +1,3 @@
-import hashlib
 import json
 import subprocess
 import sys
@@ -149,16 +148,6 @@ def test_what_other_source_computed_is_taken_where_it_is_accepted_and_named(tmp_
     # Neither another setting nor another kind is.
     assert accepting.read("x/b", {**NEW, "rate": 2}) is None
     assert Stages(tmp_path, ["y"], said.append).read("x/b", NEW) is None
-
-
-def test_version_0_1s_bare_results_are_taken_where_they_are_accepted(tmp_path):
-    # As `json.dumps(result, indent=1)` of commit f7be895, under sha256 of the settings.
-    place = tmp_path / "x" / f"a-{hashlib.sha256(json.dumps({'rate': 1}).encode()).hexdigest()[:12]}.json"
-    place.parent.mkdir()
-    place.write_text(json.dumps({"value": 1, "machine": "there", "seconds": 2.0}, indent=1) + "\n")
-    assert Stages(tmp_path).read("x/a", NEW) is None
-    taken = Stages(tmp_path, ["x"], lambda _: None).read("x/a", NEW)
-    assert taken == Stages(tmp_path).read("x/a", NEW) == {"value": 1, "machine": "there", "seconds": 2.0}
 
 
 def test_two_processes_write_one_file_by_names_of_their_own(tmp_path):
