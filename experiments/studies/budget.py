@@ -14,35 +14,28 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
 import glue_jax
-from experiments.models.network import Variables
 from experiments.protocol.coefficients import alpha_optimizer, coefficients_key, make_steps
 from experiments.protocol.config import CoefficientFields, part
 from experiments.protocol.context import Context, take
 from experiments.protocol.expert_training import train_experts
 from experiments.protocol.presets import ExpertArguments
-from experiments.protocol.training import cross_entropy, output_loss
 from experiments.reporting.presentation import STYLE, Report, TableCells, grouped, markdown_table, page, spread
 from experiments.runtime.session import process
 from experiments.runtime.stages import Stages
 from experiments.studies import frame
-from experiments.studies.ablation.recipes import BLOCKS
 from experiments.studies.frame import slug
-from experiments.studies.refreshing import has_statistics
-from experiments.studies.ways import Coefficients, Way, ways
+from experiments.studies.sharing import Coefficients, Sharing, coefficients
+from experiments.studies.ways import Way, ways
 from glue_jax.checks import check_counts, check_positive
 
-Sharing = Literal["softmax", "free", "free by block", "free by layer"]
-"""What has coefficients of its own: the model, under a softmax with BatchNorm in evaluation mode as in the paper, or
-without a softmax and with BatchNorm by the minibatch; or each block or each layer of the model."""
 RATES: Mapping[Sharing, Mapping[str, float]] = {
     "softmax": {"spsa": 0.3, "spsa_d": 0.3, "forward": 0.3, "full": 0.1},
     "free": {"spsa": 0.01, "spsa_d": 0.3, "forward": 0.03, "full": 0.1},
@@ -138,35 +131,6 @@ def measure(context: Context, parsed: Arguments, stages: Stages) -> dict[str, An
                 curves.append({**described, **curve})
                 bar.advance()
     return {"curves": curves}
-
-
-def coefficients(context: Context, experts: Variables, sharing: Sharing) -> Coefficients:
-    """Returns what is learned.
-
-    Args:
-        context: what `experiments.protocol.context.prepare` returned.
-        experts: the stacked experts, each leaf `[K, ...]`.
-        sharing: the parts of the network that have their own coefficients.
-    """
-    k = context.config.num_experts
-    if sharing == "softmax":
-        merge = functools.partial(glue_jax.blend, min_dtype=jnp.float32)
-        return Coefficients(experts, jnp.zeros(k), jax.nn.softmax, merge, output_loss(context.problem))
-    if has_statistics(context.problem):
-        _, experts = glue_jax.partition(experts, "^batch_stats/")
-    problem, beta, rows = context.problem, jnp.full((k,), 1 / k), None
-    if sharing != "free":
-        if sharing == "free by block":
-            groups = glue_jax.merging.group_by_path(experts, BLOCKS[context.config.network])
-        else:
-            groups = glue_jax.merging.by_layer(experts)
-        rows, beta = groups.rows, jnp.full((len(groups.names), k), 1 / k)
-    merge = functools.partial(glue_jax.blend, groups=rows, min_dtype=jnp.float32)
-    loss = glue_jax.OutputLoss(
-        lambda variables, batch: problem.minibatch_logits(variables, batch.images),
-        lambda logits, batch: cross_entropy(logits, batch.labels),
-    )
-    return Coefficients(experts, beta, glue_jax.unconstrained, merge, loss)
 
 
 def _evaluation(context: Context, problem: Coefficients) -> Any:

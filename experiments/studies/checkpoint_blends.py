@@ -9,11 +9,10 @@ import numpy as np
 
 import glue_jax
 from experiments.models.network import Variables
-from experiments.protocol.coefficients import coefficients_key
 from experiments.protocol.context import Context
 from experiments.studies.refreshing import REFRESH_BATCH, REFRESH_BATCHES, refreshed
+from experiments.studies.sharing import Coefficients, learn_by_gauss_newton
 from experiments.studies.training_run import Images
-from experiments.studies.ways import Coefficients
 
 _VALIDATION_BATCH = 250
 
@@ -106,27 +105,19 @@ def _learned(
     link: Literal["softmax", "free"], learn_on: Literal["held out images", "training images"], run: Run
 ) -> Choice:
     """Coefficients by Gauss-Newton with BatchNorm by the minibatch, and then new statistics."""
-    context = run.context
-    config, problem = context.config, run.problem
+    context, problem = run.context, run.problem
     if link == "softmax":
         problem = problem._replace(link_fn=jax.nn.softmax, beta=0 * problem.beta)
     rows = run.images.training if learn_on == "training images" else run.images.held_out
-    with jax.default_matmul_precision(config.matmul_precision):
-        result = glue_jax.learn(
-            coefficients_key(run.seed),
-            problem.experts,
-            context.images(rows),
-            loss_fn=problem.loss_fn,
-            state=glue_jax.init(config.num_experts, beta=problem.beta, link_fn=problem.link_fn),
-            step_fn=glue_jax.gauss_newton_step,
-            link_fn=problem.link_fn,
-            merge_fn=problem.merge_fn,
-            validation_data=context.validation,
-            batch_size=min(config.alpha_batch_size, len(rows)),
-            validation_batch_size=min(_VALIDATION_BATCH, len(context.validation.labels)),
-            max_steps=config.alpha_steps,
-            patience=config.patience,
-        )
+    result = learn_by_gauss_newton(
+        context,
+        problem,
+        run.seed,
+        context.images(rows),
+        context.validation,
+        batch_size=context.config.alpha_batch_size,
+        validation_batch_size=_VALIDATION_BATCH,
+    )
     variables = run.refreshed(problem.merge_fn(problem.experts, result.alpha))
     history, alpha = result.history, np.asarray(result.alpha, np.float64)
     step = history.validation_steps[np.argmin(history.validation_values)]

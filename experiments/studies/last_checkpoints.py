@@ -30,10 +30,10 @@ from experiments.runtime.session import process
 from experiments.runtime.sources import functions_in
 from experiments.runtime.stages import Stages
 from experiments.studies import frame
-from experiments.studies.budget import coefficients
 from experiments.studies.checkpoint_blends import WAYS, Choice, Run
 from experiments.studies.frame import slug
 from experiments.studies.numerics import drawn_together
+from experiments.studies.sharing import coefficients
 from experiments.studies.training_run import draw_images, load_average, load_models, train_run
 
 

@@ -13,9 +13,8 @@ from experiments.models.network import Variables
 from experiments.protocol.coefficients import coefficients_key, learn_coefficients
 from experiments.protocol.context import Context
 from experiments.protocol.splits import Indices
-from experiments.studies.budget import Sharing, coefficients
 from experiments.studies.refreshing import REFRESH_BATCH, REFRESH_BATCHES, refreshed
-from experiments.studies.ways import Coefficients
+from experiments.studies.sharing import Coefficients, Sharing, coefficients, learn_by_gauss_newton
 
 LEAST_VALIDATION, MOST_VALIDATION, SHARE = 10, 1000, 5
 """Of n images, n // SHARE validate, but at least LEAST_VALIDATION and at most MOST_VALIDATION."""
@@ -121,23 +120,16 @@ def _glue_refreshed(bank: Bank, labelled: Labelled) -> Variables:
 
 def _gauss_newton(sharing: Sharing, bank: Bank, labelled: Labelled) -> Variables:
     """Free coefficients by Gauss-Newton with BatchNorm by the minibatch, and then new statistics."""
-    config, problem = bank.context.config, bank.problem(sharing)
-    with jax.default_matmul_precision(config.matmul_precision):
-        result = glue_jax.learn(
-            coefficients_key(labelled.seed),
-            problem.experts,
-            bank.context.images(labelled.learning),
-            loss_fn=problem.loss_fn,
-            state=glue_jax.init(config.num_experts, beta=problem.beta, link_fn=problem.link_fn),
-            step_fn=glue_jax.gauss_newton_step,
-            link_fn=problem.link_fn,
-            merge_fn=problem.merge_fn,
-            validation_data=bank.context.images(labelled.validation),
-            batch_size=min(_GAUSS_NEWTON_BATCH, len(labelled.learning)),
-            validation_batch_size=min(_VALIDATION_BATCH, len(labelled.validation)),
-            max_steps=config.alpha_steps,
-            patience=config.patience,
-        )
+    context, problem = bank.context, bank.problem(sharing)
+    result = learn_by_gauss_newton(
+        context,
+        problem,
+        labelled.seed,
+        context.images(labelled.learning),
+        context.images(labelled.validation),
+        batch_size=_GAUSS_NEWTON_BATCH,
+        validation_batch_size=_VALIDATION_BATCH,
+    )
     return bank.refreshed(problem.merge_fn(problem.experts, result.alpha), labelled)
 
 

@@ -42,8 +42,8 @@ from experiments.reporting.presentation import STYLE, Report, TableCells, groupe
 from experiments.runtime.session import exit_on, process
 from experiments.runtime.stages import Stages
 from experiments.studies import frame
-from experiments.studies.budget import coefficients
 from experiments.studies.frame import slug
+from experiments.studies.sharing import coefficients
 from experiments.studies.starts import LEAST_VALIDATION, SCRATCH, STARTS, Bank, Labelled, labelled_images, make_bank
 from glue_jax.checks import check_counts
 

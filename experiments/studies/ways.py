@@ -13,12 +13,11 @@ from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
 import glue_jax
-from experiments.models.network import Variables
 from experiments.studies.cost.programs import flops
+from experiments.studies.sharing import Coefficients
 from glue_jax.arguments import bare
-from glue_jax.directions import dimension
 from glue_jax.links import directions_of
-from glue_jax.types import Batch, LinkFn, MergeFn
+from glue_jax.types import Batch
 
 # The part of a falling learning rate that is left at the last step.
 _LAST_RATE = 0.02
@@ -28,29 +27,6 @@ _SOME = 16
 _STARTS, _OLDER = 3, 0.8
 # This is at least the number of probes of any step.
 _ALL_PROBES = 2**30
-
-
-class Coefficients(NamedTuple):
-    """What is to be learned. Each way learns the same.
-
-    Attributes:
-        experts: the stacked experts, each leaf `[K, ...]`.
-        beta: the start.
-        link_fn: the `link_fn` of `glue_jax.learn`.
-        merge_fn: the `merge_fn` of `glue_jax.learn`.
-        loss_fn: the loss, in two parts.
-    """
-
-    experts: Variables
-    beta: Any
-    link_fn: LinkFn
-    merge_fn: MergeFn
-    loss_fn: glue_jax.OutputLoss
-
-    @property
-    def dimension(self) -> int:
-        """d, the number of directions that matter."""
-        return dimension(self.beta, directions_of(self.link_fn))
 
 
 class Stepper(NamedTuple):

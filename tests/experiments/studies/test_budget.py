@@ -10,7 +10,8 @@ import pytest
 
 import glue_jax
 from experiments.studies import budget
-from experiments.studies.ways import Coefficients, ways
+from experiments.studies.sharing import Coefficients
+from experiments.studies.ways import ways
 from tests.experiments.helpers import check_report, folder_options
 from tests.helpers import compilations
 from tests.library.helpers import CLASSIFICATION, K, classification
