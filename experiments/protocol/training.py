@@ -120,17 +120,28 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 @functools.cache
-def output_loss(problem: Problem) -> glue_jax.OutputLoss:
-    """Returns `problem.loss` in two parts, the logits and their mean cross-entropy.
+def output_loss(
+    problem: Problem,
+    *,
+    by_minibatch: bool = False,
+    objective: Callable[[jax.Array, jax.Array], jax.Array] = cross_entropy,
+) -> glue_jax.OutputLoss:
+    """Returns a loss in two parts, the logits and their objective. By default it is `problem.loss`.
 
-    A problem has one such loss, so a function that takes it as a static argument compiles once.
+    Equal arguments have one such loss, so a function that takes it as a static argument compiles once.
+
+    Args:
+        problem: the network, with the preparation of its images.
+        by_minibatch: whether BatchNorm takes the statistics of the minibatch.
+        objective: a function from logits `[B, C]` and labels `[B]` to the loss.
     """
 
     def outputs_fn(variables: Variables, batch: Examples) -> jax.Array:
-        return problem.logits(variables, batch.images)
+        logits = problem.minibatch_logits if by_minibatch else problem.logits
+        return logits(variables, batch.images)
 
     def loss(logits: jax.Array, batch: Examples) -> jax.Array:
-        return cross_entropy(logits, batch.labels)
+        return objective(logits, batch.labels)
 
     return glue_jax.OutputLoss(outputs_fn, loss)
 

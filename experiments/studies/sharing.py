@@ -11,7 +11,7 @@ from experiments.models.network import Variables
 from experiments.protocol.coefficients import coefficients_key
 from experiments.protocol.context import Context
 from experiments.protocol.data import Examples
-from experiments.protocol.training import cross_entropy, output_loss
+from experiments.protocol.training import output_loss
 from experiments.studies.ablation.recipes import BLOCKS
 from experiments.studies.refreshing import has_statistics
 from glue_jax.directions import dimension
@@ -60,7 +60,7 @@ def coefficients(context: Context, experts: Variables, sharing: Sharing) -> Coef
         return Coefficients(experts, jnp.zeros(k), jax.nn.softmax, merge, output_loss(context.problem))
     if has_statistics(context.problem):
         _, experts = glue_jax.partition(experts, "^batch_stats/")
-    problem, beta, rows = context.problem, jnp.full((k,), 1 / k), None
+    beta, rows = jnp.full((k,), 1 / k), None
     if sharing != "free":
         if sharing == "free by block":
             groups = glue_jax.merging.group_by_path(experts, BLOCKS[context.config.network])
@@ -68,11 +68,7 @@ def coefficients(context: Context, experts: Variables, sharing: Sharing) -> Coef
             groups = glue_jax.merging.by_layer(experts)
         rows, beta = groups.rows, jnp.full((len(groups.names), k), 1 / k)
     merge = functools.partial(glue_jax.blend, groups=rows, min_dtype=jnp.float32)
-    loss = glue_jax.OutputLoss(
-        lambda variables, batch: problem.minibatch_logits(variables, batch.images),
-        lambda logits, batch: cross_entropy(logits, batch.labels),
-    )
-    return Coefficients(experts, beta, glue_jax.unconstrained, merge, loss)
+    return Coefficients(experts, beta, glue_jax.unconstrained, merge, output_loss(context.problem, by_minibatch=True))
 
 
 def learn_by_gauss_newton(

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +14,7 @@ from experiments.protocol.coefficients import alpha_optimizer, coefficients_key
 from experiments.protocol.context import Context
 from experiments.protocol.data import Examples
 from experiments.protocol.expert_training import initial_variables
-from experiments.protocol.training import Problem
+from experiments.protocol.training import output_loss
 from experiments.studies.ablation.prerequisites import Measured
 from experiments.studies.ablation.recipes import Recipe
 from experiments.studies.refreshing import has_statistics
@@ -109,10 +108,7 @@ def make_learner(context: Context, recipe: Recipe, measured: Measured) -> Learne
         several = weights.ndim == 2
         num_starts, start_passes = len(weights) if several else 1, measured.passes
         beta = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(start, weights)) if several else start(weights)
-    loss = glue_jax.OutputLoss(
-        functools.partial(_logits, context.problem, recipe.statistics == "minibatch"),
-        functools.partial(_loss, recipe.objective),
-    )
+    loss = output_loss(context.problem, by_minibatch=recipe.statistics == "minibatch", objective=recipe.objective)
     config, optimizer = context.config, alpha_optimizer(context.config)
     max_steps = min(config.alpha_steps, recipe.most_steps or config.alpha_steps)
     if recipe.step_fn is glue_jax.gauss_newton_step:
@@ -189,14 +185,3 @@ def _by_groups(beta: Any, num_groups: int | None) -> Any:
     if isinstance(beta, glue_jax.links.Tempered):
         return beta._replace(coefficients=_by_groups(beta.coefficients, num_groups))
     return jnp.tile(beta[None], (num_groups, 1))
-
-
-def _logits(problem: Problem, by_minibatch: bool, variables: Variables, batch: Examples) -> jax.Array:
-    """Returns a model's outputs, `[B, classes]`."""
-    logits = problem.minibatch_logits if by_minibatch else problem.logits
-    return logits(variables, batch.images)
-
-
-def _loss(objective: Callable[[jax.Array, jax.Array], jax.Array], logits: jax.Array, batch: Examples) -> jax.Array:
-    """Returns an objective of a model's outputs."""
-    return objective(logits, batch.labels)
