@@ -90,10 +90,11 @@ class Arguments(ExpertArguments):
             check_positive("rate", self.rate)
         if not self.sharing or len(set(self.sharing)) < len(self.sharing):
             raise ValueError(f"sharing is {self.sharing}; expected at least one, each given once")
-        names = [way.name for way in ways(RATES["softmax"], None, None)]
-        for word in self.ways:
-            if not any(word in name for name in names):
-                raise ValueError(f"ways has {word!r}; expected part of one of {names}")
+        self.chosen()
+
+    def chosen(self) -> list[str]:
+        """Returns the names of the ways that the command line names."""
+        return frame.chosen("ways", self.ways, [way.name for way in ways(RATES["softmax"], None, None)])
 
 
 def measure(context: Context, parsed: Arguments, stages: Stages) -> dict[str, Any]:
@@ -118,7 +119,7 @@ def measure(context: Context, parsed: Arguments, stages: Stages) -> dict[str, An
         chosen = [
             way
             for way in ways(rates, make_steps(config)[4], alpha_optimizer(config))
-            if problem.dimension > way.above and (not parsed.ways or any(word in way.name for word in parsed.ways))
+            if problem.dimension > way.above and way.name in parsed.chosen()
         ]
         evaluate = _evaluation(context, problem)
         bar = context.progress.stage(f"Ways, {sharing}", len(chosen) * len(config.seeds))

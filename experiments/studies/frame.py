@@ -6,7 +6,7 @@ It leads from a command line to the experts of an experiment, and from results t
 import dataclasses
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from experiments.protocol import data
@@ -92,6 +92,27 @@ def open_context(parsed: ExpertArguments, config: Config, dataset: Dataset, prog
 def command_line(module: str, words: Sequence[str]) -> str:
     """Returns the command line of a module of `experiments`, in the form that a shell takes."""
     return shlex.join(["python", "-m", f"experiments.{module}", *words])
+
+
+def chosen(field: str, words: Collection[str], names: Collection[str], *, whole: bool = False) -> list[str]:
+    """Returns the names that contain one of some words, in their order. No words choose all names.
+
+    Args:
+        field: the option that has the words.
+        words: parts of names.
+        names: all names.
+        whole: whether a word that is a name stands for this name alone.
+
+    Raises:
+        ValueError: if a word is part of no name; the error has the field, the word, and the names.
+    """
+    found = set() if words else set(names)
+    for word in words:
+        of_word = {word} if whole and word in names else {name for name in names if word in name}
+        if not of_word:
+            raise ValueError(f"{field} has {word!r}; expected part of one of {list(names)}")
+        found |= of_word
+    return [name for name in names if name in found]
 
 
 def slug(name: str) -> str:

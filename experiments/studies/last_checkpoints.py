@@ -56,9 +56,7 @@ class Arguments(ExpertArguments):
         """Refuses values out of their range. The ValueError has the field, its value, and what was expected."""
         if not self.decays or len(set(self.decays)) < len(self.decays) or not all(0 < d < 1 for d in self.decays):
             raise ValueError(f"decays are {self.decays}; expected at least one, each between 0 and 1 and given once")
-        for word in self.ways:
-            if not any(word in name for name in WAYS):
-                raise ValueError(f"ways has {word!r}; expected part of one of {list(WAYS)}")
+        frame.chosen("ways", self.ways, WAYS)
         if self.config.num_experts > self.config.expert_epochs:
             raise ValueError(
                 f"num_experts is {self.config.num_experts}, and expert_epochs is {self.config.expert_epochs}; expected "
@@ -97,7 +95,7 @@ def measure(context: Context, parsed: Arguments, stages: Stages) -> dict[str, An
         else:
             bar.skip(config.expert_epochs)
         trained[seed] = folder, done
-    ways = [name for name in WAYS if not parsed.ways or any(word in name for word in parsed.ways)]
+    ways = frame.chosen("ways", parsed.ways, WAYS)
     bar = context.progress.stage("Seeds, ways", len(config.seeds) * len(ways))
     rows, distances = [], []
     for seed, (folder, done) in trained.items():

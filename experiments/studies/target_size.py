@@ -76,9 +76,7 @@ class Arguments(ExpertArguments):
         least = 2 * LEAST_VALIDATION
         if not self.sizes or len(set(self.sizes)) < len(self.sizes) or min(self.sizes) < least:
             raise ValueError(f"sizes are {self.sizes}; expected at least one, each at least {least} and given once")
-        for word in self.starts:
-            if not any(word in name for name in STARTS):
-                raise ValueError(f"starts has {word!r}; expected part of one of {list(STARTS)}")
+        frame.chosen("starts", self.starts, STARTS)
 
 
 def measure(context: Context, parsed: Arguments, stages: Stages) -> dict[str, Any]:
@@ -106,7 +104,7 @@ def measure(context: Context, parsed: Arguments, stages: Stages) -> dict[str, An
     fields = {**context.bank_fields, **part(config, CoefficientFields, FineTuningFields)}
     fields |= {"epochs": parsed.epochs, "least_steps": parsed.least_steps}
     fields["code"] = context.code(_measure, labelled_images, _trainer, make_bank, coefficients)
-    starts = [name for name in STARTS if not parsed.starts or any(word in name for word in parsed.starts)]
+    starts = frame.chosen("starts", parsed.starts, STARTS)
     bar = context.progress.stage("Sizes, starts, seeds", len(sizes) * len(starts) * len(config.seeds))
     rows = []
     for size in sizes:

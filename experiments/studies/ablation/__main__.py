@@ -49,15 +49,8 @@ class Arguments(ExpertArguments):
 
     def chosen(self) -> list[Recipe]:
         """Returns the recipes that the command line names."""
-        known = recipes(self.config)
-        names = {recipe.name for recipe in known}
-        chosen = set() if self.recipes else names
-        for word in self.recipes:
-            found = {word} & names or {name for name in names if word in name}
-            if not found:
-                raise ValueError(f"recipes has {word!r}; expected part of one of {[recipe.name for recipe in known]}")
-            chosen |= found
-        return [recipe for recipe in known if recipe.name in chosen]
+        known = {recipe.name: recipe for recipe in recipes(self.config)}
+        return [known[name] for name in frame.chosen("recipes", self.recipes, known, whole=True)]
 
 
 def _measure(context: Context, parsed: Arguments, stages: Stages) -> dict[str, Any]:
