@@ -17,7 +17,7 @@ from experiments.protocol.config import CoefficientFields, Config, part
 from experiments.protocol.context import Context
 from experiments.protocol.data import Examples
 from experiments.protocol.splits import Splits
-from experiments.protocol.training import Problem, output_loss
+from experiments.protocol.training import output_loss
 from experiments.runtime.progress import Stage
 
 # The coefficients of at most so many steps are kept, evenly spaced.
@@ -67,28 +67,26 @@ def coefficients_key(seed: int) -> jax.Array:
 
 
 def learn_coefficients(
+    context: Context,
     number: int,
     key: jax.Array,
     experts: Variables,
     target: Examples,
     validation: Examples | None,
     *,
-    problem: Problem,
-    config: Config,
     max_steps: int | None = None,
     bar: Stage | None = None,
 ) -> glue_jax.LearnResult:
     """Learns the coefficients of Config 3, 4 or 5.
 
     Args:
+        context: the run. Its config decides the step, its optimizer, the minibatch, the number of steps, the
+            validations and the precision.
         number: 3, 4 or 5.
         key: the key of the directions and the minibatches. These Configs see the same minibatches.
         experts: the stacked experts, each leaf `[K, ...]`.
         target: the images to learn on.
         validation: the images that decide when the plateau is reached. None takes all steps.
-        problem: the network, with the preparation of its images.
-        config: it decides the step, its optimizer, the minibatch, the number of steps, the validations and the
-            precision.
         max_steps: the largest number of steps. None is the config's.
         bar: the progress bar, which counts the steps. Steps that are not needed are taken off it.
 
@@ -98,6 +96,7 @@ def learn_coefficients(
     Raises:
         glue_jax.NonFiniteLossError: if a loss or a gradient is infinite or NaN; the error has the step.
     """
+    config = context.config
     max_steps, done = config.alpha_steps if max_steps is None else max_steps, 0
 
     def count(progress: glue_jax.types.Progress) -> None:
@@ -111,7 +110,7 @@ def learn_coefficients(
             key,
             experts,
             target,
-            loss_fn=output_loss(problem),
+            loss_fn=output_loss(context.problem),
             optimizer=None if number == 5 else alpha_optimizer(config),
             step_fn=make_steps(config)[number],
             validation_data=validation,
@@ -169,16 +168,8 @@ def coefficients_of(
         return {"alpha": heuristic_coefficients(context.splits, number, measured)}
 
     def compute() -> dict[str, Any]:
-        result = learn_coefficients(
-            number,
-            coefficients_key(seed),
-            experts,
-            context.target(seed),
-            context.validation,
-            problem=context.problem,
-            config=config,
-            bar=stage,
-        )
+        key, target = coefficients_key(seed), context.target(seed)
+        result = learn_coefficients(context, number, key, experts, target, context.validation, bar=stage)
         history = result.history
         alphas = np.concatenate([history.metrics.alpha, np.asarray(result.last_alpha)[None]])
         rows = np.unique(np.linspace(0, len(alphas) - 1, _MOST_ALPHAS).round().astype(int))

@@ -12,12 +12,11 @@ import jax.numpy as jnp
 import glue_jax
 from experiments.models.network import Variables
 from experiments.protocol.coefficients import learn_coefficients, validate_every
-from experiments.protocol.config import Config
 from experiments.protocol.context import Context
 from experiments.protocol.data import Examples
 from experiments.protocol.expert_training import missing_experts
 from experiments.protocol.run import remaining
-from experiments.protocol.training import Problem, Trainer
+from experiments.protocol.training import Trainer
 from experiments.runtime.devices import put
 from glue_jax.batches import on_cpu
 
@@ -55,10 +54,7 @@ def estimate(context: Context) -> dict[str, float]:
     if left["coefficients"]:
         experts = glue_jax.stack_experts([variables] * config.num_experts)
         target, steps = context.target(config.seeds[0]), config.alpha_steps
-        step = {
-            number: _alpha_step(number, experts, target, context.problem, config)
-            for number in set(left["coefficients"])
-        }
+        step = {number: _alpha_step(context, number, experts, target) for number in set(left["coefficients"])}
         # At the start, and after each chunk of steps.
         validations = {number: 1 + math.ceil(steps / validate_every(config, number)) for number in step}
         seconds["coefficients, at most"] = sum(
@@ -116,15 +112,15 @@ def _training_step(
     return _second_call(epoch) / (count // batch_size)
 
 
-def _alpha_step(number: int, experts: Variables, target: Examples, problem: Problem, config: Config) -> float:
+def _alpha_step(context: Context, number: int, experts: Variables, target: Examples) -> float:
     """Returns the seconds of a step that learns one Config's coefficients, without validation."""
+    config, key = context.config, jax.random.key(0)
     steps = min(_STEPS if on_cpu(target) else validate_every(config, number), config.alpha_steps)
 
     def learn() -> Any:
         with warnings.catch_warnings():
             # All experts are the same network, so the gradient is 0.
             warnings.filterwarnings("ignore", "the gradient was exactly 0")
-            key, words = jax.random.key(0), {"problem": problem, "config": config, "max_steps": steps}
-            return learn_coefficients(number, key, experts, target, None, **words).alpha
+            return learn_coefficients(context, number, key, experts, target, None, max_steps=steps).alpha
 
     return _second_call(learn) / steps

@@ -112,13 +112,12 @@ def calibrated_radius(context: Context, experts: Variables, seed: int, guess: fl
 def _learn(context: Context, experts: Variables, seed: int, radius: float) -> dict[str, Any]:
     """The best validation loss with a radius."""
     result = learn_coefficients(
+        context._replace(config=dataclasses.replace(context.config, radius=radius)),
         4,
         coefficients_key(seed),
         experts,
         context.target(seed),
         context.validation,
-        problem=context.problem,
-        config=dataclasses.replace(context.config, radius=radius),
     )
     history = result.history
     return {"radius": radius, "loss": float(history.validation_values.min()), "steps": len(history.metrics.loss)}

@@ -99,16 +99,15 @@ def _uniform(bank: Bank, labelled: Labelled) -> Variables:
 
 def _glue(bank: Bank, labelled: Labelled) -> Variables:
     """GLUE as in the paper."""
-    context = bank.context
-    batch_size = min(context.config.alpha_batch_size, len(labelled.learning))
+    context, config = bank.context, bank.context.config
+    batch_size = min(config.alpha_batch_size, len(labelled.learning))
     result = learn_coefficients(
+        context._replace(config=dataclasses.replace(config, alpha_batch_size=batch_size)),
         4,
         coefficients_key(labelled.seed),
         bank.experts,
-        bank.context.images(labelled.learning),
-        bank.context.images(labelled.validation),
-        problem=context.problem,
-        config=dataclasses.replace(context.config, alpha_batch_size=batch_size),
+        context.images(labelled.learning),
+        context.images(labelled.validation),
     )
     return glue_jax.blend(bank.experts, result.alpha)
 

@@ -171,16 +171,7 @@ def _learned(setting: _Setting) -> dict[str, Any]:
     bar = context.progress.stage("Learning", max_steps)
 
     def compute(key: jax.Array) -> dict[str, Any]:
-        result = learn_coefficients(
-            4,
-            key,
-            setting.experts,
-            setting.target,
-            context.validation,
-            problem=context.problem,
-            config=context.config,
-            bar=bar,
-        )
+        result = learn_coefficients(context, 4, key, setting.experts, setting.target, context.validation, bar=bar)
         return {"alpha": np.asarray(result.last_alpha).tolist(), "steps": len(result.history.metrics.loss)}
 
     return setting.part("points/learned", part(context.config, CoefficientFields), compute, bar, max_steps)

@@ -31,7 +31,7 @@ def test_a_fresh_run_is_the_sum_of_its_steps(digits, tmp_path, steady):
 def test_a_step_of_the_coefficients_is_measured_once_a_config_and_without_validation(digits, tmp_path, monkeypatch):
     measured = []
 
-    def learn(number, key, experts, target, validation, *, max_steps, **_):
+    def learn(context, number, key, experts, target, validation, *, max_steps, **_):
         assert validation is None
         measured.append(number)
         return SimpleNamespace(alpha=max_steps)
