@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,6 @@ import numpy as np
 from experiments.models.network import Variables
 from experiments.protocol.config import Config
 from experiments.protocol.context import Context
-from experiments.protocol.data import Examples
 from experiments.protocol.training import Problem, train
 from experiments.runtime import checkpoints
 from experiments.runtime.devices import everywhere, put
@@ -81,37 +80,27 @@ def describe_missing(context: Context) -> str:
     return text
 
 
-def measure_experts(
-    experts: Sequence[Variables],
-    images: Mapping[str, Examples],
-    evaluate: Callable[[Variables, Examples], Mapping[str, float]],
-) -> list[dict[str, float]]:
-    """Returns a row for each expert: its loss and accuracy on each set of images, for example `test_loss`."""
-    return [
-        {
-            f"{name}_{what}": value
-            for name, examples in images.items()
-            for what, value in evaluate(expert, examples).items()
-        }
-        for expert in experts
-    ]
-
-
 def measured_experts(context: Context, experts: Sequence[Variables]) -> dict[str, Any]:
     """Measures the experts, or reads what was measured.
 
     Returns:
-        `experts`, the rows of `measure_experts` on the validation images, on the target images of the first seed, and
-        on the test images; `seconds` and `machine`.
+        `experts`, a row for each expert with its loss and accuracy on each set of images, for example `test_loss`;
+        `seconds` and `machine`. The sets are `validation`, `target` (of the first seed) and `test`.
     """
     images = {
         "validation": context.validation,
         "target": context.target(context.config.seeds[0]),
         "test": context.test,
     }
-    return context.stages.run(
-        *measurement(context), lambda: {"experts": measure_experts(experts, images, context.evaluate)}
-    )
+
+    def row(expert: Variables) -> dict[str, float]:
+        return {
+            f"{name}_{what}": value
+            for name, examples in images.items()
+            for what, value in context.evaluate(expert, examples).items()
+        }
+
+    return context.stages.run(*measurement(context), lambda: {"experts": [row(expert) for expert in experts]})
 
 
 def measurement(context: Context) -> tuple[str, dict[str, Any]]:

@@ -36,7 +36,7 @@ class Measured:
         validation: Examples,
         evaluate: Callable[[Variables, Examples], Mapping[str, float]],
     ):
-        """Keeps `table`, with a row of `measure_experts` for each expert, and `evaluate` of the context."""
+        """Keeps `table`, with a row of `measured_experts` for each expert, and `evaluate` of the context."""
         self.problem, self.experts, self.validation = problem, experts, validation
         self.num_experts, self.passes = len(table), 0
         self._table, self._evaluate = table, evaluate

@@ -39,7 +39,7 @@ def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: St
         stages: the stages that keep the measurements.
 
     Returns:
-        A dict that JSON holds: `config`, `data`, `experts` (a row of `measure_experts` for each), `ensemble` (test loss
+        A dict that JSON holds: `config`, `data`, `experts` (the rows of `measured_experts`), `ensemble` (test loss
             and accuracy of the experts' mean probabilities), and `rows`. There is a row for each recipe and seed. It
             has `recipe`, `part`, `seed`, `test_loss` and `test_accuracy` (of the prior and after each epoch),
             `validation_loss` and `validation_accuracy` (of the prior, on the images that judged it), `training_loss` of
