@@ -38,7 +38,7 @@ class ExpertArguments(StageArguments):
     data_dir: str | None = None
     config: tyro.conf.OmitArgPrefixes[Config]
 
-    def check(self, *, least_experts: int = 1) -> None:
+    def check(self) -> None:
         """Refuses options that no command can follow, before any work.
 
         Raises:
@@ -49,10 +49,8 @@ class ExpertArguments(StageArguments):
                 f"out_dir is {self.out_dir}, which is run_dir: expected another folder, or the report would be written "
                 "over the experiment's own"
             )
-        if self.config.num_experts < least_experts:
-            raise ValueError(
-                f"num_experts is {self.config.num_experts}; expected at least {least_experts} for this command"
-            )
+        if self.config.num_experts < 2:
+            raise ValueError(f"num_experts is {self.config.num_experts}; expected at least 2 for this command")
 
 
 def parse(arguments: Callable[..., Parsed], command: str, description: str, words: Sequence[str]) -> Parsed:

@@ -56,7 +56,7 @@ def study(
         words = sys.argv[1:] if words is None else list(words)
         with exit_on(ValueError):
             parsed = parse(arguments, module, sys.modules[measure.__module__].__doc__ or "", words)
-            parsed.check(least_experts=2)
+            parsed.check()
         command = command_line(module, words)
 
         def work(progress: ProgressBars) -> dict[str, Any]:
