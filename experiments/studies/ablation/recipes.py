@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -86,11 +85,6 @@ class Recipe:
     def outside_the_hull(self) -> bool:
         """Whether the coefficients may leave the convex hull of the experts. If not, they are a softmax."""
         return self.task_vectors or self.link_fn is not jax.nn.softmax
-
-    @property
-    def slug(self) -> str:
-        """The name of the recipe in files."""
-        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
 
     @property
     def fingerprint(self) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from experiments.runtime.stages import Stages
 from experiments.studies.ablation.learners import Learner, learn_beta, make_learner
 from experiments.studies.ablation.prerequisites import Alignment, Measured
 from experiments.studies.ablation.recipes import Recipe
+from experiments.studies.frame import slug
 from experiments.studies.refreshing import REFRESH_BATCH, REFRESH_BATCHES, has_statistics, refresh_batches, refreshed
 
 
@@ -61,7 +62,7 @@ def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: St
         return context.evaluate(model, context.test)
 
     def measure_row(recipe: Recipe, learner: Callable[[], Learner], seed: int) -> dict[str, Any]:
-        name = f"ablation/{recipe.slug}-seed{seed}"
+        name = f"ablation/{slug(recipe.name)}-seed{seed}"
         code = context.code(measure, *functions_in(recipe))
         how = {"recipe": recipe.fingerprint, "seed": seed, "code": code}
 
