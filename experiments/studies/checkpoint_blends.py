@@ -10,7 +10,7 @@ import numpy as np
 import glue_jax
 from experiments.models.network import Variables
 from experiments.protocol.context import Context
-from experiments.studies.refreshing import REFRESH_BATCH, REFRESH_BATCHES, refreshed
+from experiments.studies.refreshing import REFRESH_IMAGES, refreshed
 from experiments.studies.sharing import Coefficients, learn_by_gauss_newton
 from experiments.studies.training_run import Images
 
@@ -42,8 +42,8 @@ class Run(NamedTuple):
 
     def refreshed(self, variables: Variables) -> Variables:
         """Returns a model with BatchNorm's statistics estimated on training images."""
-        images = self.images.training[: REFRESH_BATCH * REFRESH_BATCHES]
-        return refreshed(self.context.problem, variables, self.context.images(images).images)
+        rows = self.images.training[:REFRESH_IMAGES]
+        return refreshed(self.context.problem, variables, self.context.images(rows).images)
 
 
 class Choice(NamedTuple):

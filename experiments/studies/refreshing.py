@@ -10,13 +10,13 @@ import glue_jax
 from experiments.models.network import Variables
 from experiments.protocol.training import Problem
 
-REFRESH_BATCH, REFRESH_BATCHES = 256, 8
-"""The size and the largest number of the batches that statistics, and RegMean's Gram matrices, are estimated on."""
+REFRESH_BATCH, REFRESH_IMAGES = 256, 2048
+"""The size of a batch, and the largest number of the images, that statistics and Gram matrices are estimated on."""
 
 
 def refresh_batches(images: jax.Array) -> list[jax.Array]:
     """Returns the first images, `[N, H, W, C]`, as batches `[B, H, W, C]`. The last batch may be smaller."""
-    last = min(len(images), REFRESH_BATCH * REFRESH_BATCHES)
+    last = min(len(images), REFRESH_IMAGES)
     return [images[at : min(at + REFRESH_BATCH, last)] for at in range(0, last, REFRESH_BATCH)]
 
 

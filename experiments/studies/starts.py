@@ -13,7 +13,7 @@ from experiments.models.network import Variables
 from experiments.protocol.coefficients import coefficients_key, learn_coefficients
 from experiments.protocol.context import Context
 from experiments.protocol.splits import Indices
-from experiments.studies.refreshing import REFRESH_BATCH, REFRESH_BATCHES, refreshed
+from experiments.studies.refreshing import REFRESH_IMAGES, refreshed
 from experiments.studies.sharing import Coefficients, Sharing, coefficients, learn_by_gauss_newton
 
 LEAST_VALIDATION, MOST_VALIDATION, SHARE = 10, 1000, 5
@@ -61,8 +61,7 @@ class Bank(NamedTuple):
 
     def refreshed(self, variables: Variables, labelled: Labelled) -> Variables:
         """Returns a model with BatchNorm's statistics estimated on at most 2048 labelled images."""
-        rows = labelled.all[: REFRESH_BATCH * REFRESH_BATCHES]
-        return refreshed(self.context.problem, variables, self.context.images(rows).images)
+        return refreshed(self.context.problem, variables, self.context.images(labelled.all[:REFRESH_IMAGES]).images)
 
 
 def make_bank(context: Context, experts: Variables) -> Bank:

@@ -27,7 +27,7 @@ from experiments.studies.ablation.learners import Learner, learn_beta, make_lear
 from experiments.studies.ablation.prerequisites import Alignment, Measured
 from experiments.studies.ablation.recipes import Recipe
 from experiments.studies.frame import slug
-from experiments.studies.refreshing import REFRESH_BATCH, REFRESH_BATCHES, has_statistics, refresh_batches, refreshed
+from experiments.studies.refreshing import REFRESH_BATCH, REFRESH_IMAGES, has_statistics, refresh_batches, refreshed
 
 
 def measure(context: Context, recipes: list[Recipe], num_epochs: int, stages: Stages) -> dict[str, Any]:
@@ -166,7 +166,7 @@ def _model(
         measured.passes, passes = learner().start_passes, learned["forward_passes"]
     if recipe.statistics != "blended" and has_statistics(context.problem):
         variables = refreshed(context.problem, variables, target.images)
-        passes += min(len(target.images), REFRESH_BATCH * REFRESH_BATCHES)
+        passes += min(len(target.images), REFRESH_IMAGES)
     return variables, {**details, "forward_passes": measured.passes + passes}
 
 
