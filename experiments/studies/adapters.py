@@ -14,7 +14,7 @@ import functools
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -253,19 +253,14 @@ def tested(base: Any, adapter: Path | None, examples: Mapping[str, np.ndarray]) 
 
 
 def _train(torch: Any, model: Any, examples: Mapping[str, np.ndarray], steps: int, rate: float) -> None:
-    """Trains the parameters of a model that may be trained, by Adam."""
+    """Trains the parameters of a model that may be trained, by Adam. Minibatches are drawn with replacement."""
     optimizer = torch.optim.Adam([tensor for tensor in model.parameters() if tensor.requires_grad], lr=rate)
     x, y = torch.from_numpy(examples["x"]), torch.from_numpy(examples["y"]).long()
-    for chosen in _minibatches(torch, len(x), steps):
+    for _ in range(steps):
+        chosen = torch.randint(len(x), (_BATCH,))
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(model(x[chosen]).float(), y[chosen]).backward()
         optimizer.step()
-
-
-def _minibatches(torch: Any, count: int, steps: int) -> Iterator[Any]:
-    """Yields the indices of minibatches, drawn with replacement."""
-    for _ in range(steps):
-        yield torch.randint(count, (_BATCH,))
 
 
 def _copy(base: Any) -> Any:
