@@ -34,7 +34,7 @@ from experiments.reporting.run_report import (
     config_table,
     cost_table,
 )
-from experiments.runtime.session import failure
+from experiments.runtime.session import exit_on, failure
 from experiments.runtime.stages import read_json, reading
 
 _AGAIN = "the experiment's own command, given again, writes it from the stages that are kept"
@@ -57,12 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Writes the page of the runs that the command line names."""
     parsed = tyro.cli(Arguments, prog="python -m experiments.report", description=__doc__, args=arguments)
     try:
-        runs = [read(folder) for folder in parsed.runs] or _found(Path("runs"))
-        write(runs, parsed.out_dir)
+        with exit_on(ValueError):
+            runs = [read(folder) for folder in parsed.runs] or _found(Path("runs"))
+            write(runs, parsed.out_dir)
     except OSError as error:
         sys.exit(failure(error, parsed.out_dir))
-    except ValueError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
     print(f"report: {parsed.out_dir / 'report.md'}")
 
 
