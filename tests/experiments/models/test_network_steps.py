@@ -1,6 +1,7 @@
 """The steps with the networks that they are for: what they are lowered to, and what ResNet-20's cost."""
 
 import functools
+import itertools
 import statistics
 import time
 
@@ -23,7 +24,6 @@ OPTIONS = {"vit": {"depth": 2}}
 # ResNet-20: a stem and two in each of 9 blocks. MobileNetV2: a stem, three in each of 17 blocks but the first, which
 # does not expand, and a last one. The ViT: its patches.
 NUM_CONVOLUTIONS = {"resnet20": 19, "mobilenetv2": 1 + 3 * 17 - 1 + 1, "vit": 1}
-STEPS = [glue_jax.spsa_step, glue_jax.forward_gradient_step, glue_jax.full_gradient_step]
 K, B = 3, 8
 
 
@@ -60,7 +60,14 @@ def _module(function, *arguments):
     return jax.export.export(function, platforms=["cuda", "tpu"])(*arguments).mlir_module()
 
 
-@pytest.mark.parametrize("step_fn", STEPS)
+@pytest.mark.parametrize(
+    ("problem", "step_fn"),
+    [
+        *itertools.product(SIZES, (glue_jax.spsa_step, glue_jax.full_gradient_step)),
+        ("resnet20", glue_jax.forward_gradient_step),
+    ],
+    indirect=["problem"],
+)
 def test_steps_of_the_coefficients_lower_for_accelerators(problem, step_fn):
     name, size, problem = problem
     arguments = jax.random.key(0), _abstract(glue_jax.init(K, OPTIMIZER)), _stacked(problem, K), _images(size, B)

@@ -3,14 +3,15 @@
 import pytest
 
 from experiments.studies import similarity
-from tests.experiments.helpers import check_report, folder_options
+from tests.experiments.helpers import folder_options
 
 
 @pytest.mark.parametrize("initialization", ["common", "separate"])
 def test_a_runs_experts_are_compared_and_advised_on(tiny, tmp_path, initialization):
     results = similarity.main([*folder_options(tmp_path), "--barriers", "2", "--initialization", initialization])
     assert [row["module"] for row in results["modules"]] == ["conv1", "conv2", "head", "norm1", "norm2"]
-    report = check_report(tmp_path / "out", results)
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "nan" not in report
     if initialization == "common":
         # Two epochs do not go far.
         assert results["cosine"] > 0.8
