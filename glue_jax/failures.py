@@ -9,8 +9,10 @@ import numpy as np
 
 from glue_jax.types import LearnResult, PyTree, StepFn
 
-LOOK_FOR = "a division by 0, a logarithm of 0, an overflow, or a label that is no class of the network"
-"""Where a function of the user may become infinite or NaN."""
+LOOK_FOR = (
+    "look in the functions and the labels for a division by 0, a logarithm of 0, an overflow, or a label of no class"
+)
+"""The advice for a value that is infinite or NaN at once."""
 # A message names at most so many paths.
 _MOST_PATHS = 3
 
@@ -60,7 +62,7 @@ def explain(what: str, step: int, *, first_step: int, step_fn: StepFn, inputs: d
             "the loss is finite there, but its derivative is not: look, for example, for a square root or a norm of 0"
         )
     elif step == first_step and what != "new beta":
-        reasons.append(f"{', '.join(inputs)} are finite: look in the functions for {LOOK_FOR}")
+        reasons.append(f"{', '.join(inputs)} are finite: {LOOK_FOR}")
     if step > first_step or what == "new beta":
         reasons.append("a smaller learning rate may help")
     return "; ".join(reasons)

@@ -132,10 +132,15 @@ def _eq_10(plan: Plan) -> list[str]:
 
 
 def _advice(plan: Plan) -> list[str]:
-    """Returns the recommendation, when Gauss-Newton would be cheaper, and the steps that were left out."""
+    """Returns the recommendation, what it assumes of Gauss-Newton, and the steps that were left out."""
+
+    def named(step: PlannedStep) -> str:
+        return (
+            step.name if step.probe_batch_size is None else f"{step.name} with probe_batch_size={step.probe_batch_size}"
+        )
+
     best = plan.best
-    size = "" if best.probe_batch_size is None else f" with probe_batch_size={best.probe_batch_size}"
-    lines = [f"Cheapest: {best.name}{size}, {best.progress_seconds:.3g} s."]
+    lines = [f"Cheapest: {named(best)}, {best.progress_seconds:.3g} s."]
     others = [step for step in plan.steps if step.assumed != best.assumed]
     if others:
         other = min(others, key=lambda step: step.progress_seconds)
@@ -144,8 +149,7 @@ def _advice(plan: Plan) -> list[str]:
             "This counts a Gauss-Newton step as one gradient step. It is worth less in the first steps, and more near "
             "the minimum.",
             f"If it is worth more than {assumed.progress_seconds / exact.progress_seconds:.3g} gradient steps, "
-            f"{assumed.name} with probe_batch_size={assumed.probe_batch_size} is the cheapest. Otherwise {exact.name} "
-            "is.",
+            f"{named(assumed)} is the cheapest. Otherwise {named(exact)} is.",
         ]
     return lines + (["", *reasons(plan.left_out)] if plan.left_out else [])
 

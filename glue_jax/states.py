@@ -40,7 +40,7 @@ def init(
     Raises:
         ValueError: if `num_experts` is below 1, if beta is empty or not finite, or if beta belongs to another number of
             experts.
-        ValueError: if beta is None and the link turns zeros `[K]` into coefficients that are all 0, or if there are no
+        ValueError: if beta is None and the link turns zeros `[K]` into coefficients that are all 0, or if there is no
             optimizer and nothing to learn, as with one expert under a softmax.
         TypeError: if `num_experts` is no integer, if beta is not floating point of at least 32 bits, or if the
             optimizer is not one of optax.

@@ -19,7 +19,7 @@ from experiments.runtime.sources import digest, name_of
 from experiments.runtime.stages import Stages
 from glue_jax.batches import on_cpu
 
-# It is part of the fingerprint of every stage since version 0.1. It stays as it is, so that old stages are found.
+# It is part of the fingerprint of every stage. It stays as it is, so that kept stages are found.
 _FINGERPRINT_VERSION = "0.1.0"
 # The function that makes a context, and the parts of a context that no expert depends on.
 _PREPARE = "experiments.protocol.context:prepare"

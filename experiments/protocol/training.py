@@ -119,7 +119,6 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 
 
-@functools.cache
 def output_loss(
     problem: Problem,
     *,
@@ -135,6 +134,14 @@ def output_loss(
         by_minibatch: whether BatchNorm takes the statistics of the minibatch.
         objective: a function from logits `[B, C]` and labels `[B]` to the loss.
     """
+    return _output_loss(problem, by_minibatch, objective)
+
+
+@functools.cache
+def _output_loss(
+    problem: Problem, by_minibatch: bool, objective: Callable[[jax.Array, jax.Array], jax.Array]
+) -> glue_jax.OutputLoss:
+    """Returns an `output_loss`. The cache tells arguments by position."""
 
     def outputs_fn(variables: Variables, batch: Examples) -> jax.Array:
         logits = problem.minibatch_logits if by_minibatch else problem.logits

@@ -71,7 +71,7 @@ def reported(
     Args:
         out_dir: the folder of the command.
         command: the command line, such as `python -m experiments.digits`.
-        work: a function from what shows the progress to the results, which JSON holds.
+        work: `work(progress)` returns the results, which JSON holds.
         present: the function that makes the report of the results.
 
     Returns:

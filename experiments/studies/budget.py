@@ -43,7 +43,8 @@ RATES: Mapping[Sharing, Mapping[str, float]] = {
     "free by layer": {"spsa": 0.01, "spsa_d": 0.1, "forward": 0.01, "full": 0.3},
 }
 """Learning rates of Adam, which falls to a fiftieth by a cosine. Each gives the lowest validation loss on the digits'
-first seed (`--seeds 0 --rate`): of 0.03, 0.1 and 0.3 for the softmax, and of these, 0.003 and 0.01 for the others.
+first seed (`--seeds 0 --rate`). For the softmax 0.03, 0.1 and 0.3 were tried. For the others 0.003, 0.01, 0.03, 0.1 and
+0.3 were tried.
 """
 TOLERANCE = 0.01
 """How near to the best loss of all ways counts as there, relatively."""
@@ -222,8 +223,9 @@ def present(results: Mapping[str, Any]) -> Report:
         "same seed. The first point there counts, and neighbouring points are up to a third apart. A tangent counts as "
         "one forward pass, though it takes about the time of two forward passes. FLOPs are those that XLA counts in "
         "the compiled step, times the steps. Figures are means over the seeds; '-' where a seed does not get there, or "
-        "where FLOPs were not counted. One column has a wider limit, 5 %: the validation set is finite, so 1 % may "
-        "be less than chance.",
+        "where FLOPs were not counted. One column has a wider limit, 5 %: the validation set is finite, so chance may "
+        "change a loss by more than 1 %. SPSA and the gradients have a falling learning rate, unless they are as in "
+        "the paper. It was chosen on the digits' first seed, and may fail elsewhere.",
     ]
     for sharing, curves in grouped(results["curves"], "sharing").items():
         picture, cells = f"{slug(sharing)}.png", table(curves)

@@ -147,7 +147,7 @@ def save_adapter(
         groups: as for `merge_adapters`.
         side_files: texts to write into the folder, by the names of their files. The small files beside the first
             adapter's weights, such as a tokenizer, are copied too.
-        overwrite: whether an earlier result at `out` is replaced. A folder without weights never is.
+        overwrite: whether an earlier result at `out` is replaced. A folder with other files never is.
 
     Returns:
         The path of the result.

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from glue_jax.checkpoints.formats import Checkpoint
-from glue_jax.checkpoints.loading import check_alike, read_stacked
+from glue_jax.checkpoints.loading import check_alike, portions_of, read_stacked
 from glue_jax.merging.groups import by_layer
 from glue_jax.merging.similarity import Similarity, similarity_of_leaves
 from glue_jax.paths import by_path
@@ -39,7 +39,7 @@ def inspect_experts(checkpoints: Sequence[Checkpoint], take_first: str | Sequenc
     names = (*dict.fromkeys(layers.values()), KERNELS)
 
     def leaves() -> Iterator[tuple[int, np.ndarray, None]]:
-        for portion in first.portions(floating):
+        for portion in portions_of(checkpoints, floating):
             stacked = read_stacked(checkpoints, portion, kept)
             for name in portion:
                 weights = stacked.pop(name)

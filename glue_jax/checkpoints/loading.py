@@ -70,11 +70,19 @@ def load_experts(
     kept = check_alike(checkpoints, take_first)
     to_tree = _to_tree(checkpoints[0], rename)
     leaves = {}
-    # The fewest portions are those of a file that is read whole for each one.
-    for portion in min((list(each.portions()) for each in checkpoints), key=len):
+    for portion in portions_of(checkpoints):
         stacked = read_stacked(checkpoints, portion, kept)
         leaves |= {name: place_leaf(name, stacked.pop(name), sharding) for name in portion}
     return to_tree(leaves)
+
+
+def portions_of(checkpoints: Sequence[Checkpoint], names: Iterable[str] | None = None) -> list[list[str]]:
+    """Returns names of tensors, all by default, in portions that are small enough to be read at once.
+
+    A file that must be read whole has one portion. Then that is the portion of all checkpoints.
+    """
+    names = list(checkpoints[0].tensors) if names is None else list(names)
+    return min((list(each.portions(names)) for each in checkpoints), key=len)
 
 
 def read_stacked(

@@ -193,7 +193,8 @@ def _guarded(path: Path, name: str, function: Callable[..., Any]) -> Callable[..
             lines = [frame.lineno for frame in frames if Path(frame.filename).absolute() == path.absolute()]
             line = f", line {lines[-1]}" if lines else ""
             text = " ".join(str(error).split())[:MOST_TEXT]
-            given = f" (given {', '.join(map(_in_words, values))})" if values else ""
+            given = " ".join(", ".join(map(_in_words, values)).split())[:MOST_TEXT]
+            given = f" (given {given})" if given else ""
             raise ObjectiveError(f"{path}{line}: {name} raised {type(error).__name__}: {text}{given}") from error
         is_number = isinstance(result, jax.Array | np.ndarray | np.generic | int | float) and not np.ndim(result)
         if name in _NUMBERS and not is_number:
@@ -204,12 +205,13 @@ def _guarded(path: Path, name: str, function: Callable[..., Any]) -> Callable[..
 
 
 def _in_words(value: Any) -> str:
-    """Returns a value with a dtype and a shape in place of each array. Of many entries of a dict it has the first."""
+    """Returns a value with a dtype and a shape in place of each array. It has at most the first 8 entries of a dict."""
     if isinstance(value, Mapping):
         entries = [f"{name!r}: {_in_words(each)}" for name, each in list(value.items())[:_MOST_ENTRIES]]
         return f"{{{', '.join(entries)}{', ...' * (len(value) > _MOST_ENTRIES)}}}"
     if isinstance(value, tuple | list):
-        return f"({', '.join(map(_in_words, value))})"
+        entries = ", ".join(map(_in_words, value))
+        return f"[{entries}]" if isinstance(value, list) else f"({entries})"
     if hasattr(value, "dtype") and hasattr(value, "shape"):
         return f"{value.dtype}{list(value.shape)}"
     return repr(value)

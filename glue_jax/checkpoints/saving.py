@@ -18,7 +18,7 @@ import numpy as np
 from glue_jax.checkpoints import orbax_format, torch_format
 from glue_jax.checkpoints.formats import Checkpoint, PathLike, open_checkpoint, open_checkpoints
 from glue_jax.checkpoints.headers import library
-from glue_jax.checkpoints.loading import Rename, check_alike, differences_of, read_alike
+from glue_jax.checkpoints.loading import Rename, check_alike, differences_of, portions_of, read_alike
 from glue_jax.checkpoints.places import aside
 from glue_jax.checkpoints.sums import NonFiniteError, check_variance, weighted_sums
 from glue_jax.paths import by_path, check_finite
@@ -61,7 +61,7 @@ def blend_files(
         out: as for `save_blend`.
         take_first: as for `load_experts`.
         side_files: as for `save_blend`.
-        overwrite: whether an earlier result at `out` is replaced. A folder without weights never is.
+        overwrite: whether an earlier result at `out` is replaced. A folder with other files never is.
         on_progress: a function that is called with two numbers: the bytes of the blend that are done, and the bytes of
             the whole blend.
 
@@ -88,7 +88,7 @@ def blend_files(
     def blended(names: Sequence[str]) -> dict[str, np.ndarray]:
         nonlocal done
         result = {}
-        for portion in checkpoints[0].portions(names):
+        for portion in portions_of(checkpoints, names):
             try:
                 result |= weighted_sums(read_alike(checkpoints, portion, kept), alpha_of)
             except NonFiniteError as error:
@@ -117,10 +117,10 @@ def save_blend(
     """Writes a model with the names, shapes and dtypes of an expert's file.
 
     Args:
-        out: the place of the result. With the ending `.safetensors` it is one file. An expert of orbax has no such
-            file. The endings of PyTorch are refused. Otherwise the result is a folder. If `like` is a single file, the
-            folder has `model.safetensors`. If `like` is a folder of safetensors, the new folder has files of the same
-            names, with the same tensors in each. Small files beside the weights in the folder `like`, such as
+        out: the place of the result. With the ending `.safetensors` it is one file. This ending is refused for an orbax
+            checkpoint. The endings of PyTorch are refused. Otherwise the result is a folder. If `like` is a single
+            file, the folder has `model.safetensors`. If `like` is a folder of safetensors, the new folder has files of
+            the same names, with the same tensors in each. Small files beside the weights in the folder `like`, such as
             `config.json` and a tokenizer, are copied. If `like` is an orbax checkpoint, the new folder is one too.
         params: the model, with the structure that `load_experts` gave to the experts, without the axis K. Leaves in
             float32 are rounded to the dtypes of the expert.
@@ -128,7 +128,7 @@ def save_blend(
             `open_checkpoint(path, subtree=...)`.
         rename: the function that `load_experts` was given.
         side_files: texts to write into the folder, by the names of their files.
-        overwrite: whether an earlier result at `out` is replaced. A folder without weights never is.
+        overwrite: whether an earlier result at `out` is replaced. A folder with other files never is.
 
     Returns:
         The path of the result.

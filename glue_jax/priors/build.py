@@ -13,7 +13,6 @@ from glue_jax.blending import blend
 from glue_jax.checks import check_callable, check_counts
 from glue_jax.coefficients import uniform
 from glue_jax.experts import num_experts
-from glue_jax.failures import LOOK_FOR
 from glue_jax.links import unconstrained
 from glue_jax.merging.alignment import Permutations, align_experts
 from glue_jax.merging.batch_norm import STATISTICS
@@ -233,7 +232,7 @@ def build_prior(
         values = [each.value for each in candidates]
         raise ValueError(
             f"the experts and their average have the values {values}; expected a finite number from "
-            f"{source.name_of_value} (look there for {LOOK_FOR})"
+            f"{source.name_of_value}{source.advice}"
         ) from source.failure
     results, words = {}, []
     for number, stage in enumerate(stages):

@@ -32,7 +32,7 @@ class FromCalls:
     patience: int | None
     failures: list[Exception] = dataclasses.field(default_factory=list)
 
-    name_of_value = "evaluate"
+    name_of_value, advice = "evaluate", ""
     validation = (
         "The values are those of evaluate, and the passes are its calls. They chose the model, so they flatter it."
     )

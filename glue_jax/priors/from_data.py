@@ -13,7 +13,7 @@ import optax
 from glue_jax import arguments
 from glue_jax.batches import batched_mean, num_examples
 from glue_jax.checks import as_number, check_callable, check_counts, compiled
-from glue_jax.failures import NonFiniteLossError
+from glue_jax.failures import LOOK_FOR, NonFiniteLossError
 from glue_jax.learning import learn
 from glue_jax.merging.batch_norm import refresh_statistics
 from glue_jax.objectives import OutputLoss
@@ -90,12 +90,12 @@ class FromData:
     max_steps: int
     patience: int | None
 
-    failure = None
+    failure, advice = None, f" ({LOOK_FOR})"
 
     @property
     def name_of_value(self) -> str:
-        """The name of the function that gives the values."""
-        return "loss_fn" if self.validation_fn is self.loss_fn else "validation_fn"
+        """The function that gives the values, in words."""
+        return "the loss" if self.validation_fn is self.loss_fn else "the validation function"
 
     def finished(self, key: jax.Array, params: Params) -> Params:
         """Returns a model with BatchNorm's statistics of the data."""
@@ -112,7 +112,7 @@ class FromData:
     def value(self, params: Params) -> float:
         """Returns the validation value of a finished model."""
         value = _mean(params, self.validation_data, function=self.validation_fn, batch_size=self.batch_size)
-        return as_number("the value of validation_fn", value)
+        return as_number(f"the value of {self.name_of_value}", value)
 
     def passes_of_value(self, refreshed: bool) -> int:
         """How often a model goes forward on one example to be validated, and before that refreshed if it is."""

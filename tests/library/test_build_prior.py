@@ -372,7 +372,11 @@ def test_calls_on_the_host_go_on_from_what_was_kept():
         ({"evaluate": 3, "data": None, "loss_fn": None}, TypeError, "evaluate is 3; expected a function"),
         ({"loss_fn": "mse"}, TypeError, "loss_fn is 'mse'; expected a function"),
         ({"validation_fn": 1}, TypeError, "validation_fn is 1; expected a function"),
-        ({"validation_fn": lambda params, batch: jnp.nan}, ValueError, "expected a finite number from validation_fn"),
+        (
+            {"validation_fn": lambda params, batch: jnp.nan},
+            ValueError,
+            "expected a finite number from the validation function",
+        ),
         ({"data": Loader([])}, TypeError, r"data is a Loader; expected arrays \[N"),
         (
             {"data": jax.tree.map(lambda leaf: leaf[:4], TRAIN)},

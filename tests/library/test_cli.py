@@ -448,7 +448,7 @@ MISTAKES = {
     "a loss that is NaN": (
         objective(DATA + "def loss_fn(params, batch): return batch['x'].sum() * float('nan')"),
         LEARNS,
-        "expected a finite number from loss_fn (look there for a division by 0",
+        "expected a finite number from the loss (look in the functions and the labels for a division by 0",
     ),
     "a function that is none": (objective("evaluate = 3"), LEARNS, "evaluate is 3; expected a function"),
     "no server": (objective("def evaluate(params): raise OSError('no server')"), LEARNS[:-4], "no server"),
