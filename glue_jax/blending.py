@@ -21,8 +21,8 @@ def blend(
 
     Each leaf is summed in at least float32, and the sum is then cast to the dtype of the experts. Float32 and float64
     leaves take one `jnp.tensordot` at the highest precision. Leaves of bfloat16 and float16 are converted inside the
-    sum, so no float32 copy of the experts is made. Leaves that are not floating point are not summed: the result has
-    the first expert's.
+    sum, so no float32 copy of the experts is made. Leaves of integers or booleans are not summed: the result has the
+    first expert's.
 
     Args:
         experts: stacked experts, each leaf `[K, ...]`.

@@ -69,8 +69,8 @@ def calibrate(
         directions: the directions of the step, as for `spsa_gradient`. Under a softmax pass `simplex_orthogonal`.
         first_step: the root mean square that the first step should have, in units of beta.
         step_directions: the `num_directions` of the steps that will use the learning rate. The learning rate assumes
-            that these steps draw their directions as `directions` says, and that their scale is `unbiased`. For a
-            function it assumes the variance of `sphere`.
+            that these steps draw their directions as `directions` says, and that their scale is `unbiased`. If
+            `directions` is a function, the learning rate assumes the variance of `sphere`.
         probe_batch_size: as for `spsa_gradient`. By default, an accelerator holds all `2 R m` models in memory at once.
 
     Returns:

@@ -19,8 +19,8 @@ def stack_experts(
 ) -> Params:
     """Stacks K experts of one architecture into one pytree whose leaves are `[K, ...]`.
 
-    Leaves that are not floating point, such as counters and masks, are never averaged. The experts must agree on them,
-    or `take_first` must name them. To save memory, pass a generator that yields one expert after another, and keeps no
+    Leaves of integers or booleans, such as counters and masks, are never averaged. The experts must agree on them, or
+    `take_first` must name them. To save memory, pass a generator that yields one expert after another, and keeps no
     reference to an expert. The call then needs memory for the stack and one leaf. With a list it needs memory for all
     experts and the stack.
 

@@ -52,7 +52,8 @@ def gauss_newton_step(
     """Takes one damped Gauss-Newton step: d + 2 blended forward passes, no backward pass and no learning rate.
 
     d is the number of directions that change the blend. Under `jax.nn.softmax` d is K - 1, or G (K - 1) with G groups.
-    A temperature adds 1. For any other link d is the size of beta.
+    A learned temperature (`glue_jax.links.tempered_link`) makes d larger by 1. For other links d is the size of beta,
+    unless the directions of a `Link` are `simplex_orthogonal`.
 
     Each call does three things. It tests the move that the previous call proposed, and beta makes this move unless the
     loss on the minibatch rises. It refines a quadratic model of the loss. The model proposes the next move. So the
@@ -66,10 +67,11 @@ def gauss_newton_step(
             may be None.
         state: the state from `init(num_experts, link_fn=link_fn)` or from the previous step.
         experts: as for `spsa_step`.
-        batch: as for `spsa_step`. Minibatches of 16 to 32 examples reach a given loss with the fewest forward passes of
-            one example. The reason is that the quadratic model is a mean over minibatches, and small minibatches give
-            more steps for the same number of examples. So pass `batch_size=32` to `learn`, whose default is 64. The
-            number of outputs (examples times classes) should exceed the number of directions.
+        batch: as for `spsa_step`. Count each example that goes through one model as a pass. Then minibatches of 16 to
+            32 examples reach a given loss with the fewest passes. The reason is that the quadratic model is a mean over
+            minibatches, and small minibatches give more steps for the same number of examples. So pass `batch_size=32`
+            to `learn`, whose default is 64. The number of outputs (examples times classes) should exceed the number of
+            directions.
         loss_fn: an `OutputLoss`, deterministic as for `spsa_step`. Its `outputs_fn` needs no backward pass. JAX
             differentiates it in forward mode, or not at all; `tangents` says which.
         link_fn: as for `spsa_step`.
@@ -87,7 +89,8 @@ def gauss_newton_step(
         probe_batch_size: how many of the blends go forward together; see `spsa_gradient`. In `forward_mode` it is the
             number of directions whose derivatives are computed together, by default all directions. They share one
             forward pass.
-        matmul_precision: as for `spsa_step`.
+        matmul_precision: the precision of matrix products in `outputs_fn`, `merge_fn` and `link_fn`, as for
+            `spsa_step`. The products in `loss` have JAX's own precision.
 
     Returns:
         The next state, and the metrics of the state that went in. There is one exception: `gradient_norm` is the norm

@@ -70,9 +70,9 @@ def plan(
     The plan ignores the noise of minibatches. It assumes that each step has its best learning rate for plain gradient
     descent.
 
-    For Eq. (10) the plan measures a forward pass, a backward pass and a blend at JAX's present precision of products.
-    The steps themselves choose their precision. On an accelerator SPSA and Gauss-Newton use the highest precision,
-    which takes more time there. The other steps use JAX's default precision.
+    For Eq. (10) the plan measures a forward pass and a backward pass at JAX's present precision of products, and a
+    blend. The steps themselves choose their precision. On an accelerator SPSA and Gauss-Newton use the highest
+    precision, which takes more time there. The other steps use JAX's default precision.
 
     Args:
         experts: stacked experts, each leaf `[K, ...]`.

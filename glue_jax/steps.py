@@ -45,9 +45,10 @@ def spsa_step(
 
     The paper's Config 4 has `directions="sphere"` and the optimizer `optax.adam(1e-2, b1=0.9, b2=0.99)`. The paper
     names no radius; our experiments take 0.01. Let d be the dimension of the space that the directions cover. For
-    `simplex_orthogonal`, which is the default under a softmax, d is K - 1, or G (K - 1) with G groups. A temperature
-    adds 1. For other directions d is the size of beta. The estimate here is d times the paper's Eq. (6), unless `scale`
-    is `paper`. Adam divides a gradient by its size, so Adam's steps are the same with either `scale`.
+    `simplex_orthogonal`, which is the default under a softmax, d is K - 1, or G (K - 1) with G groups. A learned
+    temperature (`glue_jax.links.tempered_link`) makes d larger by 1. For other directions d is the size of beta. The
+    estimate here is d times the paper's Eq. (6), unless `scale` is `paper`. Adam divides a gradient by its size, so
+    Adam's steps are the same with either `scale`.
 
     Args:
         key: a `jax.random.key`. Pass the same key at every step.
