@@ -67,7 +67,7 @@ def calibrate(
         radii: the R radii to try, at least three, ascending.
         num_directions: m, the number of directions.
         directions: the directions of the step, as for `spsa_gradient`. Under a softmax pass `simplex_orthogonal`.
-        first_step: the root mean square that the first step should have, in units of beta.
+        first_step: how far the first step should move an entry of beta: the root mean square over the entries.
         step_directions: the `num_directions` of the steps that will use the learning rate. The learning rate assumes
             that these steps draw their directions as `directions` says, and that their scale is `unbiased`. If
             `directions` is a function, the learning rate assumes the variance of `sphere`.

@@ -21,8 +21,8 @@ def stack_experts(
 
     Leaves of integers or booleans, such as counters and masks, are never averaged. The experts must agree on them, or
     `take_first` must name them. To save memory, pass a generator that yields one expert after another, and keeps no
-    reference to an expert. The call then needs memory for the stack and one leaf. With a list it needs memory for all
-    experts and the stack.
+    reference to an expert. The call then stacks the experts leaf by leaf, and frees the experts' leaves once they are
+    stacked. So it needs memory for the stack and one leaf. With a list it needs memory for all experts and the stack.
 
     Args:
         experts: K pytrees of one structure, whose leaves have the same shapes and dtypes. A leaf is a number, an array

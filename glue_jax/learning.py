@@ -90,17 +90,17 @@ def learn(
     a notebook this is `sys.last_value.result`.
 
     Args:
-        key: a `jax.random.key`. It decides the directions, and the minibatches of arrays. Every `step_fn` sees the same
-            minibatches.
+        key: a `jax.random.key`. It decides the directions, and the minibatches of arrays. With the same key, the
+            minibatches are the same for every `step_fn`.
         experts: stacked experts, each leaf `[K, ...]`. A leaf without the axis K, such as a base that adapters share,
             is allowed if you pass a `state` and a `merge_fn` of your own.
         data: the training data: arrays, an iterator or a loader, as described above.
         loss_fn: `loss_fn(params, batch) -> scalar`, the mean over a batch of `data`. `params` is the blend. Its blended
             arrays are at least float32, also for experts of bfloat16 or float16.
-        optimizer: the optimizer of optax that updates beta. Every step except `gauss_newton_step` needs one, also the
-            default step. The paper uses `optax.adam(1e-2, b1=0.9, b2=0.99)`.
-        state: a state to start from, or a result to continue. None is `init(K, optimizer, link_fn=link_fn)`, the link's
-            own start.
+        optimizer: the optimizer of optax that updates beta. Every step needs one, the default `spsa_step` included.
+            Only `gauss_newton_step` takes none. The paper uses `optax.adam(1e-2, b1=0.9, b2=0.99)`.
+        state: a state to start from, or a result to continue. None is `init(K, optimizer, link_fn=link_fn)`: for a
+            softmax, the uniform average.
         step_fn: the step, and with it the estimator: `spsa_step`, `gauss_newton_step`, `full_gradient_step` or
             `forward_gradient_step`. A `functools.partial` of a step sets its options, such as `radius`.
         link_fn: `link_fn(beta) -> alpha`.
@@ -118,9 +118,9 @@ def learn(
         patience: the run stops after this many validations without a new best value. None runs all
             `max_steps`.
         steps_per_call: the largest number of steps in one call of a compiled program. With an iterator or a loader it
-            is always 1. With arrays on a CPU, None is 1, because XLA:CPU runs the backward pass of a convolution many
-            times slower in a loop. With arrays on other devices, None is the number of steps between two validations,
-            at most 1000.
+            is always 1. With arrays on a CPU, None is 1: in a compiled loop of several steps, XLA:CPU runs the backward
+            pass of a convolution many times slower. With arrays on other devices, None is the number of steps between
+            two validations, at most 1000.
         callback: a function that is called with a `Progress` after each chunk of `validate_every` steps. The run ends
             if it returns True. Do not return the value of a tqdm bar's `update`, which is True at times.
 

@@ -51,7 +51,7 @@ def plan(
     because some of the timed steps look along d directions. d is the number of directions in which the blend can
     change. Each step is timed with its default directions, radius and precision. A program has one step, as with
     `learn` on a CPU. On an accelerator `learn` runs several steps in one program, which the plan does not time. The
-    plan times the steps in turns.
+    repeats take turns: each step is timed once, then each a second time, and so on.
 
     The plan compares steps by their progress. Suppose that the gradient g of a loss is L-Lipschitz. Suppose that an
     estimate has mean g and mean squared error V ||g||^2. Then a step of length eta along the estimate lowers the loss,
@@ -70,9 +70,9 @@ def plan(
     The plan ignores the noise of minibatches. It assumes that each step has its best learning rate for plain gradient
     descent.
 
-    For Eq. (10) the plan measures a forward pass and a backward pass at JAX's present precision of products, and a
-    blend. The steps themselves choose their precision. On an accelerator SPSA and Gauss-Newton use the highest
-    precision, which takes more time there. The other steps use JAX's default precision.
+    For Eq. (10) the plan measures a blend, a forward pass and a backward pass. The two passes have JAX's present
+    precision of products. The steps themselves choose their precision. On an accelerator SPSA and Gauss-Newton use the
+    highest precision, which takes more time there. The other steps use JAX's default precision.
 
     Args:
         experts: stacked experts, each leaf `[K, ...]`.

@@ -44,17 +44,17 @@ def spsa_step(
     """Takes one step of GLUE: two blended forward passes per direction, no backward pass (Eq. 3-7).
 
     The paper's Config 4 has `directions="sphere"` and the optimizer `optax.adam(1e-2, b1=0.9, b2=0.99)`. The paper
-    names no radius; our experiments take 0.01. Let d be the dimension of the space that the directions cover. For
-    `simplex_orthogonal`, which is the default under a softmax, d is K - 1, or G (K - 1) with G groups. A learned
-    temperature (`glue_jax.links.tempered_link`) makes d larger by 1. For other directions d is the size of beta. The
-    estimate here is d times the paper's Eq. (6), unless `scale` is `paper`. Adam divides a gradient by its size, so
-    Adam's steps are the same with either `scale`.
+    names no radius; our experiments take 0.01. The estimate here is d times the paper's Eq. (6), unless `scale` is
+    `paper`. Adam divides a gradient by its size, so Adam's steps are the same with either `scale`. Here d is the
+    dimension of the space from which the directions are drawn. For `simplex_orthogonal`, which is the default under a
+    softmax, d is K - 1, or G (K - 1) with G groups. A learned temperature (`glue_jax.links.tempered_link`) makes d
+    larger by 1. For other directions d is the size of beta.
 
     Args:
         key: a `jax.random.key`. Pass the same key at every step.
         state: the state from `init` or from the step before.
         experts: stacked experts, each leaf `[K, ...]`.
-        batch: one minibatch, a pytree of arrays `[B, ...]`. Both probes of a pair see the same minibatch.
+        batch: one minibatch, a pytree of arrays `[B, ...]`. All probes see this minibatch.
         loss_fn: `loss_fn(params, batch) -> scalar`. It must be deterministic: no dropout, and BatchNorm with its
             running statistics or with the minibatch's (see `glue_jax.merging.batch_norm`). `params` is the blend. Its
             blended arrays are at least float32, also for experts of bfloat16 or float16. The step never differentiates
@@ -63,11 +63,12 @@ def spsa_step(
         link_fn: `link_fn(beta) -> alpha`. The softmax over the last axis keeps the blend in the convex hull of the
             experts. `unconstrained` is the literal Eq. (7).
         merge_fn: `merge_fn(experts, alpha) -> params`.
-        radius: the root mean square distance of a probe from beta, or a schedule `radius(step)`. The default depends on
-            the link. For the softmax it is 0.1. For a `glue_jax.links.Link` it is the link's attribute `radius`. For
-            any other function it is 0.01. There is one exception. The default radius is ten times as large if `loss_fn`
-            multiplies bfloat16 or float16 arrays, and if the link's default directions are `simplex_orthogonal`, as for
-            the softmax. The step then warns (see `glue_jax.precision`).
+        radius: the Euclidean distance of a probe from beta, or a schedule `radius(step)`. For `gaussian` directions it
+            is the root mean square of the distance over draws. The default depends on the link. For the softmax it is
+            0.1. For a `glue_jax.links.Link` it is the link's attribute `radius`. For any other function it is 0.01.
+            There is one exception, for a network that casts to bfloat16 or float16 itself and multiplies such arrays.
+            The dtype of the experts does not matter. If the link's default directions are `simplex_orthogonal`, as for
+            the softmax, the default radius is then ten times as large, and the step warns (see `glue_jax.precision`).
         num_directions: m, the number of directions.
         directions: `rademacher`, `sphere`, `gaussian`, `orthogonal`, `simplex_orthogonal`, or a function (see
             `glue_jax.directions`). The default depends on the link. For the softmax it is `simplex_orthogonal`, because

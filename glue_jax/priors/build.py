@@ -124,8 +124,9 @@ def build_prior(
         var: as for `refresh_statistics`.
         groups: the groups of the second stage. `layers` is `by_layer`, or a group for each leaf if no path names a
             layer. With `layers`, two leaves that are equal to each other in every expert, such as tied weights, share
-            one group. Two arrays whose entries are all one number, such as biases of zeros, do not count as tied. There
-            is no second stage with `groups=None`, or if `groups` is `layers` and `merge_fn` has no keyword `groups`.
+            one group. Two arrays whose entries are all one number, such as biases of zeros, do not count as tied. If
+            `groups` is None, there is no second stage. Nor is there one if `groups` is `layers` and `merge_fn` has no
+            keyword `groups`.
         merge_fn: `merge_fn(experts, alpha) -> params`.
         shared: arrays that all blends share, such as the base of adapters. They are passed to `merge_fn` as its keyword
             `shared`, next to `groups` and `min_dtype`. With None, nothing is passed.
