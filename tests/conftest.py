@@ -1,5 +1,6 @@
 """What holds for every test: ranks are never promoted silently, no key is used twice, and programs compile quickly."""
 
+import functools
 import os
 import signal
 
@@ -13,6 +14,12 @@ if jaxlib.version.__version_info__ < (0, 11):
     os.environ["XLA_FLAGS"] = f"{_QUICK} {os.environ.get('XLA_FLAGS', '')}"
 
 import jax
+from jax._src.interpreters import mlir
+
+# A program is lowered in a context of its own, and to make the context takes most of that time for a small program.
+# Here all programs share one context.
+if jaxlib.version.__version_info__ < (0, 11):
+    mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)

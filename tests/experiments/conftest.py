@@ -58,17 +58,18 @@ def _programs_are_made_once():
 def change_source(monkeypatch):
     """Changes a definition in the source that digests see."""
 
-    def forget():
-        sources.digest.cache_clear()
-        sources._definition.cache_clear()
-
     def change(module, name, before, after):
-        parsed = sources._parse(module)
+        parsed, definition = sources._parse(module), sources._definition
         (statement,) = parsed.definitions[name]
         text = ast.unparse(statement)
         assert before in text
         monkeypatch.setitem(parsed.definitions, name, ast.parse(text.replace(before, after)).body)
-        forget()
+        # What is kept of all others holds.
+        changed = definition.__wrapped__(f"{module}:{name}")
+        monkeypatch.setattr(
+            sources, "_definition", lambda other: changed if other == f"{module}:{name}" else definition(other)
+        )
+        sources.digest.cache_clear()
 
     yield change
-    forget()
+    sources.digest.cache_clear()

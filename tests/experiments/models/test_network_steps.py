@@ -13,17 +13,20 @@ import pytest
 
 import glue_jax
 from experiments import models
+from experiments.models import mobilenet
 from experiments.protocol.data import Examples
 from experiments.protocol.training import Problem, make_trainer
 from glue_jax.learning import _run_steps
 
 OPTIMIZER = optax.adam(1e-2, b1=0.9, b2=0.99)
 SIZES = {"resnet20": 32, "mobilenetv2": 32, "vit": 16}
-# Two of the ViT's eight blocks: they are all alike.
+# Two of the ViT's eight blocks: they are all alike. Three of MobileNetV2's 17: one does not expand, one halves the
+# image, and one adds its input.
 OPTIONS = {"vit": {"depth": 2}}
-# ResNet-20: a stem and two in each of 9 blocks. MobileNetV2: a stem, three in each of 17 blocks but the first, which
-# does not expand, and a last one. The ViT: its patches.
-NUM_CONVOLUTIONS = {"resnet20": 19, "mobilenetv2": 1 + 3 * 17 - 1 + 1, "vit": 1}
+STAGES = ((1, 16, 1, 1), (6, 32, 2, 2))
+# ResNet-20: a stem and two in each of 9 blocks. MobileNetV2: a stem, three in each block but the first, which does not
+# expand, and a last one. The ViT: its patches.
+NUM_CONVOLUTIONS = {"resnet20": 19, "mobilenetv2": 1 + 3 * 3 - 1 + 1, "vit": 1}
 K, B = 3, 8
 
 
@@ -31,8 +34,10 @@ K, B = 3, 8
 def problem(request):
     size = SIZES[request.param]
     options = OPTIONS.get(request.param, {})
-    network = models.build(request.param, image_shape=(size, size, 3), num_classes=10, **options)
-    return request.param, size, Problem(network, np.full(3, 0.5, np.float32), np.full(3, 0.25, np.float32))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mobilenet, "STAGES", STAGES)
+        network = models.build(request.param, image_shape=(size, size, 3), num_classes=10, **options)
+        yield request.param, size, Problem(network, np.full(3, 0.5, np.float32), np.full(3, 0.25, np.float32))
 
 
 of_resnet = pytest.mark.parametrize("problem", ["resnet20"], indirect=True)

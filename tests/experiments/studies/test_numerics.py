@@ -52,12 +52,11 @@ def test_a_product_inside_a_branch_is_refused():
         jax.jit(with_rounded_products(branched, 7))(X, W)
 
 
-def test_the_report_has_the_error_of_each_number_format(tmp_path, monkeypatch):
+def test_the_report_has_the_error_of_each_number_format(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(numerics, "RADII", (0.1,))
     monkeypatch.setattr(numerics, "DTYPES", {"bfloat16": jnp.bfloat16})
     monkeypatch.setattr(numerics, "ARITHMETIC", ("float32", "bfloat16 products"))
-    words = ["--num-experts", "3", "--expert-epochs", "1", "--seeds", "0"]
-    results = numerics.main([*words, *folder_options(tmp_path)])
+    results = numerics.main(["--num-experts", "3", *folder_options(tmp_path)])
     exact, short = results["rows"][:2]
     assert [row["experts"] for row in results["rows"]] == 2 * (["as trained"] * 2 + ["1 % apart"] * 2)
     assert [row["link"] for row in results["rows"]] == ["softmax"] * 4 + ["free"] * 4

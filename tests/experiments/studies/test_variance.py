@@ -162,8 +162,8 @@ def test_losses_and_gradients_that_are_no_use_are_refused():
         statistics.probe(Partial(_cubic, jnp.full(4, jnp.nan)), jnp.zeros(4), jnp.ones((1, 4)), 0.1)
 
 
-OPTIONS = ["--preset", "tiny", "--probes", "64", "--averaged", "1", "4", "2", "--subsets", "2", "8"]
-OPTIONS += ["--radius-directions", "32", "--examples", "32"]
+OPTIONS = ["--preset", "tiny", "--probes", "32", "--averaged", "1", "4", "2", "--subsets", "2", "8"]
+OPTIONS += ["--radius-directions", "16", "--examples", "16"]
 
 
 def _main(folder, *options):
@@ -293,9 +293,9 @@ def test_a_run_says_first_how_many_experts_are_to_be_trained(done, tmp_path, mon
 def test_the_report_has_its_files_and_says_what_was_measured(done):
     results, folder = done
     report = check_report(folder / "out", results, "variance.png")
-    assert "python -m experiments.studies.variance --preset tiny --probes 64" in report
+    assert "python -m experiments.studies.variance --preset tiny --probes 32" in report
     row = results["errors"][0]
-    assert f"| uniform | 3 | 1 | 64 | {row['error']:.3f} ± {row['error_se']:.3f} | 0.6667 |" in report
+    assert f"| uniform | 3 | 1 | 32 | {row['error']:.3f} ± {row['error_se']:.3f} | 0.6667 |" in report
     for where in results["radii"]:
         assert f"| {where['point']} | {100 * where['error_at_radius']:.2g} |" in report
 

@@ -7,6 +7,7 @@ import pytest
 
 import glue_jax
 from experiments import models
+from experiments.models import mobilenet, permutations
 from experiments.models.permutations import SPECS
 from glue_jax.merging import align, align_experts, chain_spec, permute
 
@@ -26,6 +27,8 @@ NETWORKS = {
     "vit": ("vit", VIT, (8, 8, 3)),
     "vit, fixed positions, token": ("vit", {**VIT, "positions": "sincos", "pooling": "token"}, (8, 8, 3)),
 }
+# Three of MobileNetV2's 17 blocks: one does not expand, one halves the image, and one adds its input.
+STAGES = ((1, 16, 1, 1), (6, 32, 2, 2))
 
 
 def mlp(key):
@@ -60,7 +63,6 @@ def assert_trees_equal(first, second):
 def network(request):
     """Network, variables whose leaves are all different, spec and images."""
     name, options, shape = NETWORKS[request.param]
-    network = models.build(name, image_shape=shape, num_classes=4, **options)
     rng = np.random.default_rng(0)
 
     def draw(leaf):
@@ -71,9 +73,13 @@ def network(request):
             drawn = rng.uniform(0.5, 1.5, leaf.shape)
         return jnp.asarray(drawn, leaf.dtype)
 
-    variables = jax.tree.map(draw, jax.eval_shape(network.init, jax.random.key(0)))
-    images = jnp.asarray(rng.normal(size=(3, *shape)), jnp.float32)
-    return network, variables, SPECS[name](**options), images
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (mobilenet, permutations):
+            patch.setattr(module, "STAGES", STAGES)
+        network = models.build(name, image_shape=shape, num_classes=4, **options)
+        variables = jax.tree.map(draw, jax.eval_shape(network.init, jax.random.key(0)))
+        images = jnp.asarray(rng.normal(size=(3, *shape)), jnp.float32)
+        yield network, variables, SPECS[name](**options), images
 
 
 def test_a_permuted_network_computes_the_same(network):
@@ -94,10 +100,12 @@ def test_a_permuted_expert_is_aligned_back_exactly(network):
     assert_trees_equal(permute(moved, spec, found), variables)
 
 
-def test_every_leaf_of_a_network_is_in_its_spec(network):
+@pytest.mark.parametrize(("name", "options", "shape"), NETWORKS.values(), ids=NETWORKS)
+def test_every_leaf_of_a_network_is_in_its_spec(name, options, shape):
     # Positions that are fixed hold the stream in its place; they are no leaf.
-    _, variables, spec, _ = network
-    assert set(spec) == set(jax.tree.leaves(glue_jax.paths.leaf_paths(variables)))
+    network = models.build(name, image_shape=shape, num_classes=4, **options)
+    variables = jax.eval_shape(network.init, jax.random.key(0))
+    assert set(SPECS[name](**options)) == set(jax.tree.leaves(glue_jax.paths.leaf_paths(variables)))
 
 
 def test_a_permutation_takes_each_unit_from_its_place():
