@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import os
 import sys
 import traceback
 import types
@@ -166,18 +167,16 @@ def _run(path: Path) -> dict[str, Callable[..., Any]]:
 
 def _digest(path: Path) -> str:
     """Returns the SHA-256 of the file, and of the imported modules below its folder that nobody installed there."""
-    folder = path.absolute().parent
+    path = Path(os.path.abspath(path))
+    folder = os.path.join(path.parent, "")
     files = {
-        Path(file).absolute() for module in list(sys.modules.values()) if (file := getattr(module, "__file__", None))
+        os.path.abspath(file) for module in list(sys.modules.values()) if (file := getattr(module, "__file__", None))
     }
-    own = {
-        file
-        for file in files
-        if folder in file.parents and not {"site-packages", "dist-packages"} & {*file.parts} and file.is_file()
-    }
+    own = {Path(file) for file in files if file.startswith(folder)} - {path}
     found = hashlib.sha256(path.read_bytes())
-    for file in sorted(own - {path.absolute()}):
-        found.update(file.relative_to(folder).as_posix().encode() + file.read_bytes())
+    for file in sorted(own):
+        if not {"site-packages", "dist-packages"} & {*file.parts} and file.is_file():
+            found.update(file.relative_to(folder).as_posix().encode() + file.read_bytes())
     return found.hexdigest()
 
 

@@ -56,19 +56,17 @@ def _programs_are_made_once():
 
 @pytest.fixture
 def change_source(monkeypatch):
-    """Changes a definition in the source that digests see."""
+    """Changes a definition in the source that digests see. What was read of all others is kept."""
+    definition, changed = sources._definition, {}
+    monkeypatch.setattr(sources, "_definition", lambda name: changed.get(name) or definition(name))
 
     def change(module, name, before, after):
-        parsed, definition = sources._parse(module), sources._definition
+        parsed = sources._parse(module)
         (statement,) = parsed.definitions[name]
         text = ast.unparse(statement)
         assert before in text
         monkeypatch.setitem(parsed.definitions, name, ast.parse(text.replace(before, after)).body)
-        # What is kept of all others holds.
-        changed = definition.__wrapped__(f"{module}:{name}")
-        monkeypatch.setattr(
-            sources, "_definition", lambda other: changed if other == f"{module}:{name}" else definition(other)
-        )
+        changed[f"{module}:{name}"] = definition.__wrapped__(f"{module}:{name}")
         sources.digest.cache_clear()
 
     yield change
