@@ -136,7 +136,7 @@ def tell(
     Raises:
         ValueError: if losses have another shape, or are infinite or NaN, or if `optimizer` makes a state of another
             structure.
-        TypeError: if losses are no real numbers, if `probes` did not come from `ask`, or if `optimizer` is none of
+        TypeError: if losses are no real numbers, if `probes` did not come from `ask`, or if `optimizer` is not one of
             optax.
     """
     if not isinstance(probes, Probes):

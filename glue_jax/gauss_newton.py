@@ -51,9 +51,9 @@ def gauss_newton_step(
 ) -> tuple[GlueState, GlueMetrics]:
     """Takes one damped Gauss-Newton step: d + 2 blended forward passes, no backward pass and no learning rate.
 
-    d is the number of directions that change the blend. Under `jax.nn.softmax` d is K - 1, or G (K - 1) with G groups.
-    A learned temperature (`glue_jax.links.tempered_link`) makes d larger by 1. The same holds for a `Link` whose
-    attribute `directions` is `simplex_orthogonal`. For any other link d is the size of beta.
+    d is the number of directions that change the blend. Under `jax.nn.softmax`, and under a `Link` whose attribute
+    `directions` is `simplex_orthogonal`, d is K - 1, or G (K - 1) with G groups. There a learned temperature
+    (`glue_jax.links.tempered_link`) makes d larger by 1. For any other link d is the size of beta.
 
     Each call does three things. It tests the move that the previous call proposed, and beta makes this move unless the
     loss on the minibatch rises. It refines a quadratic model of the loss. The model proposes the next move. So the
@@ -67,11 +67,11 @@ def gauss_newton_step(
             may be None.
         state: the state from `init(num_experts, link_fn=link_fn)` or from the previous step.
         experts: as for `spsa_step`.
-        batch: as for `spsa_step`. Minibatches of 16 to 32 examples reach a given loss at the lowest cost: the number of
-            examples, times the number of models that they go through. The reason is that the quadratic model is a mean
-            over minibatches, and small minibatches give more steps for the same number of examples. So pass
-            `batch_size=32` to `learn`, whose default is 64. The number of outputs (examples times classes) should
-            exceed the number of directions.
+        batch: as for `spsa_step`. The cost of learning is the number of examples, times the number of models that
+            evaluate each example. Minibatches of 16 to 32 examples reach a given loss at the lowest cost. The reason is
+            that the quadratic model is a mean over minibatches, and small minibatches give more steps for the same
+            number of examples. So pass `batch_size=32` to `learn`, whose default is 64. The number of outputs (examples
+            times classes) should exceed the number of directions.
         loss_fn: an `OutputLoss`, deterministic as for `spsa_step`. Its `outputs_fn` needs no backward pass. JAX
             differentiates it in forward mode, or not at all; `tangents` says which.
         link_fn: as for `spsa_step`.
@@ -85,9 +85,10 @@ def gauss_newton_step(
             `forward_mode` the radius has no effect.
         num_directions: m, the number of random directions that a step looks along, at most d. Then a step takes m + 2
             forward passes. The next steps draw other directions. The quadratic model is a mean over steps, so in time
-            it knows the slopes along all d directions. In `experiments.studies.budget`, with d of 30, 50 and 390, steps
-            with all d directions end at a lower loss than steps with 16 directions. None is all d directions.
-        probe_batch_size: how many of the blends go forward together; see `spsa_gradient`. In `forward_mode` it is the
+            it knows the slopes along all d directions. `experiments.studies.budget` gives both kinds of step the same
+            number of forward passes, with d of 30, 50 and 390. There steps with all d directions end at a lower loss
+            than steps with 16 directions. None is all d directions.
+        probe_batch_size: how many of the blends are evaluated at once; see `spsa_gradient`. In `forward_mode` it is the
             number of directions whose derivatives are computed together, by default all directions. They share one
             forward pass.
         matmul_precision: the precision of matrix products in `outputs_fn`, `merge_fn` and `link_fn`, as for

@@ -72,8 +72,8 @@ def learn(
     - A loader of batches, such as PyTorch's `DataLoader`. Each epoch iterates it anew. A loader may be endless. Then
       the run stays in its first epoch.
 
-    To JAX a list is a pytree, so pass `iter(batches)` for a list of batches. Such an iterator has one epoch. A batch
-    with a new shape compiles anew.
+    To JAX a list is a pytree, so pass `iter(batches)` for a list of batches. Such an iterator has one epoch. If a batch
+    has a new shape, JAX compiles again.
 
     A run can be continued: pass its `LearnResult` as `state`. The new call keeps the best coefficients, the history,
     and the number of validations without a new best value. It continues an iterator where it is, and begins a new epoch
@@ -97,16 +97,17 @@ def learn(
         data: the training data: arrays, an iterator or a loader, as described above.
         loss_fn: `loss_fn(params, batch) -> scalar`, the mean over a batch of `data`. `params` is the blend. Its blended
             arrays are at least float32, also for experts of bfloat16 or float16.
-        optimizer: the optimizer of optax that updates beta. Every step needs one, the default `spsa_step` included.
-            Only `gauss_newton_step` takes none. The paper uses `optax.adam(1e-2, b1=0.9, b2=0.99)`.
+        optimizer: the optimizer of optax that updates beta. Every step except `gauss_newton_step` needs one, so the
+            default `spsa_step` does. `gauss_newton_step` takes none. The paper uses `optax.adam(1e-2, b1=0.9,
+            b2=0.99)`.
         state: a state to start from, or a result to continue. None is `init(K, optimizer, link_fn=link_fn)`: for a
             softmax, the uniform average.
         step_fn: the step, and with it the estimator: `spsa_step`, `gauss_newton_step`, `full_gradient_step` or
             `forward_gradient_step`. A `functools.partial` of a step sets its options, such as `radius`.
         link_fn: `link_fn(beta) -> alpha`.
         merge_fn: `merge_fn(experts, alpha) -> params`.
-        validation_data: the data that validates the blend at the present beta: arrays `[M, ...]`, or a loader that
-            ends. Each batch of a loader is weighted by its size. With None there is no validation.
+        validation_data: the data on which the blend is validated: arrays `[M, ...]`, or a loader that ends. Each batch
+            of a loader is weighted by its size. With None there is no validation.
         validation_fn: `validation_fn(params, batch) -> scalar`, the mean over a batch. Lower is better. None is
             `loss_fn`.
         batch_size: the number of examples in a minibatch of arrays.
@@ -121,8 +122,9 @@ def learn(
             is always 1. With arrays on a CPU, None is 1: in a compiled loop of several steps, XLA:CPU runs the backward
             pass of a convolution many times slower. With arrays on other devices, None is the number of steps between
             two validations, at most 1000.
-        callback: a function that is called with a `Progress` after each chunk of `validate_every` steps. The run ends
-            if it returns True. Do not return the value of a tqdm bar's `update`, which is True at times.
+        callback: a function that is called with a `Progress` after every `validate_every` steps, and after the last
+            step. The run ends if it returns True. Do not return the value of a tqdm bar's `update`, which is True at
+            times.
 
     Returns:
         The best coefficients by validation, the last coefficients, and the history.

@@ -42,9 +42,9 @@ def partition(tree: PyTree, pattern: str) -> tuple[PyTree, PyTree]:
         pattern: a regular expression for the paths of the first part.
 
     Returns:
-        The part whose paths match the pattern, and the rest. This is also the order of Equinox's `partition`. Both have
-        the structure of `tree`, with None for each leaf of the other part. JAX treats None as an empty tree, so each
-        part can be stacked and blended alone. `combine` joins the two.
+        The part whose paths match the pattern, and the rest, in the order of Equinox's `partition`. Both parts have the
+        structure of `tree`, with None for each leaf of the other part. JAX treats None as an empty tree, so each part
+        can be stacked and blended alone. `combine` joins the two.
 
     Raises:
         ValueError: if the pattern matches no path, or is malformed.

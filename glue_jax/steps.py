@@ -65,18 +65,18 @@ def spsa_step(
         merge_fn: `merge_fn(experts, alpha) -> params`.
         radius: the Euclidean distance of a probe from beta, or a schedule `radius(step)`. For `gaussian` directions it
             is the root mean square of the distance over draws. The default depends on the link. For the softmax it is
-            0.1. For a `glue_jax.links.Link` it is the link's attribute `radius`. For any other function it is 0.01.
-            There is one exception, for a network that casts to bfloat16 or float16 itself and multiplies such arrays.
-            The dtype of the experts does not matter. If the link's default directions are `simplex_orthogonal`, as for
-            the softmax, the default radius is then ten times as large, and the step warns (see `glue_jax.precision`).
+            0.1. For a `glue_jax.links.Link` it is the link's attribute `radius`. For any other function it is 0.01. The
+            default radius is ten times as large, and the step warns, if two things hold. The network itself casts to
+            bfloat16 or float16 and multiplies such arrays. The link's default directions are `simplex_orthogonal`, as
+            for the softmax. The dtype of the experts does not matter (see `glue_jax.precision`).
         num_directions: m, the number of directions.
         directions: `rademacher`, `sphere`, `gaussian`, `orthogonal`, `simplex_orthogonal`, or a function (see
             `glue_jax.directions`). The default depends on the link. For the softmax it is `simplex_orthogonal`, because
             adding one number to all of beta does not change a softmax. For a `Link` it is the link's attribute
             `directions`. For any other function it is `orthogonal`.
         scale: `unbiased`, or `paper` for the literal Eq. (5) and (6).
-        probe_batch_size: how many of the 2m probes go forward together. By default an accelerator takes all of them
-            together, and a CPU takes one at a time.
+        probe_batch_size: how many of the 2m probes are evaluated at once, by `vmap`. By default an accelerator
+            evaluates all of them at once, and a CPU one after another.
         matmul_precision: the precision of matrix products in `loss_fn`, `merge_fn` and `link_fn`, a value of
             `jax.default_matmul_precision`. A product that sets its own precision keeps it. With JAX's own setting, an
             accelerator rounds the weights of both probes to bfloat16 or TF32, which destroys most of their difference.

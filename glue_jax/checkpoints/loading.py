@@ -37,13 +37,14 @@ def load_experts(
 
     The headers are compared before any weight is read. Then the call reads the weights portion by portion. A portion
     has the same tensors of all experts: at most 32 MB of each expert, or one tensor if that is larger. So the call
-    needs memory for the stacked experts and for one portion. A file that PyTorch before 1.6 wrote is one portion.
+    needs memory for the stacked experts and for one portion. There is one exception: a file from a PyTorch before 1.6
+    is read whole, as one portion, to compare its header.
 
     Args:
         paths: the paths of K checkpoints, or open checkpoints. `open_checkpoint` lists the formats. One path of a
             checkpoint gives K = 1. The folder of one training run of orbax gives an expert for each saved step.
-        steps: the numbers of the saved steps to read of a training run. None reads all.
-        last: how many of the last saved steps to read of a training run.
+        steps: the saved steps of a training run that are read, by their numbers. None reads all.
+        last: how many saved steps of a training run are read, counted from its last one.
         subtree: the part of each checkpoint that is the model, such as `"params"`.
         take_first: regular expressions for integer tensors that may differ. The first expert's are kept. The counters
             `num_batches_tracked` of PyTorch's BatchNorm need not be named.
@@ -60,7 +61,8 @@ def load_experts(
     Raises:
         FileNotFoundError: if a path or a step does not exist.
         ValueError: if the experts differ in names, shapes or dtypes; the error names the first differences.
-        ValueError: if a weight is infinite or NaN, or if integers differ that `take_first` does not name.
+        ValueError: if a weight is infinite or NaN, or if the experts differ in an integer tensor that `take_first` does
+            not name.
         ImportError: if a library for the format is not installed.
 
     Warns:

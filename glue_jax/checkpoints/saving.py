@@ -61,7 +61,8 @@ def blend_files(
         out: as for `save_blend`.
         take_first: as for `load_experts`.
         side_files: as for `save_blend`.
-        overwrite: whether an earlier result at `out` is replaced. A folder with other files never is.
+        overwrite: whether an earlier result at `out` is replaced. A folder of weights is replaced whole, with all that
+            lies in it. A folder without weights is never replaced.
         on_progress: a function that is called with two numbers: the bytes of the blend that are done, and the bytes of
             the whole blend.
 
@@ -117,18 +118,21 @@ def save_blend(
     """Writes a model with the names, shapes and dtypes of an expert's file.
 
     Args:
-        out: the place of the result. With the ending `.safetensors` it is one file. This ending is refused for an orbax
-            checkpoint. The endings of PyTorch are refused. Otherwise the result is a folder. If `like` is a single
-            file, the folder has `model.safetensors`. If `like` is a folder of safetensors, the new folder has files of
-            the same names, with the same tensors in each. Small files beside the weights in the folder `like`, such as
-            `config.json` and a tokenizer, are copied. If `like` is an orbax checkpoint, the new folder is one too.
+        out: the place of the result. With the ending `.safetensors` it is one file. If `like` is an orbax checkpoint,
+            this ending is refused. The endings of PyTorch are refused. Otherwise the result is a folder. If `like` is a
+            single file, the folder has `model.safetensors`. If `like` is a folder of safetensors, the new folder has
+            files of the same names, with the same tensors in each. Small files beside the weights in the folder `like`,
+            such as `config.json` and a tokenizer, are copied. If `like` is an orbax checkpoint, the new folder is one
+            too.
         params: the model, with the structure that `load_experts` gave to the experts, without the axis K. Leaves in
             float32 are rounded to the dtypes of the expert.
         like: the expert: its path, or what `open_checkpoint` returned. If `load_experts` was given a `subtree`, pass
             `open_checkpoint(path, subtree=...)`.
         rename: the function that `load_experts` was given.
-        side_files: texts to write into the folder, by the names of their files.
-        overwrite: whether an earlier result at `out` is replaced. A folder with other files never is.
+        side_files: texts to write into the folder, by the names of their files. If the result is one file, its header
+            holds the texts.
+        overwrite: whether an earlier result at `out` is replaced. A folder of weights is replaced whole, with all that
+            lies in it. A folder without weights is never replaced.
 
     Returns:
         The path of the result.

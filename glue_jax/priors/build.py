@@ -124,17 +124,17 @@ def build_prior(
         var: as for `refresh_statistics`.
         groups: the groups of the second stage. `layers` is `by_layer`, or a group for each leaf if no path names a
             layer. With `layers`, two leaves that are equal to each other in every expert, such as tied weights, share
-            one group. Two arrays whose entries are all one number, such as biases of zeros, do not count as tied. If
-            `groups` is None, there is no second stage. Nor is there one if `groups` is `layers` and `merge_fn` has no
-            keyword `groups`.
+            one group. Arrays that hold one number everywhere, in every expert, do not count as tied. Biases of zeros
+            are such arrays. If `groups` is None, there is no second stage. Nor is there one if `groups` is `layers` and
+            `merge_fn` has no keyword `groups`.
         merge_fn: `merge_fn(experts, alpha) -> params`.
         shared: arrays that all blends share, such as the base of adapters. They are passed to `merge_fn` as its keyword
             `shared`, next to `groups` and `min_dtype`. With None, nothing is passed.
         max_steps: the largest number of steps of a stage.
         batch_size: the number of examples in a minibatch. None is 64, or all if there are fewer.
         patience: a stage ends after this many validations without a new best value. None takes all steps.
-        on_progress: `on_progress(stage, progress)`, called after every 5 steps. With `evaluate` it is called after each
-            step. You can keep `progress.result` of each stage, and pass them in `known` later.
+        on_progress: `on_progress(stage, progress)`, called after every 5 steps and after the last step. With `evaluate`
+            it is called after each step. You can keep `progress.result` of each stage, and pass them in `known` later.
         known: the results of an earlier call with the same arguments, by the names of their stages. Learning continues
             from them as if it had never stopped.
 
