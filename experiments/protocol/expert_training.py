@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -178,7 +178,13 @@ def _train_experts(context: Context, group: list[int], stage: Stage) -> list[tup
 def _initialize(problem: Problem, config: Config, numbers: Sequence[int]) -> Variables:
     """Returns the initial variables of the experts with these numbers, leaves `[M, ...]`."""
     key = jax.random.fold_in(jax.random.key(config.expert_seed), _INITIALIZATION)
-    return put(jax.jit(jax.vmap(problem.network.init))(_keys(key, numbers)), problem.mesh)
+    return put(_init(problem.network.init, _keys(key, numbers)), problem.mesh)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init(init: Callable[[jax.Array], Variables], keys: jax.Array) -> Variables:
+    """Initialises a network for each key. Experts that are trained one after another share the compiled program."""
+    return jax.vmap(init)(keys)
 
 
 def _keys(key: jax.Array, numbers: Sequence[int]) -> jax.Array:
