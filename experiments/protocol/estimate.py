@@ -14,10 +14,9 @@ from experiments.models.network import Variables
 from experiments.protocol.coefficients import learn_coefficients, validate_every
 from experiments.protocol.context import Context
 from experiments.protocol.data import Examples
-from experiments.protocol.expert_training import missing_experts
+from experiments.protocol.expert_training import initialize, missing_experts
 from experiments.protocol.run import remaining
 from experiments.protocol.training import Trainer
-from experiments.runtime.devices import put
 from glue_jax.batches import on_cpu
 
 # The number of steps that are measured on a CPU. There each step is a call. On an accelerator, a call is an epoch, or
@@ -36,11 +35,11 @@ def estimate(context: Context) -> dict[str, float]:
         bound, because learning may reach its plateau before the last step.
     """
     config, seconds = context.config, {}
-    variables = put(jax.jit(context.problem.network.init)(jax.random.key(0)), context.problem.mesh)
     missing = missing_experts(context)
     left = remaining(context)
     if not (missing or any(left.values())):
         return {}
+    variables = jax.tree.map(lambda leaf: leaf[0], initialize(context.problem, config, [0]))
     num_validation, num_target = len(context.validation.labels), len(context.targets[config.seeds[0]])
     per_image = _second_call(lambda: context.evaluate(variables, context.validation)) / num_validation
     if missing:

@@ -120,7 +120,7 @@ def initial_variables(problem: Problem, config: Config) -> Variables:
     """Returns the variables that all experts of a common initialisation began with."""
     if config.initialization != "common":
         raise ValueError(f"initialization is {config.initialization!r}; expected 'common', with one origin")
-    return jax.tree.map(lambda leaf: leaf[0], _initialize(problem, config, [0]))
+    return jax.tree.map(lambda leaf: leaf[0], initialize(problem, config, [0]))
 
 
 def _stage_of(context: Context, index: int) -> tuple[str, dict[str, Any]]:
@@ -157,7 +157,7 @@ def _train_experts(context: Context, group: list[int], stage: Stage) -> list[tup
     epochs = train(
         context.training,
         _keys(key, group),
-        _initialize(context.problem, config, [0] * len(group) if config.initialization == "common" else group),
+        initialize(context.problem, config, [0] * len(group) if config.initialization == "common" else group),
         context.train,
         jnp.asarray(np.stack([context.splits.experts[index] for index in group])),
         num_epochs=config.expert_epochs,
@@ -175,7 +175,7 @@ def _train_experts(context: Context, group: list[int], stage: Stage) -> list[tup
     ]
 
 
-def _initialize(problem: Problem, config: Config, numbers: Sequence[int]) -> Variables:
+def initialize(problem: Problem, config: Config, numbers: Sequence[int]) -> Variables:
     """Returns the initial variables of the experts with these numbers, leaves `[M, ...]`."""
     key = jax.random.fold_in(jax.random.key(config.expert_seed), _INITIALIZATION)
     return put(_init(problem.network.init, _keys(key, numbers)), problem.mesh)
