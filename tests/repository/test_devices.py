@@ -25,6 +25,8 @@ from tests.experiments.helpers import TINY
 PROTOCOL = "experiments.protocol"
 for module in (f"{PROTOCOL}.context", f"{PROTOCOL}.estimate", f"{PROTOCOL}.training", "glue_jax.learning"):
     sys.modules[module].on_cpu = lambda tree: False
+# Those that learn. The others compute nothing else.
+protocol.CONFIGS = (3, 4, 5)
 
 # Two steps an epoch: convolutions in a scan are slow on a CPU.
 config = dataclasses.replace(
@@ -87,7 +89,7 @@ def test_eight_devices_give_the_results_of_one_within_rounding(on_devices):
     # Gauss-Newton takes differences of outputs, in which rounding weighs more than in the outputs.
     for field, tolerance in {"alpha": 1e-3, "training_loss": 1e-4, "test_loss": 1e-3}.items():
         np.testing.assert_allclose(eight[field], one[field], rtol=tolerance)
-    assert (np.abs(np.array(one["alpha"])[2:, 0] - 0.5) > 0.01).all()
+    assert (np.abs(np.array(one["alpha"])[:, 0] - 0.5) > 0.01).all()
 
 
 def test_training_compiles_once_for_each_number_of_models(on_devices):
