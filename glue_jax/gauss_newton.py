@@ -52,8 +52,8 @@ def gauss_newton_step(
     """Takes one damped Gauss-Newton step: d + 2 blended forward passes, no backward pass and no learning rate.
 
     d is the number of directions that change the blend. Under `jax.nn.softmax`, and under a `Link` whose attribute
-    `directions` is `simplex_orthogonal`, d is K - 1, or G (K - 1) with G groups. There a learned temperature
-    (`glue_jax.links.tempered_link`) makes d larger by 1. For any other link d is the size of beta.
+    `directions` is `simplex_orthogonal`, d is K - 1, or G (K - 1) with G groups. Under such a link, a learned
+    temperature (`glue_jax.links.tempered_link`) makes d larger by 1. For any other link d is the size of beta.
 
     Each call does three things. It tests the move that the previous call proposed, and beta makes this move unless the
     loss on the minibatch rises. It refines a quadratic model of the loss. The model proposes the next move. So the
@@ -85,9 +85,9 @@ def gauss_newton_step(
             `forward_mode` the radius has no effect.
         num_directions: m, the number of random directions that a step looks along, at most d. Then a step takes m + 2
             forward passes. The next steps draw other directions. The quadratic model is a mean over steps, so in time
-            it knows the slopes along all d directions. `experiments.studies.budget` gives both kinds of step the same
-            number of forward passes, with d of 30, 50 and 390. There steps with all d directions end at a lower loss
-            than steps with 16 directions. None is all d directions.
+            it knows the slopes along all d directions. `experiments.studies.budget` compares steps with all d
+            directions and steps with 16, at the same number of forward passes and d of 30, 50 and 390. The steps with
+            all directions end at a lower loss. None is all d directions.
         probe_batch_size: how many of the blends are evaluated at once; see `spsa_gradient`. In `forward_mode` it is the
             number of directions whose derivatives are computed together, by default all directions. They share one
             forward pass.

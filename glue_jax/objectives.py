@@ -46,9 +46,9 @@ class OutputLoss:
     Attributes:
         outputs_fn: `outputs_fn(params, batch) -> outputs`. The outputs are an array `[B, ...]` or a pytree of such
             arrays, for instance logits.
-        loss: `loss(outputs, batch) -> scalar`, the mean over the minibatch. For `gauss_newton_step` JAX must be able to
-            differentiate it twice. It should be convex in the outputs, as the cross-entropy of logits and the squared
-            error are.
+        loss: `loss(outputs, batch) -> scalar`, the mean over the minibatch. For `gauss_newton_step`, JAX must be able
+            to differentiate it twice. That step also wants it convex in the outputs, as the cross-entropy of logits and
+            the squared error are.
 
     Raises:
         TypeError: if a part cannot be called.

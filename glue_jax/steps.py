@@ -65,10 +65,10 @@ def spsa_step(
         merge_fn: `merge_fn(experts, alpha) -> params`.
         radius: the Euclidean distance of a probe from beta, or a schedule `radius(step)`. For `gaussian` directions it
             is the root mean square of the distance over draws. The default depends on the link. For the softmax it is
-            0.1. For a `glue_jax.links.Link` it is the link's attribute `radius`. For any other function it is 0.01. The
-            default radius is ten times as large, and the step warns, if two things hold. The network itself casts to
-            bfloat16 or float16 and multiplies such arrays. The link's default directions are `simplex_orthogonal`, as
-            for the softmax. The dtype of the experts does not matter (see `glue_jax.precision`).
+            0.1. For a `glue_jax.links.Link` it is the link's attribute `radius`. For any other function it is 0.01.
+            There is one exception, of which the step warns. If the network itself multiplies bfloat16 or float16
+            arrays, and the link's default directions are `simplex_orthogonal` (as for the softmax), the default is ten
+            times as large. The dtype of the experts does not matter. See `glue_jax.precision`.
         num_directions: m, the number of directions.
         directions: `rademacher`, `sphere`, `gaussian`, `orthogonal`, `simplex_orthogonal`, or a function (see
             `glue_jax.directions`). The default depends on the link. For the softmax it is `simplex_orthogonal`, because

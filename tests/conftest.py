@@ -12,14 +12,13 @@ import pytest
 if jaxlib.version.__version_info__ < (0, 11):
     _QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     os.environ["XLA_FLAGS"] = f"{_QUICK} {os.environ.get('XLA_FLAGS', '')}"
+    # JAX 0.12 uses an MLIR context for ten programs. Earlier releases make one for each program, which takes most of
+    # the time of lowering a small program. Here all programs share one. JAX has no public option for it.
+    from jax._src.interpreters import mlir
+
+    mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 
 import jax
-from jax._src.interpreters import mlir
-
-# A program is lowered in a context of its own, and to make the context takes most of that time for a small program.
-# Here all programs share one context.
-if jaxlib.version.__version_info__ < (0, 11):
-    mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)

@@ -183,7 +183,7 @@ def initialize(problem: Problem, config: Config, numbers: Sequence[int]) -> Vari
 
 @functools.partial(jax.jit, static_argnums=0)
 def _init(init: Callable[[jax.Array], Variables], keys: jax.Array) -> Variables:
-    """Initialises a network for each key. Experts that are trained one after another share the compiled program."""
+    """Returns the initial variables for each key. Experts that are trained one after another share the program."""
     return jax.vmap(init)(keys)
 
 

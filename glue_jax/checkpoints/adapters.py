@@ -147,8 +147,7 @@ def save_adapter(
         groups: as for `merge_adapters`.
         side_files: texts to write into the folder, by the names of their files. The small files beside the first
             adapter's weights, such as a tokenizer, are copied too.
-        overwrite: whether an earlier result at `out` is replaced. A folder of weights is replaced whole, with all that
-            lies in it. A folder without weights is never replaced.
+        overwrite: as for `save_blend`.
 
     Returns:
         The path of the result.

@@ -37,14 +37,14 @@ def load_experts(
 
     The headers are compared before any weight is read. Then the call reads the weights portion by portion. A portion
     has the same tensors of all experts: at most 32 MB of each expert, or one tensor if that is larger. So the call
-    needs memory for the stacked experts and for one portion. There is one exception: a file from a PyTorch before 1.6
-    is read whole, as one portion, to compare its header.
+    needs memory for the stacked experts and for one portion. There is one exception: PyTorch reads a whole file that
+    PyTorch before 1.6 wrote, also for its header. If one expert is such a file, all weights are one portion.
 
     Args:
         paths: the paths of K checkpoints, or open checkpoints. `open_checkpoint` lists the formats. One path of a
             checkpoint gives K = 1. The folder of one training run of orbax gives an expert for each saved step.
-        steps: the saved steps of a training run that are read, by their numbers. None reads all.
-        last: how many saved steps of a training run are read, counted from its last one.
+        steps: the numbers of the saved steps that are read. None reads all.
+        last: how many of the last saved steps are read.
         subtree: the part of each checkpoint that is the model, such as `"params"`.
         take_first: regular expressions for integer tensors that may differ. The first expert's are kept. The counters
             `num_batches_tracked` of PyTorch's BatchNorm need not be named.

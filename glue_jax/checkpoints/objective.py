@@ -167,10 +167,11 @@ def _run(path: Path) -> dict[str, Callable[..., Any]]:
 
 def _digest(path: Path) -> str:
     """Returns the SHA-256 of the file, and of the imported modules below its folder that nobody installed there."""
-    path = Path(os.path.abspath(path))
+    # As text: thousands of modules may be imported.
+    path, here = path.absolute(), os.getcwd()
     folder = os.path.join(path.parent, "")
     files = {
-        os.path.abspath(file) for module in list(sys.modules.values()) if (file := getattr(module, "__file__", None))
+        os.path.join(here, file) for module in list(sys.modules.values()) if (file := getattr(module, "__file__", None))
     }
     own = {Path(file) for file in files if file.startswith(folder)} - {path}
     found = hashlib.sha256(path.read_bytes())

@@ -61,8 +61,7 @@ def blend_files(
         out: as for `save_blend`.
         take_first: as for `load_experts`.
         side_files: as for `save_blend`.
-        overwrite: whether an earlier result at `out` is replaced. A folder of weights is replaced whole, with all that
-            lies in it. A folder without weights is never replaced.
+        overwrite: as for `save_blend`.
         on_progress: a function that is called with two numbers: the bytes of the blend that are done, and the bytes of
             the whole blend.
 
@@ -131,8 +130,8 @@ def save_blend(
         rename: the function that `load_experts` was given.
         side_files: texts to write into the folder, by the names of their files. If the result is one file, its header
             holds the texts.
-        overwrite: whether an earlier result at `out` is replaced. A folder of weights is replaced whole, with all that
-            lies in it. A folder without weights is never replaced.
+        overwrite: whether an earlier result at `out` is replaced. If `out` is a folder with safetensors or an orbax
+            checkpoint, all that lies in it is removed. Any other folder that is not empty is never replaced.
 
     Returns:
         The path of the result.

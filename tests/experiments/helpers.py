@@ -9,6 +9,7 @@ import json
 import pytest
 from rich.console import Console
 
+from experiments.models import mobilenet, permutations
 from experiments.protocol import run as protocol
 from experiments.protocol.config import Config
 from experiments.protocol.context import prepare
@@ -35,6 +36,19 @@ TINY = Config(
     seeds=(0, 1),
 )
 ONE_SEED = dataclasses.replace(TINY, seeds=(0,))
+
+
+@contextlib.contextmanager
+def small_mobilenetv2():
+    """Makes MobileNetV2 a network of four blocks.
+
+    The first block does not expand. The second expands and adds nothing. The third halves the image. The fourth adds
+    its input.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (mobilenet, permutations):
+            patch.setattr(module, "STAGES", ((1, 16, 1, 1), (6, 24, 1, 2), (6, 32, 2, 2)))
+        yield
 
 
 def prepare_quietly(config, dataset, folder):

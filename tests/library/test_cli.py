@@ -4,12 +4,14 @@ import hashlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from glue_jax.checkpoints import kept_results
+from glue_jax.checkpoints.objective import load_objective
 from glue_jax.cli import main
 from tests.library.checkpoints.helpers import expected, read, save, unchanged, weights
 
@@ -267,6 +269,22 @@ def test_a_stopped_run_with_another_module_in_a_package_is_not_continued(experts
     status, _, err = run(capsys, *LEARNS)
     assert status == 1
     assert "to a stopped run with other objective; expected the same" in err
+
+
+def test_a_module_beside_an_objective_counts_whatever_its_path_looks_like(tmp_path, monkeypatch):
+    (tmp_path / "real" / "inner").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "inner")
+    (tmp_path / "real" / "objective.py").write_text("from counted import scale\ndef evaluate(params): return scale\n")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    digests = []
+    for text in ("scale = 1.0\n", "scale = 1000.0\n"):
+        (tmp_path / "real" / "counted.py").write_text(text)
+        sys.modules.pop("counted", None)
+        # The folder above that of the link is not the one above its target.
+        digests.append(load_objective(Path("link/../objective.py")).digest)
+    assert len(set(digests)) == 2
+    sys.modules.pop("counted")
 
 
 def test_the_record_has_the_hashes_of_what_was_read(experts, tmp_path, capsys):

@@ -19,12 +19,13 @@ from experiments.protocol import expert_training as experts
 from experiments.protocol import run as protocol
 from experiments.protocol.config import CONFIGS, Config
 from experiments.protocol.context import prepare
-from experiments.protocol.expert_training import _stage_of, describe_missing, measurement, train_experts
+from experiments.protocol.expert_training import _stage_of, describe_missing, initialize, measurement, train_experts
 from experiments.runtime import checkpoints, sources, stages
 from experiments.runtime.locks import LockedError
 from experiments.runtime.progress import ProgressBars
 from experiments.runtime.stages import DamagedStageError, Stages
 from tests.experiments.helpers import ONE_SEED, TINY, flip, killed_after, prepare_quietly, run_quietly, without_times
+from tests.helpers import compilations
 
 
 @pytest.fixture(scope="module")
@@ -402,6 +403,15 @@ def test_separate_initialisations_differ_and_common_ones_do_not(digits, tmp_path
         return float(jnp.abs(kernels[0] - kernels[1]).max())
 
     assert spread("common") < 1e-6 < 1e-2 < spread("separate")
+
+
+def test_experts_one_after_another_share_the_compiled_initialisation(digits, tmp_path, caplog):
+    context = prepare_quietly(TINY, digits, tmp_path)
+    first = initialize(context.problem, TINY, [0])
+    with compilations(caplog) as names:
+        second = initialize(context.problem, TINY, [1])
+    assert names == []
+    assert not np.array_equal(first["params"]["head"]["kernel"], second["params"]["head"]["kernel"])
 
 
 def test_all_experts_at_once_are_those_of_one_after_another(done, digits, tmp_path, monkeypatch):

@@ -7,9 +7,9 @@ import pytest
 
 import glue_jax
 from experiments import models
-from experiments.models import mobilenet, permutations
 from experiments.models.permutations import SPECS
 from glue_jax.merging import align, align_experts, chain_spec, permute
+from tests.experiments.helpers import small_mobilenetv2
 
 MLP = {
     "dense1/kernel": (None, "hidden1"),
@@ -27,8 +27,6 @@ NETWORKS = {
     "vit": ("vit", VIT, (8, 8, 3)),
     "vit, fixed positions, token": ("vit", {**VIT, "positions": "sincos", "pooling": "token"}, (8, 8, 3)),
 }
-# Three of MobileNetV2's 17 blocks: one does not expand, one halves the image, and one adds its input.
-STAGES = ((1, 16, 1, 1), (6, 32, 2, 2))
 
 
 def mlp(key):
@@ -73,13 +71,11 @@ def network(request):
             drawn = rng.uniform(0.5, 1.5, leaf.shape)
         return jnp.asarray(drawn, leaf.dtype)
 
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (mobilenet, permutations):
-            patch.setattr(module, "STAGES", STAGES)
+    with small_mobilenetv2():
         network = models.build(name, image_shape=shape, num_classes=4, **options)
         variables = jax.tree.map(draw, jax.eval_shape(network.init, jax.random.key(0)))
         images = jnp.asarray(rng.normal(size=(3, *shape)), jnp.float32)
-        yield network, variables, SPECS[name](**options), images
+        return network, variables, SPECS[name](**options), images
 
 
 def test_a_permuted_network_computes_the_same(network):
