@@ -176,7 +176,8 @@ class OutputProbes(NamedTuple):
             other rows are around the proposal, one along each of the m directions. With all directions, m is d.
         state: the state that was given to `ask_outputs`.
         radius: how far beta moves between two probes whose outputs are subtracted, `[]`.
-        rows: the directions, `[m, d]`, as coordinates in `glue_jax.directions.basis`. None is all directions.
+        rows: the directions, `[m, d]`, as coordinates in `glue_jax.directions.basis`. With None they are all
+            directions.
         link_fn: the link that was given to `ask_outputs`.
     """
 

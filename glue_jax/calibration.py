@@ -54,8 +54,9 @@ def calibrate(
 
     If the slopes along one direction agree between neighbouring radii, neither rounding nor curvature spoils them. Step
     sizes for finite differences are often chosen by this comparison. If `fun` is an error rate, it changes in jumps,
-    and these jumps act like rounding. The learning rate gives the first step the size `first_step`, as Qiskit's SPSA
-    does. With R radii and m directions, the call takes `2 R m` evaluations, 72 by default.
+    and these jumps act like rounding. The learning rate is for plain gradient descent. With it the first step has the
+    size `first_step`, as in Qiskit's SPSA. With R radii and m directions, the call takes `2 R m` evaluations, 72 by
+    default.
 
     Args:
         key: a `jax.random.key`.
@@ -68,9 +69,10 @@ def calibrate(
         num_directions: m, the number of directions.
         directions: the directions of the step, as for `spsa_gradient`. Under a softmax pass `simplex_orthogonal`.
         first_step: how far the first step should move an entry of beta: the root mean square over the entries.
-        step_directions: the `num_directions` of the steps that will use the learning rate. The learning rate assumes
-            that these steps draw their directions as `directions` says, and that their scale is `unbiased`. If
-            `directions` is a function, the learning rate assumes the variance of `sphere`.
+        step_directions: the `num_directions` that you will pass to `spsa_step` with this learning rate. The learning
+            rate assumes that these steps draw their directions as `directions` says, and that their scale is
+            `unbiased`. If `directions` is a function, `calibrate` does not know how noisy its estimates are. It takes
+            the noise of `sphere`.
         probe_batch_size: as for `spsa_gradient`. By default, an accelerator holds all `2 R m` models in memory at once.
 
     Returns:

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command.
 
     Args:
-        arguments: the words after `glue-jax`. None is those of this process.
+        arguments: the words after `glue-jax`. With None they are those of this process.
 
     Returns:
         The exit status: 0, or 1 after an error, or 130 after Ctrl-C. An error is one line on stderr, and there is no

@@ -27,11 +27,11 @@ def stack_experts(
     Args:
         experts: K pytrees of one structure, whose leaves have the same shapes and dtypes. A leaf is a number, an array
             of JAX or NumPy, or another array that has `__array__`.
-        take_first: the leaves that are not floating point and in which the experts may differ. The stack keeps the
-            first expert's. An entry is a regular expression for paths (`glue_jax.paths`), such as
+        take_first: names leaves of integers or booleans in which the experts may differ. The stack keeps the first
+            expert's values. An entry is a regular expression for paths (`glue_jax.paths`), such as
             `"num_batches_tracked$"`, or a path as errors print it.
         sharding: the place of the stack: a `jax.sharding.Sharding` of the stacked leaves, or a pytree of shardings
-            whose structure is a prefix of an expert's. None is JAX's default.
+            whose structure is a prefix of an expert's. With None it is JAX's default.
 
     Returns:
         The experts as one pytree, each leaf `[K, ...]`.

@@ -68,26 +68,26 @@ def gauss_newton_step(
         state: the state from `init(num_experts, link_fn=link_fn)` or from the previous step.
         experts: as for `spsa_step`.
         batch: as for `spsa_step`. The cost of learning is the number of examples, times the number of models that
-            evaluate each example. Minibatches of 16 to 32 examples reach a given loss at the lowest cost. The reason is
-            that the quadratic model is a mean over minibatches, and small minibatches give more steps for the same
-            number of examples. So pass `batch_size=32` to `learn`, whose default is 64. The number of outputs (examples
-            times classes) should exceed the number of directions.
+            evaluate each example. Minibatches of 16 to 32 examples reach a given loss at the lowest cost. Small
+            minibatches give more steps for the same number of examples. Their noise does little harm, because the
+            quadratic model is a mean over minibatches. So pass `batch_size=32` to `learn`, whose default is 64. The
+            number of outputs (examples times classes) should exceed the number of directions.
         loss_fn: an `OutputLoss`, deterministic as for `spsa_step`. Its `outputs_fn` needs no backward pass. JAX
             differentiates it in forward mode, or not at all; `tangents` says which.
         link_fn: as for `spsa_step`.
         merge_fn: as for `spsa_step`.
         tangents: how the Jacobian of the outputs is computed. `differences` takes one-sided differences, and JAX does
             not differentiate the network. `forward_mode` takes `jax.jvp`, which needs about twice the time and is right
-            in every number format. None is `forward_mode` if the network itself multiplies bfloat16 or float16 arrays,
-            and `differences` otherwise.
+            in every number format. With None it is `forward_mode` if the network itself multiplies bfloat16 or float16
+            arrays, and `differences` otherwise.
         radius: the distance in beta between the two blends of a finite difference. It does not limit the move of beta.
-            It is a number, not a schedule. None is a tenth of the radius that `spsa_step` takes for the link. In
-            `forward_mode` the radius has no effect.
+            It is a number, not a schedule. With None it is a tenth of the radius that `spsa_step` takes for the link.
+            In `forward_mode` the radius has no effect.
         num_directions: m, the number of random directions that a step looks along, at most d. Then a step takes m + 2
             forward passes. The next steps draw other directions. The quadratic model is a mean over steps, so in time
             it knows the slopes along all d directions. `experiments.studies.budget` compares steps with all d
-            directions and steps with 16, at the same number of forward passes and d of 30, 50 and 390. The steps with
-            all directions end at a lower loss. None is all d directions.
+            directions and steps with 16 directions, for d = 30, 50 and 390. Both may take the same number of forward
+            passes. The steps with all directions end at a lower loss. With None a step takes all d directions.
         probe_batch_size: how many of the blends are evaluated at once; see `spsa_gradient`. In `forward_mode` it is the
             number of directions whose derivatives are computed together, by default all directions. They share one
             forward pass.

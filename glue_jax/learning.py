@@ -77,9 +77,9 @@ def learn(
 
     A run can be continued: pass its `LearnResult` as `state`. The new call keeps the best coefficients, the history,
     and the number of validations without a new best value. It continues an iterator where it is, and begins a new epoch
-    of a loader. With arrays or an iterator, several calls return what one long call returns. There is one exception:
-    `max_steps` may stop a call between two validations. The call then validates its last coefficients, which one long
-    call would not do. If these coefficients are the best, the call keeps them.
+    of a loader. With the same key, and arrays or an iterator, several calls return what one long call returns. There is
+    one exception: `max_steps` may stop the first call between two validations. The first call then validates its last
+    coefficients, and one long call does not. If these coefficients are the best, both calls keep them.
 
     JAX compiles again for each new function and each new optimizer. So make the functions and the optimizer once, and
     pass the same objects to every call. Then a second call compiles nothing. If a function reads a variable from
@@ -100,28 +100,29 @@ def learn(
         optimizer: the optimizer of optax that updates beta. Every step except `gauss_newton_step` needs one, so the
             default `spsa_step` does. `gauss_newton_step` takes none. The paper uses `optax.adam(1e-2, b1=0.9,
             b2=0.99)`.
-        state: a state to start from, or a result to continue. None is `init(K, optimizer, link_fn=link_fn)`: for a
-            softmax, the uniform average.
-        step_fn: the step, and with it the estimator: `spsa_step`, `gauss_newton_step`, `full_gradient_step` or
-            `forward_gradient_step`. A `functools.partial` of a step sets its options, such as `radius`.
+        state: a state to start from, or a result to continue. With None it is `init(K, optimizer, link_fn=link_fn)`.
+            For a softmax this is the uniform average.
+        step_fn: the step function, which also decides how the gradient is estimated: `spsa_step`, `gauss_newton_step`,
+            `full_gradient_step` or `forward_gradient_step`. A `functools.partial` of a step sets its options, such as
+            `radius`.
         link_fn: `link_fn(beta) -> alpha`.
         merge_fn: `merge_fn(experts, alpha) -> params`.
         validation_data: the data on which the blend is validated: arrays `[M, ...]`, or a loader that ends. Each batch
             of a loader is weighted by its size. With None there is no validation.
-        validation_fn: `validation_fn(params, batch) -> scalar`, the mean over a batch. Lower is better. None is
+        validation_fn: `validation_fn(params, batch) -> scalar`, the mean over a batch. Lower is better. With None it is
             `loss_fn`.
         batch_size: the number of examples in a minibatch of arrays.
-        validation_batch_size: the number of examples in a validation batch of arrays. None is `batch_size`. The last
-            batch may be smaller; it is weighted by its size.
+        validation_batch_size: the number of examples in a validation batch of arrays. With None it is `batch_size`. The
+            last batch may be smaller; it is weighted by its size.
         max_steps: the largest number of steps in this call.
-        validate_every: the number of steps between two validations, and between two callbacks. None is 5 for
+        validate_every: the number of steps between two validations, and between two callbacks. With None it is 5 for
             `gauss_newton_step` and 50 for other steps.
-        patience: the run stops after this many validations without a new best value. None runs all
-            `max_steps`.
+        patience: the run stops after this many validations without a new best value. With None, all `max_steps` are
+            taken.
         steps_per_call: the largest number of steps in one call of a compiled program. With an iterator or a loader it
-            is always 1. With arrays on a CPU, None is 1: in a compiled loop of several steps, XLA:CPU runs the backward
-            pass of a convolution many times slower. With arrays on other devices, None is the number of steps between
-            two validations, at most 1000.
+            is always 1. With None, and arrays on a CPU, it is 1: XLA:CPU runs the backward pass of a convolution many
+            times slower inside a compiled loop of steps than outside. With None, and arrays on other devices, it is the
+            number of steps between two validations, at most 1000.
         callback: a function that is called with a `Progress` after every `validate_every` steps, and after the last
             step. The run ends if it returns True. Do not return the value of a tqdm bar's `update`, which is True at
             times.

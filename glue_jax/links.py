@@ -168,8 +168,9 @@ def task_vector_weights(scales: jax.Array) -> jax.Array:
     This is task arithmetic (Ilharco et al., 2023, https://arxiv.org/abs/2212.04089), written as a blend. Stack the
     origin theta_0 and the K experts with `stack_experts([origin, *experts])`. The coefficients are `1 - sum(lambda)`
     for the origin and `lambda` for the experts. To keep each lambda between 0 and 1, pass
-    `link_fn=lambda beta: task_vector_weights(box(low=0.0, high=1.0)(beta))` to the steps and to `init`. Its beta is
-    `[K]`, so pass `beta=jnp.zeros(K)` to `init(K + 1, ...)`, and that state to `learn`.
+    `link_fn=lambda beta: task_vector_weights(box(low=0.0, high=1.0)(beta))` to the steps and to `init`. The beta of
+    this link is `[K]`, but the stack has K + 1 models. So make the state by `init(K + 1, ..., beta=jnp.zeros(K))`, and
+    pass this state to `learn`.
 
     Args:
         scales: lambda, `[..., K]`.

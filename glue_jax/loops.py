@@ -25,7 +25,7 @@ def loop(fun: Callable[[PyTree], Any], xs: PyTree, batch_size: int | None = None
     Args:
         fun: a function that JAX can trace.
         xs: the arguments of all calls, each leaf `[S, ...]`.
-        batch_size: how many calls `vmap` makes together. None is one at a time.
+        batch_size: how many calls `vmap` makes together. With None, the calls are made one at a time.
     """
     one = jax.eval_shape(lambda xs: jax.tree.map(lambda leaf: leaf[0], xs), xs)
     closed, shapes = jax.make_jaxpr(fun, return_shape=True)(one)

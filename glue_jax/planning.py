@@ -54,9 +54,9 @@ def plan(
     repeats take turns: each step is timed once, then each a second time, and so on.
 
     The plan compares steps by their progress. Suppose that the gradient g of a loss is L-Lipschitz. Suppose that an
-    estimate has mean g and mean squared error V ||g||^2. Then a step of length eta along the estimate lowers the loss,
-    in expectation, by at least `eta ||g||^2 - L/2 eta^2 (1 + V) ||g||^2`. The best eta gives `||g||^2 / (2 L (1 +
-    V))`, which is 1/(1 + V) of the progress with the exact gradient. So 1 + V steps count as one step with the exact
+    estimate has mean g and mean squared error V ||g||^2. A step subtracts eta times the estimate. In expectation this
+    lowers the loss by at least `eta ||g||^2 - L/2 eta^2 (1 + V) ||g||^2`. The best eta gives `||g||^2 / (2 L (1 + V))`,
+    which is 1/(1 + V) of the progress with the exact gradient. So 1 + V steps count as one step with the exact
     gradient:
 
     - `full_gradient_step` has V = 0. It is the unit.
@@ -70,16 +70,17 @@ def plan(
     The plan ignores the noise of minibatches. It assumes that each step has its best learning rate for plain gradient
     descent.
 
-    For Eq. (10) the plan measures a blend, a forward pass and a backward pass. The two passes have JAX's present
-    precision of products. The steps themselves choose their precision. On an accelerator SPSA and Gauss-Newton use the
-    highest precision, which takes more time there. The other steps use JAX's default precision.
+    For Eq. (10) the plan measures a blend, a forward pass, a backward pass, and the inner products that turn a gradient
+    for the model into a gradient for alpha. Both passes use the current `jax.default_matmul_precision`. The steps
+    themselves choose their precision. On an accelerator SPSA and Gauss-Newton use the highest precision, which takes
+    more time there. The other steps use the current one.
 
     Args:
         experts: stacked experts, each leaf `[K, ...]`.
         batch: one minibatch, a pytree of arrays `[B, ...]`. Use the size that you will learn with.
         loss_fn: as for `learn`. Gauss-Newton is measured if it is a `glue_jax.OutputLoss`.
         state: the point at which to measure: a state from `init` or a step, or a result of `learn`. Only its beta
-            matters. None is the link's own start.
+            matters. With None it is the link's own start.
         link_fn: as for `learn`.
         merge_fn: as for `learn`.
         repeats: how often each program is timed. The plan takes the median.

@@ -30,9 +30,9 @@ def init(
         optimizer: the optimizer that updates beta. The paper uses `optax.adam(1e-2, b1=0.9, b2=0.99)`. Pass None for
             `gauss_newton_step`, which needs no optimizer.
         beta: the start, any pytree of floating-point coefficients. `weights_to_logits` gives a start anywhere inside
-            the simplex. None takes the link's own start. For the softmax this is zeros `[K]`, which give the uniform
-            average. A link that the library does not know also starts from zeros `[K]`.
-        link_fn: the `link_fn` of the steps. None is the softmax.
+            the simplex. With None it is the link's own start. For the softmax this is zeros `[K]`, which give the
+            uniform average. A link that the library does not know also starts from zeros `[K]`.
+        link_fn: the `link_fn` of the steps. With None it is the softmax.
 
     Returns:
         The state of step 0.

@@ -66,9 +66,10 @@ def spsa_step(
         radius: the Euclidean distance of a probe from beta, or a schedule `radius(step)`. For `gaussian` directions it
             is the root mean square of the distance over draws. The default depends on the link. For the softmax it is
             0.1. For a `glue_jax.links.Link` it is the link's attribute `radius`. For any other function it is 0.01.
-            There is one exception, of which the step warns. If the network itself multiplies bfloat16 or float16
-            arrays, and the link's default directions are `simplex_orthogonal` (as for the softmax), the default is ten
-            times as large. The dtype of the experts does not matter. See `glue_jax.precision`.
+            There is one exception, of which the step warns: the default radius is ten times as large if the network
+            itself multiplies bfloat16 or float16 arrays, and the link is the softmax or another one whose default
+            directions are `simplex_orthogonal`. Neither the dtype of the experts nor the argument `directions` matters.
+            See `glue_jax.precision`.
         num_directions: m, the number of directions.
         directions: `rademacher`, `sphere`, `gaussian`, `orthogonal`, `simplex_orthogonal`, or a function (see
             `glue_jax.directions`). The default depends on the link. For the softmax it is `simplex_orthogonal`, because
@@ -80,7 +81,7 @@ def spsa_step(
         matmul_precision: the precision of matrix products in `loss_fn`, `merge_fn` and `link_fn`, a value of
             `jax.default_matmul_precision`. A product that sets its own precision keeps it. With JAX's own setting, an
             accelerator rounds the weights of both probes to bfloat16 or TF32, which destroys most of their difference.
-            `highest` prevents this and costs more time. None leaves JAX's setting unchanged. If the network casts to
+            `highest` prevents this and costs more time. With None, JAX's setting stays. If the network casts to
             bfloat16 itself, use `forward_gradient_step`.
         diagnostics: whether the metrics include `diagnostics`. This takes 2m + 1 more forward passes.
 

@@ -80,16 +80,16 @@ def load_adapters(paths: Sequence[PathLike], *, base: str | None = None) -> Adap
     Args:
         paths: the folders of K adapters, each with `adapter_config.json` and `adapter_model.safetensors` or
             `adapter_model.bin`.
-        base: the name of the base, if the configurations name one base differently, for instance by paths of several
-            machines. None requires that they agree.
+        base: the name of the base. Pass it if the configurations have different names for the same base, such as paths
+            on several machines. With None, the configurations must have the same name.
 
     Returns:
         The adapters.
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if an adapter is no plain LoRA adapter, such as one with DoRA, a trained bias, `modules_to_save`, or
-            an initialisation that changes the base; the error names the entry and the reason.
+        ValueError: if an adapter is not a plain LoRA adapter. DoRA, a trained bias, `modules_to_save`, and an
+            initialisation that changes the base are refused, for instance. The error names the entry and the reason.
         ValueError: if adapters have different bases, or change weights of different shapes.
         ValueError: if a factor is infinite or NaN.
     """

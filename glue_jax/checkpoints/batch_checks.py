@@ -19,7 +19,7 @@ def check_batches(path: Path, objective: Objective, model: Params, batch_size: i
         path: the objective file, for errors.
         objective: what the file defines. It has data.
         model: the shapes and dtypes of a blend, as `jax.eval_shape` returns them.
-        batch_size: the number of examples in a minibatch. None is the default.
+        batch_size: the number of examples in a minibatch. With None it is the default.
 
     Raises:
         ObjectiveError: if a loss does not run on a batch, or if `default_loss` is given a label that is no class.

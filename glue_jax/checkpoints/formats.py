@@ -125,8 +125,9 @@ def open_checkpoint(path: PathLike, *, subtree: str | None = None) -> Checkpoint
             - a file `.pt`, `.pth`, `.bin` or `.ckpt` of PyTorch, which holds a state dict. It is read with
               `weights_only=True`, so that no code in it can run. PyTorch must be installed;
             - a folder with an adapter of PEFT.
-        subtree: the part of the checkpoint that is the model, as keys joined by slashes: `"params"` for a checkpoint
-            of a whole training state, `"state_dict"` for a file of PyTorch that holds more than a model. None is all.
+        subtree: the part of the checkpoint that is the model, as keys joined by slashes: `"params"` for a checkpoint of
+            a whole training state, `"state_dict"` for a file of PyTorch that holds more than a model. With None it is
+            all of the checkpoint.
 
     Returns:
         The checkpoint.
@@ -171,7 +172,7 @@ def open_checkpoints(
     Args:
         paths: the paths of the checkpoints, or the folder of one run of orbax with a folder for each step. A checkpoint
             that is open already is taken as it is.
-        steps: the steps of the run, if `paths` is the folder of a run. None is all of them.
+        steps: the steps of the run, if `paths` is the folder of a run. With None they are all of its steps.
         last: how many of the last steps of the run.
         subtree: as for `open_checkpoint`.
 

@@ -37,13 +37,14 @@ def load_experts(
 
     The headers are compared before any weight is read. Then the call reads the weights portion by portion. A portion
     has the same tensors of all experts: at most 32 MB of each expert, or one tensor if that is larger. So the call
-    needs memory for the stacked experts and for one portion. There is one exception: PyTorch reads a whole file that
-    PyTorch before 1.6 wrote, also for its header. If one expert is such a file, all weights are one portion.
+    needs memory for the stacked experts and for one portion. There is one exception: files that were written by PyTorch
+    before 1.6. PyTorch can only read such a file whole, even for its header. If one expert is such a file, all weights
+    are one portion.
 
     Args:
         paths: the paths of K checkpoints, or open checkpoints. `open_checkpoint` lists the formats. One path of a
             checkpoint gives K = 1. The folder of one training run of orbax gives an expert for each saved step.
-        steps: the numbers of the saved steps that are read. None reads all.
+        steps: the numbers of the saved steps that are read. With None, all are read.
         last: how many of the last saved steps are read.
         subtree: the part of each checkpoint that is the model, such as `"params"`.
         take_first: regular expressions for integer tensors that may differ. The first expert's are kept. The counters
@@ -51,7 +52,7 @@ def load_experts(
         rename: `rename(name)` returns the path of a tensor in the result, such as `"params/Dense_0/kernel"`. It can
             also remove a prefix: `lambda name: name.removeprefix("module.")`. It renames only, and transposes nothing.
             None keeps the names.
-        sharding: the place of each stacked tensor, as for `stack_experts`. None is JAX's default.
+        sharding: the place of each stacked tensor, as for `stack_experts`. With None it is JAX's default.
 
     Returns:
         The stacked experts, each leaf `[K, ...]`, in the dtypes of the files. For safetensors and PyTorch the tree is a

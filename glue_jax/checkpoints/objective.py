@@ -50,9 +50,9 @@ class Objective(NamedTuple):
 
     Attributes:
         data: the target data, a pytree of arrays `[N, ...]`. None with `evaluate`.
-        validation_data: arrays `[M, ...]` that choose among candidates. None holds out a part of `data`.
+        validation_data: arrays `[M, ...]` that choose among candidates. With None, a part of `data` is held out.
         loss_fn: the loss. None with `evaluate`.
-        validation_fn: what is validated. None is the loss.
+        validation_fn: what is validated. With None it is the loss.
         evaluate: the function on the host. None with data.
         statistics_fn: BatchNorm's statistics of a batch. None refreshes nothing.
         rename: as for `load_experts`.

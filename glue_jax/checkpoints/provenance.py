@@ -47,7 +47,7 @@ def coefficients_for(
     Args:
         names: the names of the tensors in the experts' files.
         alpha: the coefficients, `[K]`, or `[G, K]` with groups.
-        groups: the groups of the tree that `load_experts` returns. None is one group of all tensors.
+        groups: the groups of the tree that `load_experts` returns. With None all tensors are one group.
         rename: the function that `load_experts` was given.
     """
     alpha = np.atleast_2d(np.asarray(alpha, np.float64))

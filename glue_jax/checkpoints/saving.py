@@ -117,12 +117,12 @@ def save_blend(
     """Writes a model with the names, shapes and dtypes of an expert's file.
 
     Args:
-        out: the place of the result. With the ending `.safetensors` it is one file. If `like` is an orbax checkpoint,
-            this ending is refused. The endings of PyTorch are refused. Otherwise the result is a folder. If `like` is a
-            single file, the folder has `model.safetensors`. If `like` is a folder of safetensors, the new folder has
-            files of the same names, with the same tensors in each. Small files beside the weights in the folder `like`,
-            such as `config.json` and a tokenizer, are copied. If `like` is an orbax checkpoint, the new folder is one
-            too.
+        out: the place of the result. If it ends in `.safetensors`, the result is one file. If it has another ending, or
+            none, the result is a folder. The endings of PyTorch are refused. So is `.safetensors` if `like` is an orbax
+            checkpoint. If `like` is a single file, the folder has `model.safetensors`. If `like` is a folder of
+            safetensors, the new folder has files of the same names, with the same tensors in each. Small files beside
+            the weights in the folder `like`, such as `config.json` and a tokenizer, are copied. If `like` is an orbax
+            checkpoint, the result is an orbax checkpoint, and nothing is copied.
         params: the model, with the structure that `load_experts` gave to the experts, without the axis K. Leaves in
             float32 are rounded to the dtypes of the expert.
         like: the expert: its path, or what `open_checkpoint` returned. If `load_experts` was given a `subtree`, pass

@@ -65,7 +65,7 @@ def refresh_statistics(
             in the text that `mean` and `var` match, as in `norm1/mean` and `norm1/var`.
         var: a regular expression for the paths of variances. `statistics_fn` must return biased variances, which divide
             a sum of n squares by n.
-        num_batches: the largest number of batches to take, for a loader without an end. None takes all.
+        num_batches: the largest number of batches to take, for a loader without an end. With None, all are taken.
 
     Returns:
         `params` with the new statistics, in the dtypes of `statistics_fn`. They are pooled in at least float32.
@@ -74,8 +74,9 @@ def refresh_statistics(
         TypeError: if `batches` is an array or a mapping, which is a single batch, or if a statistic is no
             floating-point array.
         ValueError: if there are no batches.
-        ValueError: when the first batch has been evaluated, if a statistic is neither a mean nor a variance, if it has
-            no place in `params`, or if `statistics_fn` leaves out a statistic of `params`.
+        ValueError: if a statistic is neither a mean nor a variance, if a mean or a variance stands alone, if a
+            statistic has no place in `params`, or if `statistics_fn` leaves out a statistic of `params`. This error
+            comes after the first batch.
         ValueError: if a variance is negative or NaN, or if `statistics_fn` returns no statistics.
     """
     if hasattr(batches, "shape") or hasattr(batches, "_fields") or isinstance(batches, Mapping):

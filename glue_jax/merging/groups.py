@@ -82,7 +82,7 @@ def by_layer(experts: Params, *, norms: str | None = None, collections: str = "^
     Args:
         experts: stacked experts, or one of them.
         norms: a regular expression for the names of layers that are norms, such as `"(?i)norm|bn"`. All norms then
-            share one group, `norms`. None gives each norm its own group.
+            share one group, `norms`. With None, each norm has its own group.
         collections: a regular expression for the part of a path before the layer. This part is removed, so a norm's
             parameters and its statistics fall into one group. The default matches Flax's collections. For the pairs of
             `nnx.split(model, nnx.Param, nnx.BatchStat)`, pass `r"^\d+/"`.

@@ -49,7 +49,7 @@ def weight_similarity(experts: Params, groups: Groups | None = None, *, origin: 
     Args:
         experts: stacked experts, each leaf `[K, ...]`. Split off BatchNorm statistics with `partition`, because they
             are no weights. Leaves that are not floating point, such as counters, do not count.
-        groups: groups from `group_by_path` or `by_layer`. None puts all leaves into one group.
+        groups: groups from `group_by_path` or `by_layer`. With None, all leaves are one group.
         origin: the common initialisation of the experts, if there is one, with the structure of one expert.
 
     Returns:

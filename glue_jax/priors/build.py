@@ -86,14 +86,14 @@ def build_prior(
 ) -> Prior:
     """Builds one model from K experts: makes several candidates, validates them, and returns the best.
 
-    The candidates are each expert alone, the uniform average (and that of the aligned experts, if they were aligned),
-    and what two stages learn:
+    The candidates are each expert alone, the uniform average, and the blends that two stages learn. If the experts were
+    aligned, the uniform average of the aligned experts is one more. The stages are:
 
     - `learned`: K coefficients under a softmax. They start at the uniform average.
     - `learned by group`: coefficients for each group, without a softmax. They start at the coefficients of the first
       stage.
 
-    Both stages take forward passes alone. They learn by Gauss-Newton if `loss_fn` is an `OutputLoss`, and otherwise by
+    Neither stage takes a backward pass. They learn by Gauss-Newton if `loss_fn` is an `OutputLoss`, and otherwise by
     SPSA with Adam. The candidate with the lowest validation value is chosen. The value of this candidate looks better
     than it is, because the validation data chose it. So judge the model on other data.
 
@@ -104,11 +104,11 @@ def build_prior(
         key: a `jax.random.key`. The same key and arguments give the same result.
         experts: stacked experts, each leaf `[K, ...]`, K at least 2.
         data: the target data: arrays `[N, ...]`, in a pytree.
-        loss_fn: `loss_fn(params, batch) -> scalar`, the mean over a batch, which learning lowers.
-        validation_data: arrays `[M, ...]` that choose the candidate. None holds out a fifth of `data`: the last rows
-            after a permutation by the key.
+        loss_fn: `loss_fn(params, batch) -> scalar`, the mean over a batch. Learning lowers it.
+        validation_data: arrays `[M, ...]` that choose the candidate. With None, a fifth of `data` is held out: the last
+            rows after a permutation by the key.
         validation_fn: `validation_fn(params, batch) -> scalar`, the mean over a batch, such as the error rate. Lower is
-            better. None is `loss_fn`.
+            better. With None it is `loss_fn`.
         evaluate: a function on the host in place of `data` and `loss_fn`: `evaluate(params) -> float`, lower is better.
             JAX does not trace it. With `evaluate` there is only the stage `learned`, which learns by `ask` and `tell`.
             If `evaluate` returns None or raises, learning continues without this blend.
@@ -124,15 +124,15 @@ def build_prior(
         var: as for `refresh_statistics`.
         groups: the groups of the second stage. `layers` is `by_layer`, or a group for each leaf if no path names a
             layer. With `layers`, two leaves that are equal to each other in every expert, such as tied weights, share
-            one group. Arrays that hold one number everywhere, in every expert, do not count as tied. Biases of zeros
-            are such arrays. If `groups` is None, there is no second stage. Nor is there one if `groups` is `layers` and
-            `merge_fn` has no keyword `groups`.
+            one group. An array does not count as tied if all its entries, in all experts, are the same number, such as
+            0. If `groups` is None, there is no second stage. Nor is there one if `groups` is `layers` and `merge_fn`
+            has no keyword `groups`.
         merge_fn: `merge_fn(experts, alpha) -> params`.
         shared: arrays that all blends share, such as the base of adapters. They are passed to `merge_fn` as its keyword
             `shared`, next to `groups` and `min_dtype`. With None, nothing is passed.
         max_steps: the largest number of steps of a stage.
-        batch_size: the number of examples in a minibatch. None is 64, or all if there are fewer.
-        patience: a stage ends after this many validations without a new best value. None takes all steps.
+        batch_size: the number of examples in a minibatch. With None it is 64, or all if there are fewer.
+        patience: a stage ends after this many validations without a new best value. With None, all steps are taken.
         on_progress: `on_progress(stage, progress)`, called after every 5 steps and after the last step. With `evaluate`
             it is called after each step. You can keep `progress.result` of each stage, and pass them in `known` later.
         known: the results of an earlier call with the same arguments, by the names of their stages. Learning continues
