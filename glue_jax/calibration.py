@@ -71,8 +71,8 @@ def calibrate(
         first_step: how far the first step should move an entry of beta: the root mean square over the entries.
         step_directions: the `num_directions` that you will pass to `spsa_step` with this learning rate. The learning
             rate assumes that these steps draw their directions as `directions` says, and that their scale is
-            `unbiased`. If `directions` is a function, `calibrate` does not know how noisy its estimates are. It takes
-            the noise of `sphere`.
+            `unbiased`. If `directions` is a function, `calibrate` cannot know how noisy the steps' estimates are. It
+            assumes that they are as noisy as with `sphere`.
         probe_batch_size: as for `spsa_gradient`. By default, an accelerator holds all `2 R m` models in memory at once.
 
     Returns:

@@ -86,8 +86,9 @@ def gauss_newton_step(
         num_directions: m, the number of random directions that a step looks along, at most d. Then a step takes m + 2
             forward passes. The next steps draw other directions. The quadratic model is a mean over steps, so in time
             it knows the slopes along all d directions. `experiments.studies.budget` compares steps with all d
-            directions and steps with 16 directions, for d = 30, 50 and 390. Both may take the same number of forward
-            passes. The steps with all directions end at a lower loss. With None a step takes all d directions.
+            directions and steps with 16 directions, for d = 30, 50 and 390. Both have the same limit of forward passes.
+            Within this limit, the steps with all directions end at a lower loss. With None a step takes all d
+            directions.
         probe_batch_size: how many of the blends are evaluated at once; see `spsa_gradient`. In `forward_mode` it is the
             number of directions whose derivatives are computed together, by default all directions. They share one
             forward pass.

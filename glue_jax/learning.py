@@ -79,7 +79,8 @@ def learn(
     and the number of validations without a new best value. It continues an iterator where it is, and begins a new epoch
     of a loader. With the same key, and arrays or an iterator, several calls return what one long call returns. There is
     one exception: `max_steps` may stop the first call between two validations. The first call then validates its last
-    coefficients, and one long call does not. If these coefficients are the best, both calls keep them.
+    coefficients, and one long call does not. If these coefficients are the best so far, the first call returns them,
+    and the calls after it keep them until a validation is better.
 
     JAX compiles again for each new function and each new optimizer. So make the functions and the optimizer once, and
     pass the same objects to every call. Then a second call compiles nothing. If a function reads a variable from

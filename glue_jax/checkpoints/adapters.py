@@ -81,7 +81,8 @@ def load_adapters(paths: Sequence[PathLike], *, base: str | None = None) -> Adap
         paths: the folders of K adapters, each with `adapter_config.json` and `adapter_model.safetensors` or
             `adapter_model.bin`.
         base: the name of the base. Pass it if the configurations have different names for the same base, such as paths
-            on several machines. With None, the configurations must have the same name.
+            on several machines. With None, all configurations must have the same name and the same revision of the
+            base.
 
     Returns:
         The adapters.

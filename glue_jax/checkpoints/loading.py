@@ -42,8 +42,9 @@ def load_experts(
     are one portion.
 
     Args:
-        paths: the paths of K checkpoints, or open checkpoints. `open_checkpoint` lists the formats. One path of a
-            checkpoint gives K = 1. The folder of one training run of orbax gives an expert for each saved step.
+        paths: the paths of K checkpoints, or open checkpoints. `open_checkpoint` lists the formats. A single path to
+            one checkpoint gives one expert, K = 1. The folder of one training run of orbax gives an expert for each
+            saved step.
         steps: the numbers of the saved steps that are read. With None, all are read.
         last: how many of the last saved steps are read.
         subtree: the part of each checkpoint that is the model, such as `"params"`.

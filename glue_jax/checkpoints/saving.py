@@ -119,10 +119,11 @@ def save_blend(
     Args:
         out: the place of the result. If it ends in `.safetensors`, the result is one file. If it has another ending, or
             none, the result is a folder. The endings of PyTorch are refused. So is `.safetensors` if `like` is an orbax
-            checkpoint. If `like` is a single file, the folder has `model.safetensors`. If `like` is a folder of
-            safetensors, the new folder has files of the same names, with the same tensors in each. Small files beside
-            the weights in the folder `like`, such as `config.json` and a tokenizer, are copied. If `like` is an orbax
-            checkpoint, the result is an orbax checkpoint, and nothing is copied.
+            checkpoint. If the result is a folder and `like` is a single file, the folder has one file,
+            `model.safetensors`. If `like` is a folder of safetensors, the new folder has files of the same names, with
+            the same tensors in each. Small files beside the weights in the folder `like`, such as `config.json` and a
+            tokenizer, are copied. If `like` is an orbax checkpoint, the result is an orbax checkpoint, and nothing is
+            copied.
         params: the model, with the structure that `load_experts` gave to the experts, without the axis K. Leaves in
             float32 are rounded to the dtypes of the expert.
         like: the expert: its path, or what `open_checkpoint` returned. If `load_experts` was given a `subtree`, pass
