@@ -101,3 +101,10 @@ def test_a_run_with_nothing_left_says_so():
     assert estimate.describe({"experts": 100.0, "fine-tuning": 20.0}).startswith(
         "time, from a few steps measured here: 2 min (experts 2 min, fine-tuning 20 s)"
     )
+
+
+def test_experts_of_separate_initialisations_have_an_estimate(digits, tmp_path):
+    context = prepare_quietly(dataclasses.replace(ONE_SEED, initialization="separate"), digits, tmp_path)
+    found = estimate.estimate(context)
+    assert list(found) == ["experts", "coefficients, at most", "fine-tuning"]
+    assert min(found.values()) > 0
